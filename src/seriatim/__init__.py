@@ -1,0 +1,47 @@
+"""Seriatim: autoregressive generation in all its forms, from a few shared parts.
+
+Names are loaded on first use, so that `import seriatim` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "layout": ("Layout", "Segment", "line", "grid", "pyramid"),
+    "canvas": ("Canvas", "Set", "Unset", "Revise", "Insert", "Delete", "Truncate", "Grow"),
+    "view": ("View", "inclusive", "own_rank", "earlier", "two_stream", "full", "local", "tree", "timed", "join"),
+    "plan": ("Plan", "Slots", "Reads", "Cost", "OrderError"),
+    "random": ("Generator", "Keyed", "Enumerator", "Forced", "enumerate_law"),
+    "model": ("Model", "Rows"),
+    "embed": ("TokenEmbed",),
+    "factorization.base": ("Factorization",),
+    "factorization.line": ("Line",),
+    "factorization.static": ("Scales", "Blocks", "AnyOrder"),
+    "backbones.transformer": ("Transformer", "TransformerConfig"),
+    "backbones.rope": ("RoPE",),
+    "heads.dist": ("Categorical",),
+    "heads.categorical": ("CategoricalHead",),
+    "conditions.condition": ("Condition", "ClassCondition", "MemoryCondition", "PerElementCondition"),
+    "decoding.target": ("Target",),
+    "decoding.guess": ("Guess",),
+    "decoding.guidance": ("Guidance",),
+    "decoding.filters": ("Warper",),
+    "decoding.loop": ("Step", "decode", "generate"),
+    "decoding.sample": ("SampleAll", "Select"),
+}
+_HOME = {name: module for module, names in _WHERE.items() for name in names}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'seriatim' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"seriatim.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Networks that contextualise slots, and what they remember."""

@@ -1,0 +1,68 @@
+"""Rotary position embedding over one to three axes, from explicit coordinates (Su et al. 2021; axial as in ViT use).
+
+Half-split convention: the first half of a head's dimensions is rotated against the second. With several axes the
+frequencies are shared out among them, axis by axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoPE:
+    """`theta` is the base; `axes` how many dimensions of a head each axis takes (None: one axis takes all)."""
+
+    theta: float = 10_000.0
+    axes: tuple[int, ...] | None = None
+
+
+class RotaryTable:
+    """Cosines and sines of coordinates; runs of one axis are slices of one table, made once."""
+
+    def __init__(self, rope: RoPE, head_dim: int):
+        axes = rope.axes or (head_dim,)
+        if sum(axes) != head_dim or any(a % 2 for a in axes):
+            raise ValueError(f"rotary axes {axes} must be even and add up to the head dimension {head_dim}")
+        self.axes = len(axes)
+        self.frequency = [rope.theta ** (-torch.arange(0, a, 2, dtype=torch.float64) / a) for a in axes]
+        self._runs: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def at(self, coord: Int[Tensor, "b s axes"], dtype: torch.dtype) -> tuple[Float[Tensor, "b s 1 d"], Tensor]:
+        """Cosine and signed sine for explicit coordinates."""
+        if coord.shape[-1] < self.axes:
+            raise ValueError(f"rotary embedding over {self.axes} axes met coordinates with {coord.shape[-1]}")
+        angle = torch.cat([coord[..., i, None] * f.to(coord.device) for i, f in enumerate(self.frequency)], -1)
+        cos, sin = angle.cos(), angle.sin()
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        return cos.to(dtype)[..., None, :], sin.to(dtype)[..., None, :]
+
+    def run(self, start: int, n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The same for positions start .. start + n - 1 of one axis, as slices."""
+        cos, sin = self._table(start + n, dtype, device)
+        return cos[start : start + n], sin[start : start + n]
+
+    def offsets(
+        self, start: int, offset: Sequence[int] | Tensor, dtype: torch.dtype, device
+    ) -> tuple[Tensor, Tensor]:
+        """Positions start + offset of one axis (a draft tree's depths)."""
+        cos, sin = self._table(start + len(offset) + 1, dtype, device)
+        return cos[start:][offset], sin[start:][offset]
+
+    def _table(self, needed: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        table = self._runs.get((dtype, device))
+        if table is None or table[0].shape[0] < needed:
+            size = max(256, 2 * needed)
+            cos, sin = self.at(torch.arange(size, device=device)[None, :, None].expand(1, size, self.axes), dtype)
+            table = self._runs[dtype, device] = (cos[0].contiguous(), sin[0].contiguous())
+        return table
+
+
+def rotate(x: Float[Tensor, "b s h d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "b s h d"]:
+    """Turn queries or keys; cos and sin are (s, 1, d) or (b, s, 1, d)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

@@ -1,0 +1,331 @@
+"""A batch of partly generated samples, changed only by edits.
+
+While every row is a prefix of the same length (plain text generation), status, rank and place follow from one integer
+and cost nothing; the first other edit writes them out. Given elements never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from seriatim.layout import Layout, Segment
+
+GIVEN, DECIDED, GUESSED, UNKNOWN, DELETED = 0, 1, 2, 3, 4
+
+
+class EditError(ValueError):
+    """An edit that would change a given element, or does not fit the canvas."""
+
+
+@dataclass(slots=True)
+class Set:
+    """Decide elements. `element` is (batch, n), -1 where a row decides nothing; None: the next ones of every row."""
+
+    value: Tensor
+    element: Int[Tensor, "b n"] | None = None
+
+
+@dataclass(slots=True)
+class Unset:
+    """Make decided elements unknown again (remasking)."""
+
+    element: Int[Tensor, "b n"]
+
+
+@dataclass(slots=True)
+class Revise:
+    """Change the noise or the guess that stands in elements, without deciding them."""
+
+    element: Int[Tensor, "b n"]
+    value: Tensor
+    level: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Insert:
+    """A new element after element `after` (batch,) of each row (-1: at the front; -2: no insertion in this row)."""
+
+    after: Int[Tensor, "b"]
+    value: Tensor
+
+
+@dataclass(slots=True)
+class Delete:
+    """Remove elements from the reading order; their numbers are not used again."""
+
+    element: Int[Tensor, "b n"]
+
+
+@dataclass(slots=True)
+class Truncate:
+    """End each row after `length` elements in reading order (end of text)."""
+
+    length: Int[Tensor, "b"]
+
+
+@dataclass(slots=True)
+class Grow:
+    """More elements: what the decided ones call for (the next word, an octree's children)."""
+
+    segment: Segment
+
+
+Edit = Set | Unset | Revise | Insert | Delete | Truncate | Grow
+
+
+class Canvas:
+    """Partly generated samples.
+
+    layout: the elements; value: kind -> ids (batch, n) or vectors (batch, n, d); `status`, `rank` (the step that
+    decides an element; given -1) and `place` (position in reading order) are (batch, elements). `row` identifies a
+    sample whatever its batch mates. `noise` and `level` hold the present noisy content of elements and its noise level
+    (1: pure noise, 0: clean), for methods that denoise in place.
+    """
+
+    __slots__ = ("_given", "_length", "_place", "_rank", "_status", "layout", "level", "noise", "row", "value")
+
+    def __init__(
+        self,
+        layout: Layout,
+        value: Mapping[str, Tensor],
+        known: int | Tensor = 0,
+        rank: Tensor | None = None,
+        row: Tensor | None = None,
+    ):
+        """`known`: how many first elements are given, or a boolean (batch, elements) of which."""
+        self.layout, self.value = layout, dict(value)
+        batch = _check_values(layout, self.value)
+        self.row = torch.arange(batch) if row is None else row
+        self.noise: dict[str, Tensor] = {}
+        self.level: Tensor | None = None
+        self._length: int | None = None
+        self._status = self._rank = self._place = None
+        self._given = 0
+        if isinstance(known, int):
+            if not 0 <= known <= layout.size:
+                raise ValueError(f"{known} elements are given, but the layout has {layout.size}")
+            if rank is None and not bool(layout.given.any()):
+                self._length = self._given = known
+                return
+            known = torch.arange(layout.size) < known
+        given = (known | layout.given).expand(batch, -1)
+        self._status = torch.where(given, GIVEN, UNKNOWN)
+        self._place = torch.arange(layout.size).expand(batch, -1).contiguous()
+        self._rank = (torch.arange(layout.size) if rank is None else rank).expand(batch, -1).masked_fill(given, -1)
+
+    # ---- reading ----------------------------------------------------------------------------------------------------
+
+    @property
+    def batch(self) -> int:
+        return self.row.shape[0]
+
+    @property
+    def length(self) -> int | None:
+        """How many first elements are known in every row, while rows are prefixes of one length; else None."""
+        return self._length
+
+    @property
+    def given_length(self) -> int:
+        """How many first elements were given, while rows are prefixes of one length."""
+        return self._given
+
+    @property
+    def status(self) -> Int[Tensor, "b E"]:
+        return self._status if self._status is not None else self._derive()[0]
+
+    @property
+    def rank(self) -> Int[Tensor, "b E"]:
+        return self._rank if self._rank is not None else self._derive()[1]
+
+    @property
+    def place(self) -> Int[Tensor, "b E"]:
+        return self._place if self._place is not None else self._derive()[2]
+
+    @property
+    def known(self) -> Tensor:
+        """Boolean (batch, elements): given or decided."""
+        return self.status <= DECIDED
+
+    @property
+    def done(self) -> bool:
+        """No element is left unknown."""
+        if self._length is not None:
+            return self._length >= self.layout.size
+        return not bool(((self.status == UNKNOWN) | (self.status == GUESSED)).any())
+
+    def lengths(self) -> Int[Tensor, "b"]:
+        """Elements known from the front of each row."""
+        if self._length is not None:
+            return torch.full((self.batch,), self._length)
+        return self.known.long().cumprod(1).sum(1)
+
+    def read(self, kind: str) -> list[Tensor]:
+        """Each row's known values of a kind, in reading order."""
+        elements = self.layout.elements(kind)
+        place, alive = self.place[:, elements], self.known[:, elements]
+        return [self.value[kind][b][place[b].argsort()][alive[b][place[b].argsort()]] for b in range(self.batch)]
+
+    def _derive(self) -> tuple[Tensor, Tensor, Tensor]:
+        assert self._length is not None
+        e = torch.arange(self.layout.size).expand(self.batch, -1)
+        status = torch.where(e < self._given, GIVEN, torch.where(e < self._length, DECIDED, UNKNOWN))
+        rank = torch.where(e < self._given, -1, e - self._given)
+        return status, rank, e
+
+    def _write_out(self) -> None:
+        if self._length is not None:
+            self._status, self._rank, self._place = (x.contiguous().clone() for x in self._derive())
+            self._length = None
+
+    # ---- editing ----------------------------------------------------------------------------------------------------
+
+    def apply(self, edits: Sequence[Edit]) -> Canvas:
+        """Carry out edits in order, in place; refuses to touch given elements."""
+        for edit in edits:
+            if type(edit) is Set and edit.element is None:
+                self._append(edit.value)
+                continue
+            self._write_out()
+            _EDITS[type(edit)](self, edit)
+        return self
+
+    def _append(self, value: Tensor) -> None:
+        """The next elements of every row (the hot path)."""
+        start = self._length
+        if start is None:
+            raise EditError("rows have different lengths here: name the elements to set")
+        kind = self.layout.kinds[0]
+        n = min(value.shape[1], self.layout.size - start)
+        self.value[kind][:, start : start + n] = value[:, :n]
+        self._length = start + n
+
+    def _touch(self, element: Tensor, verb: str) -> Tensor:
+        """Check that no given element is meant; the boolean of places that are meant at all."""
+        live = element >= 0
+        status = self.status.gather(1, element.clamp(min=0))
+        if bool((live & (status == GIVEN)).any()):
+            b, i = (live & (status == GIVEN)).nonzero()[0].tolist()
+            raise EditError(f"element {int(element[b, i])} of row {b} is given and cannot be {verb}")
+        return live
+
+    def _put(self, store: dict[str, Tensor], element: Tensor, value: Tensor, live: Tensor) -> None:
+        kinds = self.layout.kind[element[live]].unique()
+        if kinds.numel() > 1:
+            names = ", ".join(self.layout.kinds[int(k)] for k in kinds)
+            raise EditError(f"one edit holds one kind of element, got {names}")
+        if kinds.numel():
+            kind = self.layout.kinds[int(kinds[0])]
+            b, i = live.nonzero(as_tuple=True)
+            store[kind][b, self.layout.index[element[b, i]]] = value[b, i].to(store[kind].dtype)
+
+    def _mark(self, element: Tensor, live: Tensor, status: int) -> None:
+        b, i = live.nonzero(as_tuple=True)
+        self.status[b, element[b, i]] = status
+
+    def _set(self, edit: Set) -> None:
+        assert edit.element is not None
+        live = self._touch(edit.element, "set")
+        self._put(self.value, edit.element, edit.value, live)
+        self._mark(edit.element, live, DECIDED)
+
+    def _unset(self, edit: Unset) -> None:
+        self._mark(edit.element, self._touch(edit.element, "unset"), UNKNOWN)
+
+    def _revise(self, edit: Revise) -> None:
+        live = self._touch(edit.element, "revised")
+        self._put(self.noise, edit.element, edit.value, live)
+        self._mark(edit.element, live, GUESSED)
+        if edit.level is not None:
+            if self.level is None:
+                self.level = torch.zeros(self.batch, self.layout.size, device=edit.level.device)
+            b, i = live.nonzero(as_tuple=True)
+            self.level[b, edit.element[b, i]] = edit.level.expand(edit.element.shape)[b, i]
+
+    def _insert(self, edit: Insert) -> None:
+        kind = self.layout.kinds[0]
+        self._grow(Grow(Segment(kind, torch.zeros(1, self.layout.coord.shape[1], dtype=torch.long))))
+        here, rows = edit.after > -2, torch.arange(self.batch)
+        place = self.place
+        after = torch.where(edit.after >= 0, place.gather(1, edit.after.clamp(min=0)[:, None])[:, 0], -1)
+        old = place[:, :-1]
+        old += (here[:, None] & (old > after[:, None])).long()
+        place[:, -1] = torch.where(here, after + 1, self.layout.size - 1)
+        self.value[kind][rows, -1] = edit.value.to(self.value[kind].dtype)
+        self.rank[:, -1] = self.rank[:, :-1].amax(1) + 1
+        self.status[:, -1] = torch.where(here, DECIDED, DELETED)
+
+    def _delete(self, edit: Delete) -> None:
+        self._mark(edit.element, self._touch(edit.element, "deleted"), DELETED)
+
+    def _truncate(self, edit: Truncate) -> None:
+        gone = (self.place >= edit.length[:, None]) & (self.status != DELETED)
+        if bool((gone & (self.status == GIVEN)).any()):
+            raise EditError("a given element cannot be cut off")
+        self.status[gone] = DELETED
+
+    def _grow(self, edit: Grow) -> None:
+        n, kind = len(edit.segment), edit.segment.kind
+        start = self.layout.size
+        self.layout = Layout((*self.layout.segments, edit.segment))
+        more = torch.arange(start, start + n).expand(self.batch, -1)
+        assert self._status is not None and self._rank is not None and self._place is not None
+        self._status = torch.cat([self._status, torch.full_like(more, UNKNOWN)], 1)
+        self._rank = torch.cat([self._rank, self._rank.amax(1, keepdim=True) + 1 + more - start], 1)
+        self._place = torch.cat([self._place, more], 1)
+        for store in (self.value, self.noise):
+            if kind in store:
+                store[kind] = torch.cat([store[kind], store[kind].new_zeros(self.batch, n, *store[kind].shape[2:])], 1)
+        if self.level is not None:
+            self.level = torch.cat([self.level, self.level.new_zeros(self.batch, n)], 1)
+
+    # ---- rows -------------------------------------------------------------------------------------------------------
+
+    def select(self, rows: Int[Tensor, "b2"]) -> Canvas:
+        """These rows, in this order: keep, copy (beams, best of n) or drop them. A new canvas."""
+        new = Canvas.__new__(Canvas)
+        new.layout, new.row = self.layout, self.row[rows]
+        new.value = {k: v[rows] for k, v in self.value.items()}
+        new.noise = {k: v[rows] for k, v in self.noise.items()}
+        new.level = None if self.level is None else self.level[rows]
+        new._length, new._given = self._length, self._given
+        for name in ("_status", "_rank", "_place"):
+            x = getattr(self, name)
+            setattr(new, name, None if x is None else x[rows])
+        return new
+
+    def copy(self) -> Canvas:
+        return self.select(torch.arange(self.batch))
+
+
+_EDITS = {
+    Set: Canvas._set,
+    Unset: Canvas._unset,
+    Revise: Canvas._revise,
+    Insert: Canvas._insert,
+    Delete: Canvas._delete,
+    Truncate: Canvas._truncate,
+    Grow: Canvas._grow,
+}
+
+
+def _check_values(layout: Layout, value: Mapping[str, Tensor]) -> int:
+    """Shapes of the values against the layout; the batch size."""
+    if not value:
+        raise ValueError("a canvas needs the values of at least one kind")
+    batch = next(iter(value.values())).shape[0]
+    if batch == 0:
+        raise ValueError("a canvas needs at least one row; the batch is empty")
+    for kind in layout.kinds:
+        if kind not in value:
+            raise ValueError(f"no values for kind {kind!r}; got {', '.join(value)}")
+        shape = tuple(value[kind].shape)
+        if len(shape) < 2 or shape[:2] != (batch, layout.count(kind)):
+            raise ValueError(f"values of {kind!r} must be ({batch}, {layout.count(kind)}, ...), got {shape}")
+        if value[kind].is_floating_point() and not bool(torch.isfinite(value[kind]).all()):
+            raise ValueError(f"values of {kind!r} contain NaN or infinity")
+    return batch

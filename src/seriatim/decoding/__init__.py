@@ -1,0 +1,1 @@
+"""Sampling: targets, proposers, deciders, the one loop."""

@@ -1,0 +1,84 @@
+"""Temperature and the sampling filters: part of the law that is sampled, applied to target and draft alike.
+
+Order: temperature, top-k, top-p, min-p, typical, as in common practice; a filter never removes the likeliest token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from seriatim.heads.dist import Categorical, Greedy
+
+
+@dataclass(frozen=True)
+class Warper:
+    """temperature (0: greedy); top_k; top_p (Holtzman et al. 2020); min_p (Nguyen et al. 2024); typical (Meister 2022).
+
+    None switches a filter off.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    typical: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"the temperature is 0 (greedy) or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k keeps at least 1 token, got {self.top_k}")
+        for name in ("top_p", "min_p", "typical"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} lies in (0, 1], got {value}")
+
+    @property
+    def neutral(self) -> bool:
+        """Changes nothing."""
+        return self.temperature == 1 and all(
+            x is None for x in (self.top_k, self.top_p, self.min_p, self.typical)
+        )
+
+    def __call__(self, dist: Categorical) -> Categorical:
+        if not isinstance(dist, Categorical):
+            raise TypeError(f"temperature and filters need a categorical distribution, not {type(dist).__name__}")
+        if self.temperature == 0:
+            return Greedy(dist.logits)
+        x = dist.logits
+        x = x if x.dtype == torch.float64 else x.float()
+        if self.temperature != 1:
+            x = x / self.temperature
+        if self.top_k is not None and self.top_k < x.shape[-1]:
+            x = x.masked_fill(x < x.topk(self.top_k, -1).values[..., -1:], -torch.inf)
+        if self.top_p is not None and self.top_p < 1:
+            x = _nucleus(x, self.top_p)
+        if self.min_p is not None:
+            p = torch.softmax(x, -1)
+            x = x.masked_fill(p < self.min_p * p.amax(-1, keepdim=True), -torch.inf)
+        if self.typical is not None and self.typical < 1:
+            x = _typical(x, self.typical)
+        return Categorical(x)
+
+
+def _nucleus(x: Float[Tensor, "... v"], mass: float) -> Tensor:
+    """The smallest set of likeliest tokens that holds at least `mass`."""
+    ordered, order = x.sort(-1, descending=True)
+    p = torch.softmax(ordered, -1)
+    drop = p.cumsum(-1) - p >= mass
+    return x.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+
+
+def _typical(x: Float[Tensor, "... v"], mass: float) -> Tensor:
+    """Tokens whose surprise is nearest to the entropy, up to `mass`."""
+    lp = torch.log_softmax(x, -1)
+    p = lp.exp()
+    entropy = -(p * lp.masked_fill(p == 0, 0.0)).sum(-1, keepdim=True)
+    order = (-lp - entropy).abs().argsort(-1)
+    sorted_p = p.gather(-1, order)
+    drop = sorted_p.cumsum(-1) - sorted_p >= mass
+    return x.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)

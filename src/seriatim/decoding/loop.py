@@ -1,0 +1,114 @@
+"""The one loop: propose, plan, forward, decide, apply, commit. Every decoder is a proposer and a decider in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from seriatim.canvas import Canvas, Edit
+from seriatim.decoding.guess import Guess
+from seriatim.decoding.target import Target
+from seriatim.model import Rows
+from seriatim.random import Generator, Random
+
+
+@dataclass(slots=True)
+class Step:
+    """What one turn did; progress bars, films and meters read the stream of these.
+
+    edits: changes of the canvas; keep: pending cache entries worth keeping (None: as the plan says); select: rows
+    that go on (beams); drafted, accepted: nodes of the guess, plain integers at batch 1, else one a row.
+    """
+
+    edits: tuple[Edit, ...]
+    keep: Any = None
+    select: Tensor | None = None
+    forwards: int = 1
+    slots: int = 0
+    drafted: int | Tensor = 0
+    accepted: int | Tensor = 0
+
+
+class Proposer(Protocol):
+    """Suggests content to be verified in one forward. May run models of its own; owns state for each row."""
+
+    def propose(self, canvas: Canvas, target: Target) -> Guess | None:
+        """A guess of what follows; None: nothing to suggest this time."""
+        ...
+
+    def observe(self, canvas: Canvas, rows: Rows, step: Step) -> None:
+        """What came of it: recycle rows and hidden states, roll back, follow selected rows."""
+        ...
+
+
+class Decider(Protocol):
+    """Turns the rows of a forward into edits. `relaxed` deciders change the law and say so."""
+
+    def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step: ...
+
+
+def decode(
+    target: Target,
+    canvas: Canvas,
+    decider: Decider,
+    proposer: Proposer | None = None,
+    random: Random | None = None,
+) -> Iterator[Step]:
+    """Generate in place until the canvas is complete, yielding each step.
+
+    The caller that drains the stream should hold `torch.inference_mode()`; a streaming caller need not.
+    """
+    random = random or Generator()
+    needs = getattr(decider, "needs", frozenset())
+    while True:
+        with nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode():
+            guess = None if proposer is None else proposer.propose(canvas, target)
+            plan = target.plan(canvas, guess)
+            if plan is None:
+                return
+            rows = target.forward(plan, canvas, guess)
+            if needs:
+                _check_cache(needs, target, decider)
+                needs = frozenset()
+            step = decider.decide(canvas, guess, rows, random)
+            step.slots = plan.size
+            canvas.apply(step.edits)
+            target.commit(step.keep, plan)
+            if proposer is not None:
+                proposer.observe(canvas, rows, step)
+        if step.select is not None:
+            before = canvas.batch
+            picked = canvas.select(step.select)
+            for name in Canvas.__slots__:
+                setattr(canvas, name, getattr(picked, name))
+            target.select(step.select, before)
+        yield step
+
+
+def generate(
+    target: Target,
+    canvas: Canvas,
+    decider: Decider,
+    proposer: Proposer | None = None,
+    random: Random | None = None,
+) -> Canvas:
+    """Decode to the end and return the canvas."""
+    with torch.inference_mode():
+        for _ in decode(target, canvas, decider, proposer, random):
+            pass
+    return canvas
+
+
+def _check_cache(needs: frozenset[str], target: Target, decider: Decider) -> None:
+    lacking = needs - (target.cache.can if target.cache is not None else needs)
+    if lacking:
+        raise ValueError(
+            f"{type(decider).__name__} needs a cache that can {', '.join(sorted(lacking))}; that of "
+            f"{type(target.model.backbone).__name__} cannot (it keeps paths only). Use a decider that keeps a path, or "
+            "a key-value cache"
+        )

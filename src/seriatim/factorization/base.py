@@ -1,0 +1,63 @@
+"""An order of generation: one value from which mask, feed, decoding steps and likelihood are derived.
+
+`packed` is teacher forcing: all steps of a finished sample in one forward. `step` is one forward from here. Static
+orders write only `packed`; dynamic ones only `step`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from seriatim.canvas import Canvas
+from seriatim.decoding.guess import Guess
+from seriatim.layout import Layout
+from seriatim.plan import OrderError, Plan
+from seriatim.random import Random
+from seriatim.view import INF
+
+
+class Factorization:
+    """An order. Subclasses give `packed` (static) or `step` (dynamic), and say what likelihood follows."""
+
+    likelihood: Literal["exact", "bound", "none"] = "exact"
+    draftable = False  # can a guess be verified in one step?
+
+    def order(self, layout: Layout, random: Random | None = None) -> Int[Tensor, "b E"]:
+        """The step that decides each element (given ones: any value)."""
+        return torch.arange(layout.size)[None]
+
+    def packed(self, canvas: Canvas) -> Plan | None:
+        """All steps of a finished sample in one forward; None where no single pass exists."""
+        return None
+
+    def step(self, canvas: Canvas, guess: Guess | None, cached: int | Tensor) -> Plan | None:
+        """The next forward, given how many slots are cached; None when everything is decided."""
+        if guess is not None:
+            raise OrderError(f"{type(self).__name__} cannot verify a guess; decode it without a proposer")
+        if canvas.done:
+            return None
+        turns = self._turns(canvas)
+        open_ranks = torch.where(canvas.known | (canvas.status == 4), INF, canvas.rank)
+        return turns[int(open_ranks.min())]
+
+    def _turns(self, canvas: Canvas) -> list[Plan]:
+        """The decoding steps of a static order, compiled once for each order and set of given elements."""
+        memo: OrderedDict[bytes, list[Plan]] = self.__dict__.setdefault("_memo", OrderedDict())
+        rank = canvas.rank
+        shared = rank.shape[0] > 1 and bool((rank == rank[:1]).all())
+        key = (rank[:1] if shared else rank).numpy().tobytes() + bytes(str(canvas.layout.size), "ascii")
+        if key not in memo:
+            one = canvas.select(torch.tensor([0])) if shared else canvas
+            plan = self.packed(one)
+            if plan is None:
+                raise OrderError(f"{type(self).__name__} has neither a packed form nor steps of its own")
+            memo[key] = plan.steps()
+            while len(memo) > 8:
+                memo.popitem(last=False)
+        memo.move_to_end(key)
+        return memo[key]

@@ -1,0 +1,235 @@
+"""Next token: elements of a line decided one by one, and drafts of several verified in one forward.
+
+Slot j carries element j - prefix and reads out the one behind it. `prefix` slots in front carry no element: a class,
+a learned start. Without one, the first element must be given (a start-of-text token).
+
+Plans along a line are runs: while every row has the same length they are a compiled shape plus one integer, and make
+no tensors (`LinePlan`). Rows of different lengths get labels (`_ragged`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from seriatim.canvas import DELETED, Canvas
+from seriatim.decoding.guess import Guess
+from seriatim.factorization.base import Factorization
+from seriatim.plan import LEARNED, VALUE, OrderError, Plan, Reads, Slots
+from seriatim.view import INF, View, inclusive, timed, tree
+
+
+class LineShape:
+    """What does not depend on where the cache stands: known slots, then the nodes of a draft. Made once a shape."""
+
+    def __init__(self, known: int, nodes: int, parent: tuple[int, ...] | None):
+        self.known, self.size = known, known + nodes
+        self.chain = parent is None
+        self.read = slice(known - 1, None) if self.size > 1 else None
+        self.view = inclusive(range(self.size))
+        self.depth: Tensor | None = None
+        if parent is not None:
+            below = [i - 1 for i in range(known)] + [known - 1 if p < 0 else known + p for p in parent]
+            self.view = tree(below)
+            depth: list[int] = []
+            for p in below:
+                depth.append(0 if p < 0 else depth[p] + 1)
+            self.depth = torch.tensor(depth)
+        self._tail: Tensor | None = None
+
+    def tail(self, base: int, device: torch.device) -> Bool[Tensor, "1 1 q k"]:
+        """The mask over `base` cached entries, all seen, and these slots: a slice of one buffer."""
+        tail = self._tail
+        if tail is None or tail.shape[1] < base + self.size or tail.device != device:
+            capacity = max(512, 2 * base)
+            tail = torch.ones(self.size, capacity + self.size, dtype=torch.bool)
+            tail[:, capacity:] = self.view.mask()[0]
+            tail = self._tail = tail.to(device)
+        return tail[None, None, :, tail.shape[1] - self.size - base :]
+
+
+class LinePlan(Plan):
+    """A compiled shape and the number of cached slots before it; labels are made only when asked for."""
+
+    plain = True
+
+    def __init__(self, shape: LineShape, base: int, prefix: int, elements: int):
+        # fields of the frozen base class that the hot path needs; the others are made on demand below
+        d = self.__dict__
+        d["shape"], d["base"], d["prefix"], d["elements"] = shape, base, prefix, elements
+        d["kept"] = d["retain"] = d["settled"] = d["layers"] = d["layout"] = None
+
+    shape: LineShape
+    base: int
+    prefix: int
+    elements: int
+
+    @property
+    def size(self) -> int:
+        return self.shape.size
+
+    @property
+    def run(self) -> tuple[int, Tensor | None]:  # type: ignore[override]
+        return self.base, self.shape.depth
+
+    def attention(self, view: str, cache) -> Tensor | str | None:
+        shape, base = self.shape, self.base
+        if cache is not None and not cache.plain:
+            return super().attention(view, cache)
+        if shape.chain:
+            if shape.size == 1:
+                return None
+            if base == 0:
+                return "causal"
+        return shape.tail(base, torch.device("cpu") if cache is None else cache.device)
+
+    # ---- labels, for checks, costs, and caches that are not plain --------------------------------------------------
+
+    @cached_property
+    def _places(self) -> Int[Tensor, "1 s"]:
+        offset = torch.arange(self.size) if self.shape.depth is None else self.shape.depth
+        return (self.base + offset)[None]
+
+    @cached_property
+    def slots(self) -> Slots:  # type: ignore[override]
+        place = self._places
+        element = place - self.prefix
+        node = torch.arange(self.size)[None] - self.shape.known
+        source = torch.where(element >= 0, VALUE, LEARNED)
+        rank = element  # everything known counts as decided one by one: a draft is checked against its own path
+        return Slots(
+            element.clamp(min=-1)[..., None], source, place[..., None], rank.clamp(min=-1), node.clamp(min=-1)
+        )
+
+    @cached_property
+    def views(self) -> Mapping[str, View]:  # type: ignore[override]
+        v = self.shape.view
+        return _Same(View(v.at + self.base, v.born + self.base, torch.where(v.dies < INF, v.dies + self.base, INF)))
+
+    @cached_property
+    def reads(self) -> Reads:  # type: ignore[override]
+        slot = torch.arange(self.shape.known - 1, self.size)[None]
+        return Reads(slot, self._places[:, slot[0]] - self.prefix + 1)
+
+    @cached_property
+    def rank(self) -> Int[Tensor, "1 E"]:  # type: ignore[override]
+        return torch.arange(max(self.elements, int(self.reads.element.max()) + 1))[None]
+
+
+class _Same(Mapping):
+    """One view for every kind of layer."""
+
+    def __init__(self, view: View):
+        self.view = view
+
+    def __getitem__(self, name: str) -> View:
+        return self.view
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __iter__(self):
+        return iter(("all",))
+
+    def __len__(self) -> int:
+        return 1
+
+
+class Line(Factorization):
+    """Elements one after another, each after all earlier ones. `window` limits how many slots back a slot sees."""
+
+    draftable = True
+
+    def __init__(self, prefix: int = 0):
+        if prefix < 0:
+            raise ValueError(f"a line has 0 or more prefix slots, got {prefix}")
+        self.prefix = prefix
+        self._shapes: dict[tuple, LineShape] = {}
+
+    def packed(self, canvas: Canvas) -> Plan:
+        n, p = canvas.layout.size, self.prefix
+        size = p + n - 1
+        if size < 1 or (p == 0 and canvas.length is not None and canvas.given_length == 0):
+            raise OrderError("without a prefix slot the first element of a line must be given (a start token)")
+        element = torch.arange(size)[None] - p
+        alive = canvas.status != DELETED
+        rank = canvas.rank
+        if canvas.length is not None:
+            rank, alive = rank[:1], alive[:1]
+        read = (rank >= 0) & alive
+        target = torch.arange(n)[None].expand(read.shape[0], -1)
+        target = torch.where(read, target, -1)[:, 1 if p == 0 else 0 :]
+        slot = torch.where(target >= 0, target + p - 1, -1)
+        needs = torch.where(element >= 0, rank.gather(1, element.clamp(min=0).expand(rank.shape[0], -1)), -1)
+        source = torch.where(element >= 0, VALUE, LEARNED)
+        slots = Slots(element.clamp(min=-1)[..., None], source, torch.arange(size)[None, :, None], needs)
+        return _Causal(slots, {"all": inclusive(range(size))}, Reads(slot, target), rank)
+
+    def step(self, canvas: Canvas, guess: Guess | None, cached: int | Tensor) -> Plan | None:
+        length = canvas.length
+        if length is None or not isinstance(cached, int):
+            return self._ragged(canvas, guess, cached)
+        if length >= canvas.layout.size:
+            return None
+        known = self.prefix + length - cached
+        key = (known, 0) if guess is None else (known, guess.size, guess.parent)
+        shape = self._shapes.get(key)
+        if shape is None:
+            if known < 1:
+                raise OrderError("nothing to start from: give the first element, or use a prefix slot")
+            nodes, parent = (0, None) if guess is None else (guess.size, guess.parent)
+            shape = self._shapes[key] = LineShape(known, nodes, parent)
+        return LinePlan(shape, cached, self.prefix, canvas.layout.size)
+
+    def _ragged(self, canvas: Canvas, guess: Guess | None, cached: int | Tensor) -> Plan | None:
+        """Rows of different lengths: labels by position, padding in lane -1."""
+        if canvas.done:
+            return None
+        size, batch = canvas.layout.size, canvas.batch
+        alive = ((canvas.status != DELETED) & ~canvas.known).any(1)
+        lengths = canvas.lengths()
+        cached = torch.full((batch,), cached) if isinstance(cached, int) else cached
+        known = torch.where(alive, self.prefix + lengths - cached, 0)
+        width = int(known.max())
+        offset = torch.arange(width)[None].expand(batch, -1)
+        live = offset < known[:, None]
+        place = cached[:, None] + offset
+        at, dies, node = place, torch.full_like(place, INF), torch.full_like(place, -1)
+        if guess is not None:
+            deep = torch.tensor(guess.depths())[None]
+            last = (self.prefix + lengths)[:, None]
+            shape = tree(guess.parents())
+            place = torch.cat([place, last - 1 + deep], 1)
+            at = torch.cat([at, last + shape.at], 1)
+            dies = torch.cat([dies, last + shape.dies], 1)
+            node = torch.cat([node, torch.arange(guess.size)[None].expand(batch, -1)], 1)
+            live = torch.cat([live, alive[:, None] & (guess.value >= 0)], 1)
+        element = torch.where(live & (place >= self.prefix), place - self.prefix, -1)
+        lane = torch.where(live, 0, -1)
+        source = torch.where(element >= 0, VALUE, LEARNED)
+        slots = Slots(element[..., None], source, place[..., None], element, node)
+        reading = live & ((place + 1 == (self.prefix + lengths)[:, None]) | (node >= 0))
+        order = torch.where(reading, torch.arange(place.shape[1]), place.shape[1]).sort(1).values
+        order = order[:, : 1 + (0 if guess is None else guess.size)]
+        slot = torch.where(order < place.shape[1], order, -1)
+        target = torch.where(slot >= 0, place.gather(1, slot.clamp(min=0)) - self.prefix + 1, -1)
+        return Plan(
+            slots,
+            _Same(timed(at, at, dies, lane=lane)),
+            Reads(slot, torch.where(target < size, target, -1)),
+            torch.arange(size)[None],
+            settled=_Same(timed(place, place, torch.full_like(place, INF), lane=lane)),
+        )
+
+
+class _Causal(Plan):
+    """A packed line: plain causal attention where rows are whole."""
+
+    def attention(self, view: str, cache) -> Tensor | str | None:
+        if cache is None:
+            return "causal" if self.size > 1 else None
+        return super().attention(view, cache)

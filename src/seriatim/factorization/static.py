@@ -1,0 +1,133 @@
+"""Static orders that are a clock and a feed: scales, groups, any given ranks.
+
+`Ranked` gives each slot one element to read and a vector derived from what is decided before it (next-scale
+generation); `Blocks` two streams, clean values and masked or noisy queries (block diffusion, skip-causal).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from seriatim.canvas import UNKNOWN, Canvas
+from seriatim.decoding.guess import Guess
+from seriatim.factorization.base import Factorization
+from seriatim.layout import Layout
+from seriatim.plan import DERIVED, MASK, NOISE, VALUE, Plan, Reads, Slots
+from seriatim.random import Random
+from seriatim.view import View, full, inclusive, two_stream
+
+
+class Scales(Factorization):
+    """Coarse to fine: all elements of a scale at once, each at a slot fed by what the coarser scales derive for it.
+
+    The first coordinate of an element is its scale. `visibility` is `inclusive` (VAR) or `own_rank` (HMAR).
+    """
+
+    def __init__(self, visibility: Callable[[Tensor], View] = inclusive):
+        self.visibility = visibility
+
+    def order(self, layout: Layout, random: Random | None = None) -> Int[Tensor, "1 E"]:
+        return layout.coord[:, 0][None]
+
+    def packed(self, canvas: Canvas) -> Plan:
+        layout = canvas.layout
+        scale = layout.coord[:, 0][None]
+        element = torch.arange(layout.size)[None]
+        carried = torch.full((1, layout.size, 1), -1)
+        slots = Slots(carried, torch.full_like(scale, DERIVED), layout.coord[None], scale - 1)
+        read = torch.where(canvas.rank >= 0, element, -1)
+        return Plan(slots, {"all": self.visibility(scale)}, Reads(element, read), canvas.rank, layout=layout)
+
+
+class Blocks(Factorization):
+    """Blocks one after another, all of a block at once or in any order inside it.
+
+    Two streams: values see values up to their own block; queries (a mask or noise in place of each element) see their
+    own block's queries and the values of earlier blocks. Losses are read at queries. `inside` is "parallel" (one step a
+    block: exact likelihood as independent elements) or "any" (elements of a block decided in any order by the decoder:
+    block diffusion, whose likelihood is a bound).
+    """
+
+    def __init__(self, size: int, inside: str = "parallel", source: int = MASK):
+        if size < 1 or inside not in ("parallel", "any") or source not in (MASK, NOISE):
+            raise ValueError(f"blocks have a positive size and are decided 'parallel' or in 'any' order; got {size}, {inside!r}")
+        self.size, self.inside, self.source = size, inside, source
+        self.likelihood = "exact" if inside == "parallel" and source == MASK else "bound"
+
+    def order(self, layout: Layout, random: Random | None = None) -> Int[Tensor, "1 E"]:
+        return (torch.arange(layout.size) // self.size)[None]
+
+    def packed(self, canvas: Canvas) -> Plan:
+        """[queries; values]: values of the last block are fed too, so that prefixes and whole samples look alike."""
+        layout = canvas.layout
+        e = torch.arange(layout.size)
+        block = (e // self.size)[None]
+        both = torch.cat([e, e])[None]
+        query = torch.arange(2 * layout.size)[None] < layout.size
+        rank = canvas.rank
+        value_needs = rank
+        needs = torch.cat([torch.full_like(value_needs, -1), value_needs], 1)
+        source = torch.where(query, self.source, VALUE)
+        slots = Slots(both[..., None], source, layout.coord[None].repeat(1, 2, 1), needs)
+        view = two_stream(block.repeat(1, 2), query)
+        read = torch.where(rank >= 0, e[None], -1)
+        slot = torch.where(read >= 0, e[None], -1)
+        return Plan(slots, {"all": view}, Reads(slot, read), rank, layout=layout)
+
+    def step(self, canvas: Canvas, guess: Guess | None, cached: int | Tensor) -> Plan | None:
+        if self.inside == "parallel":
+            return super().step(canvas, guess, cached)
+        if canvas.done:
+            return None
+        assert guess is None and isinstance(cached, int), "blocks are decoded in step, without drafts"
+        layout, size = canvas.layout, self.size
+        unknown = canvas.status == UNKNOWN
+        first = int(unknown.any(0).nonzero()[0, 0]) // size  # the block at work: the first with anything unknown
+        clean = torch.arange(cached, first * size)
+        work = torch.arange(first * size, min((first + 1) * size, layout.size))
+        element = torch.cat([clean, work])[None]
+        open_ = unknown[:, element[0]]
+        now = canvas.rank.masked_fill(unknown, -1).amax(1, keepdim=True).clamp(min=-1) + 1
+        source = torch.where(open_, self.source, VALUE)
+        block = torch.cat([clean // size, work // size])[None]
+        query = torch.arange(element.shape[1])[None] >= len(clean)
+        rank = torch.where(unknown, now, -1)
+        read = torch.where(open_ & query, element, -1)[:, len(clean) :]
+        slot = torch.where(read >= 0, torch.arange(len(clean), element.shape[1]), -1)
+        slots = Slots(element[..., None], source, layout.coord[element[0]][None], torch.full_like(source, -1))
+        kept = torch.arange(len(clean))[None]
+        return Plan(slots, {"all": two_stream(block, query)}, Reads(slot, read), rank, layout=layout, kept=kept)
+
+
+class AnyOrder(Factorization):
+    """Unknown elements as masks among the known ones, everybody sees everybody: masked generation, any order.
+
+    No single pass scores a sample; a forward reads all unknown elements. Its likelihood is a bound (the mean over orders).
+    """
+
+    likelihood = "bound"
+
+    def order(self, layout: Layout, random: Random | None = None) -> Int[Tensor, "1 E"]:
+        return torch.arange(layout.size)[None]
+
+    def step(self, canvas: Canvas, guess: Guess | None, cached: int | Tensor) -> Plan | None:
+        if canvas.done:
+            return None
+        layout = canvas.layout
+        e = torch.arange(layout.size)[None]
+        unknown = canvas.status == UNKNOWN
+        source = torch.where(unknown, MASK, VALUE)
+        rank = torch.where(unknown, 0, -1)
+        slots = Slots(e[..., None], source, layout.coord[None], torch.full_like(source, -1))
+        read = torch.where(unknown, e, -1)
+        view = full(layout.size)
+        gone = canvas.status == 4
+        if bool(gone.any()):
+            view = view.narrow(lane=torch.where(gone, -1, 0))
+        slot = torch.where(unknown, e, -1)
+        nothing = torch.zeros(1, 0, dtype=torch.long)
+        return Plan(slots, {"all": view}, Reads(slot, read), rank, layout=layout, kept=nothing)

@@ -1,0 +1,44 @@
+"""Heads with one softmax a read-out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from seriatim.canvas import Canvas
+from seriatim.heads.dist import Categorical
+from seriatim.plan import Reads
+
+
+class CategoricalHead(nn.Module):
+    """A linear map to logits, or the embedding table itself (`tied`). Several roles (predictors that look in different
+    directions) have a matrix each; where several slots read one element their logits are averaged."""
+
+    exact = True  # log_prob is the model's own
+
+    def __init__(self, width: int, vocab: int, roles: int = 1, tied: nn.Parameter | None = None, bias: bool = False):
+        super().__init__()
+        self.vocab, self.roles = vocab, roles
+        self.weight = tied if tied is not None else nn.Parameter(torch.randn(roles * vocab, width) * 0.02)
+        self.bias = nn.Parameter(torch.zeros(roles * vocab)) if bias else None
+
+    def logits(self, h: Float[Tensor, "b m d"], reads: Reads | None = None) -> Float[Tensor, "b m v"]:
+        x = F.linear(h, self.weight, self.bias)
+        if self.roles > 1:
+            if reads is None or reads.role is None:
+                raise ValueError(f"this head has {self.roles} roles; the plan's reads must say which one reads what")
+            role = reads.role.to(h.device).expand(x.shape[0], -1)[..., None, None]
+            x = x.unflatten(-1, (self.roles, self.vocab))
+            x = x.gather(2, role.expand(-1, -1, 1, self.vocab))[:, :, 0]
+        return x
+
+    def dist(self, h: Float[Tensor, "b m d"], reads: Reads | None, canvas: Canvas) -> Categorical:
+        return Categorical(self.logits(h, reads))
+
+    def loss(self, h: Float[Tensor, "b m d"], reads: Reads, value: Int[Tensor, "b m"]) -> Float[Tensor, "b m"]:
+        """Cross-entropy of each read-out, in nats."""
+        x = self.logits(h, reads)
+        x = x if x.dtype == torch.float64 else x.float()
+        return F.cross_entropy(x.flatten(0, 1), value.flatten(), reduction="none").view(value.shape)

@@ -1,0 +1,279 @@
+"""A model: layout, order, embedding, backbone, head and condition encoders put together.
+
+Joining parts checks that they fit: impossible combinations are refused here, with the reason and what would work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from seriatim.canvas import Canvas
+from seriatim.conditions.condition import Condition
+from seriatim.decoding.guess import Guess
+from seriatim.factorization.base import Factorization
+from seriatim.heads.dist import Dist
+from seriatim.layout import Layout
+from seriatim.plan import Plan, Reads
+from seriatim.random import Random
+
+
+class Rows(NamedTuple):
+    """What one forward says: a distribution for each read element, where they are, and all hidden states."""
+
+    dist: Any
+    element: Tensor | int  # (b, m) element numbers (-1: padding), or the first of a run
+    hidden: Tensor
+    slot: Any = None  # slots that are read: None all, a slice, or (b, m)
+
+
+class Model(nn.Module):
+    """A generator over elements of `layout`, decided in the order of `factorization`.
+
+    `embed` and `head` may be one module, or one for each kind of element. `conditions` encode raw conditions by name.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        factorization: Factorization,
+        embed: nn.Module,
+        backbone: nn.Module,
+        head: nn.Module | Mapping[str, nn.Module],
+        conditions: Mapping[str, nn.Module] | None = None,
+    ):
+        super().__init__()
+        self.layout, self.factorization = layout, factorization
+        self.embed, self.backbone = embed, backbone
+        self.heads = nn.ModuleDict(head if isinstance(head, Mapping) else dict.fromkeys(layout.kinds, head))
+        self.conditions = nn.ModuleDict(conditions or {})
+        missing = [k for k in self._read_kinds() if k not in self.heads]
+        if missing:
+            raise ValueError(f"no head for elements of kind {', '.join(missing)}; heads: {', '.join(self.heads)}")
+
+    def _read_kinds(self) -> list[str]:
+        return list(dict.fromkeys(s.kind for s in self.layout.segments if not s.given))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def mixers(self) -> Mapping[str, str]:
+        return self.backbone.mixers  # type: ignore[return-value]
+
+    def new_cache(self, batch: int):
+        return self.backbone.new_cache(batch)  # type: ignore[operator]
+
+    # ---- canvases and conditions ------------------------------------------------------------------------------------
+
+    def canvas(
+        self,
+        value: Mapping[str, Tensor],
+        known: int | Tensor = 0,
+        random: Random | None = None,
+        row: Tensor | None = None,
+        layout: Layout | None = None,
+    ) -> Canvas:
+        """A canvas in this model's order. `known`: how many first elements are given, or which (boolean)."""
+        layout = layout or self.layout
+        rank = self.factorization.order(layout, random)
+        plain = rank.shape[0] == 1 and bool((rank[0] == torch.arange(layout.size)).all())
+        return Canvas(layout, value, known, None if plain else _dense(rank, known, layout), row)
+
+    def blank(self, batch: int, random: Random | None = None, layout: Layout | None = None) -> Canvas:
+        """A canvas with nothing known."""
+        layout = layout or self.layout
+        value = {}
+        for kind in layout.kinds:
+            shape = getattr(self.heads[kind], "value_shape", ()) if kind in self.heads else ()
+            dtype = torch.float32 if getattr(self.heads[kind], "continuous", False) else torch.long
+            value[kind] = torch.zeros(batch, layout.count(kind), *shape, dtype=dtype)
+        return self.canvas(value, 0, random, layout=layout)
+
+    def encode(self, raw: Mapping[str, Tensor] | None, drop: Bool[Tensor, "b"] | None = None) -> Condition:
+        """Encode raw conditions; rows in `drop` get the null."""
+        raw = raw or {}
+        if set(raw) != set(self.conditions):
+            wants = ", ".join(self.conditions) or "none"
+            raise ValueError(f"this model takes the conditions: {wants}; got: {', '.join(raw) or 'none'}")
+        out = Condition()
+        for name, encoder in self.conditions.items():
+            if drop is not None and not encoder.has_null:
+                raise ValueError(
+                    f"condition {name!r} has no null, so it cannot be dropped or guided; "
+                    "train with a null (has_null) or decode without guidance"
+                )
+            out = out.merge(encoder(raw[name], drop))
+        return out
+
+    # ---- forward ----------------------------------------------------------------------------------------------------
+
+    def hidden(
+        self,
+        plan: Plan,
+        canvas: Canvas,
+        cache=None,
+        condition: Condition | None = None,
+        guess: Guess | None = None,
+        copies: int = 1,
+    ) -> Float[Tensor, "b s d"]:
+        """Embed the slots of a plan and contextualise them. With `copies` the canvas stands for as many branches, which
+        differ only in their condition (copies x batch rows)."""
+        c = condition or Condition()
+        if copies == 1:
+            x = self.embed(canvas, plan, guess, c.prefix)
+        elif c.prefix is None:
+            x = self.embed(canvas, plan, guess, None)
+            x = x.expand(canvas.batch, -1, -1).repeat(copies, 1, 1)
+        else:
+            parts = c.prefix.chunk(copies)
+            x = torch.cat([self.embed(canvas, plan, guess, p) for p in parts])
+        if c.per_element is not None:
+            x = x + _at_readers(c.per_element, plan, x)
+        return self.backbone(x, plan, cache, c.vector, c.memory)
+
+    def dist(self, h: Float[Tensor, "b s d"], plan: Plan, canvas: Canvas) -> tuple[Dist, Tensor | int, Any]:
+        """The distribution of everything the plan reads, the elements, and the slots read."""
+        if plan.run is not None:
+            where = plan.shape.read  # type: ignore[attr-defined]
+            h = h if where is None else h[:, where]
+            head = self.heads[canvas.layout.kinds[0]]
+            return head.dist(h, None, canvas), canvas.length or 0, where  # type: ignore[operator]
+        reads = merge_readers(plan.reads)
+        kind = read_kind(canvas, reads)
+        head = self.heads[kind]
+        h = pick_slots(h, plan.reads.slot)
+        dist = head.dist(h, plan.reads, canvas)  # type: ignore[operator]
+        if reads is not plan.reads:
+            dist = average(dist, plan.reads, reads)
+        return dist, reads.element, plan.reads.slot
+
+    def log_prob(self, canvas: Canvas, condition: Mapping[str, Tensor] | None = None) -> Float[Tensor, "b"]:
+        """Log-probability of each finished row given its given elements, in one pass; nats.
+
+        Raises where the order has no exact likelihood (use the bound of its objective)."""
+        f = self.factorization
+        if f.likelihood != "exact":
+            raise TypeError(f"{type(f).__name__} has no exact likelihood ({f.likelihood}); ask its objective for a bound")
+        return -self.losses(canvas, condition, strict=True).sum(1)
+
+    def losses(
+        self,
+        canvas: Canvas,
+        condition: Mapping[str, Tensor] | Condition | None = None,
+        drop: Bool[Tensor, "b"] | None = None,
+        strict: bool = False,
+    ) -> Float[Tensor, "b E"]:
+        """The loss of each element under teacher forcing (given elements: 0), by one packed forward."""
+        plan = self.factorization.packed(canvas)
+        if plan is None:
+            raise TypeError(f"{type(self.factorization).__name__} has no packed form; train it by its own objective")
+        encoded = condition if isinstance(condition, Condition) else self.encode(condition, drop)
+        h = self.hidden(plan, canvas, None, encoded)
+        out = h.new_zeros(canvas.batch, canvas.layout.size, dtype=torch.float32 if h.dtype != torch.float64 else h.dtype)
+        for kind, part in by_kind(canvas, plan.reads):
+            head = self.heads[kind]
+            if strict and not getattr(head, "exact", False):
+                raise TypeError(f"{type(head).__name__} has no log_prob, so this model has no likelihood")
+            reads = merge_readers(part)
+            live = (reads.element >= 0).expand(canvas.batch, -1)
+            element = reads.element.clamp(min=0).expand(canvas.batch, -1)
+            index = canvas.layout.index[element].to(h.device)
+            target = canvas.value[kind]
+            target = target[torch.arange(canvas.batch, device=target.device)[:, None], index]
+            picked = pick_slots(h, part.slot)
+            if reads is not part:
+                loss = -average(head.dist(picked, part, canvas), part, reads).log_prob(target)  # type: ignore[operator]
+            else:
+                loss = head.loss(picked, part, target)  # type: ignore[operator]
+            out = out.scatter_add(1, element.to(h.device), (loss * live.to(h.device)).to(out.dtype))
+        return out
+
+
+def by_kind(canvas: Canvas, reads: Reads) -> list[tuple[str, Reads]]:
+    """The read-outs of each kind of element apart."""
+    layout = canvas.layout
+    if len(layout.kinds) == 1:
+        return [(layout.kinds[0], reads)]
+    kind = layout.kind[reads.element.clamp(min=0)]
+    parts = []
+    for number, name in enumerate(layout.kinds):
+        columns = ((kind == number) & (reads.element >= 0)).any(0).nonzero()[:, 0]
+        if columns.numel():
+            role = None if reads.role is None else reads.role[:, columns]
+            parts.append((name, Reads(reads.slot[:, columns], reads.element[:, columns], role)))
+    return parts
+
+
+def read_kind(canvas: Canvas, reads: Reads) -> str:
+    """The one kind of element that a decoding step reads."""
+    kinds = canvas.layout.kinds
+    if len(kinds) == 1:
+        return kinds[0]
+    found = canvas.layout.kind[reads.element[reads.element >= 0]].unique()
+    if found.numel() != 1:
+        names = ", ".join(kinds[int(k)] for k in found)
+        raise ValueError(f"one decoding step reads elements of several kinds ({names}); give them different ranks")
+    return kinds[int(found[0])]
+
+
+def pick_slots(h: Float[Tensor, "b s d"], slot: Tensor) -> Float[Tensor, "b m d"]:
+    """Hidden states at the slots that are read."""
+    if slot.shape[0] == 1:
+        return h[:, slot[0].clamp(min=0).to(h.device)]
+    return h.gather(1, slot.clamp(min=0).to(h.device)[..., None].expand(-1, -1, h.shape[-1]))
+
+
+def merge_readers(reads: Reads) -> Reads:
+    """One read-out an element; the same object where no element has several readers."""
+    cached = reads.__dict__.get("_merged")
+    if cached is not None:
+        return cached
+    merged = reads
+    element = reads.element
+    if element.shape[0] == 1:
+        unique = element[0].unique()
+        if unique.numel() < element.shape[1]:
+            merged = Reads(torch.full_like(unique, -1)[None], unique[None])
+    reads.__dict__["_merged"] = merged
+    return merged
+
+
+def average(dist, reads: Reads, merged: Reads):
+    """Average the logits of all readers of an element: the normalised product of their experts."""
+    logits = dist.logits
+    index = torch.searchsorted(merged.element[0], reads.element[0]).to(logits.device)
+    total = logits.new_zeros(logits.shape[0], merged.element.shape[1], logits.shape[-1]).index_add(1, index, logits)
+    count = torch.bincount(index, minlength=merged.element.shape[1]).to(logits.dtype)
+    return type(dist)(total / count[:, None])
+
+
+def _at_readers(per_element: Float[Tensor, "b E d"], plan: Plan, x: Tensor) -> Tensor:
+    """Condition of each element, added at the slots that read it."""
+    slot, element = plan.reads.slot.to(x.device), plan.reads.element.to(x.device)
+    live = (slot >= 0) & (element >= 0)
+    batch = per_element.shape[0]
+    value = per_element.gather(
+        1, element.clamp(min=0).expand(batch, -1)[..., None].expand(-1, -1, per_element.shape[-1])
+    )
+    value = value * live[..., None]
+    where = slot.clamp(min=0).expand(batch, -1)[..., None].expand_as(value)
+    return torch.zeros_like(x).scatter_add(1, where, value.to(x.dtype))
+
+
+def _dense(rank: Tensor, known: int | Tensor, layout: Layout) -> Tensor:
+    """Ranks of the elements that are not given, without holes: 0, 1, 2, ... whatever was given."""
+    given = torch.arange(layout.size)[None] < known if isinstance(known, int) else known
+    given = (given | layout.given).expand(max(rank.shape[0], given.shape[0]), -1)
+    rank = rank.expand(given.shape[0], -1).masked_fill(given, -1)
+    rows = []
+    for row in rank:
+        unique = row.unique()
+        shift = 0 if int(unique[0]) < 0 else 1
+        rows.append(torch.searchsorted(unique, row) + shift - 1)
+    return torch.stack(rows)

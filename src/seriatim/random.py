@@ -1,0 +1,206 @@
+"""The only source of randomness, with four backends.
+
+`Generator` draws as usual. `Keyed` draws noise keyed by (seed, row, element, draw), so that decoders that visit
+elements in different company or order meet the same noise. `Enumerator` walks every outcome with its weight: exact
+laws. `Forced` returns a given sample and adds up its log-probability. A draw is named by a `Key`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Key(NamedTuple):
+    """What is drawn: rows (batch,), elements (batch or 1, n) or the first of a run, and which draw of that element."""
+
+    row: Int[Tensor, "b"]
+    element: Int[Tensor, "b n"] | int
+    draw: int = 0
+
+
+class Random(Protocol):
+    """The only randomness."""
+
+    def categorical(self, logits: Float[Tensor, "b n v"], key: Key) -> Int[Tensor, "b n"]:
+        """One index for each row of logits (unnormalised log-probabilities; -inf is impossible)."""
+        ...
+
+    def uniform(self, shape: Sequence[int], key: Key, device: torch.device | str = "cpu") -> Tensor:
+        """Uniform in [0, 1), float32; the first two sizes are batch and elements."""
+        ...
+
+    def normal(self, shape: Sequence[int], key: Key, device: torch.device | str = "cpu") -> Tensor:
+        """Standard normal, float32; the first two sizes are batch and elements."""
+        ...
+
+
+class Generator:
+    """Ordinary pseudo-random numbers from one seed."""
+
+    def __init__(self, seed: int = 0, device: torch.device | str = "cpu"):
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+
+    def categorical(self, logits: Tensor, key: Key) -> Tensor:
+        p = torch.softmax(logits.float(), -1)
+        flat = p.reshape(-1, p.shape[-1])
+        return torch.multinomial(flat, 1, generator=self.generator).reshape(p.shape[:-1])
+
+    def uniform(self, shape: Sequence[int], key: Key, device: torch.device | str = "cpu") -> Tensor:
+        return torch.rand(*shape, generator=self.generator, device=self.generator.device).to(device)
+
+    def normal(self, shape: Sequence[int], key: Key, device: torch.device | str = "cpu") -> Tensor:
+        return torch.randn(*shape, generator=self.generator, device=self.generator.device).to(device)
+
+
+class Keyed:
+    """Noise that depends on (seed, row, element, draw) only: one keyed uniform and the inverse distribution function.
+
+    Two decoders that sample the same law therefore emit the same string, in any order and company.
+    """
+
+    def __init__(self, seed: int = 0):
+        self.seed = _mix(torch.tensor([seed & (2**62 - 1)]))
+
+    def _unit(self, shape: Sequence[int], key: Key, device: torch.device | str) -> Tensor:
+        batch, n = shape[0], shape[1]
+        element = torch.arange(key.element, key.element + n)[None] if isinstance(key.element, int) else key.element
+        h = _mix(self.seed + key.row.cpu()[:, None] * 0x632BE59BD9B4E019)
+        h = _mix(h + element.cpu() * 0x1E3779B97F4A7C15 + key.draw * 0x3C6EF372FE94F82B).expand(batch, n)
+        extra = 1
+        for size in shape[2:]:
+            extra *= size
+        h = _mix(h[..., None] + torch.arange(extra) * 0x2545F4914F6CDD1D)
+        unit = ((h >> 11) & ((1 << 52) - 1)).double() / float(1 << 52)
+        return unit.reshape(*shape).to(device)
+
+    def categorical(self, logits: Tensor, key: Key) -> Tensor:
+        p = torch.softmax(logits.double(), -1)
+        total = p.cumsum(-1)
+        u = self._unit(logits.shape[:-1], key, logits.device) * total[..., -1]
+        index = torch.searchsorted(total, u[..., None], right=True)[..., 0]
+        last = (p > 0).to(torch.int8).cumsum(-1).argmax(-1)  # never an impossible index, whatever the rounding
+        return torch.minimum(index, last)
+
+    def uniform(self, shape: Sequence[int], key: Key, device: torch.device | str = "cpu") -> Tensor:
+        return self._unit(shape, key, device).float().clamp(max=1 - 2**-24)
+
+    def normal(self, shape: Sequence[int], key: Key, device: torch.device | str = "cpu") -> Tensor:
+        u = self._unit(shape, key, device).clamp(min=2**-52)
+        return (torch.erfinv(2 * u - 1) * 2**0.5).clamp(-8, 8).float()
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 64-bit finaliser (SplitMix64, Steele et al. 2014), in wrapping int64 arithmetic."""
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+class Enumerator:
+    """Replays one path of choices; `enumerate_law` drives it through all of them.
+
+    Draws of several elements are enumerated one by one; `coin` choices come from `uniform` against a threshold, which
+    only code that asks `coin` can use: a plain uniform has no finite set of outcomes.
+    """
+
+    def __init__(self, path: Sequence[int] = ()):
+        self.path = list(path)
+        self.log_weight = 0.0
+        self.branch: list[tuple[int, int]] = []  # (choice taken, number of choices that are possible)
+        self.sizes: list[list[int]] = []
+
+    def _choose(self, p: Tensor) -> int:
+        options = (p > 0).nonzero()[:, 0].tolist()
+        if not options:
+            raise ValueError("a distribution without any possible outcome was drawn from")
+        depth = len(self.branch)
+        i = self.path[depth] if depth < len(self.path) else 0
+        self.branch.append((i, len(options)))
+        self.log_weight += float(p[options[i]].log())
+        return options[i]
+
+    def categorical(self, logits: Tensor, key: Key) -> Tensor:
+        p = torch.softmax(logits.double(), -1)
+        flat = p.reshape(-1, p.shape[-1])
+        live = torch.ones(p.shape[:-1], dtype=torch.bool)
+        if isinstance(key.element, Tensor):
+            live = (key.element >= 0).expand(p.shape[:-1])
+        alive = live.reshape(-1).tolist()
+        return torch.tensor([self._choose(r) if a else 0 for r, a in zip(flat, alive, strict=True)]).reshape(
+            p.shape[:-1]
+        )
+
+    def uniform(self, shape: Sequence[int], key: Key, device: torch.device | str = "cpu") -> Tensor:
+        raise TypeError("a uniform number cannot be enumerated; draw a coin by `categorical` over two outcomes")
+
+    def normal(self, shape: Sequence[int], key: Key, device: torch.device | str = "cpu") -> Tensor:
+        raise TypeError("a normal number cannot be enumerated")
+
+
+def enumerate_law(run: Callable[[Random], T]) -> dict[Hashable, float]:
+    """The exact law of what `run` returns (made hashable by `tuple` where it is a list), over every outcome of its
+    draws: depth first, probabilities in float64."""
+    law: dict[Hashable, float] = {}
+    path: list[int] = []
+    while True:
+        random = Enumerator(path)
+        result = run(random)
+        outcome = tuple(result) if isinstance(result, list) else result
+        law[outcome] = law.get(outcome, 0.0) + float(torch.tensor(random.log_weight, dtype=torch.float64).exp())  # type: ignore[index]
+        branch = random.branch
+        while branch and branch[-1][0] + 1 >= branch[-1][1]:
+            branch.pop()
+        if not branch:
+            return law
+        path = [c for c, _ in branch[:-1]] + [branch[-1][0] + 1]
+
+
+class Forced:
+    """Returns given values and adds up their log-probability per row: scores a sample under a decoder's own steps.
+
+    `value` is (batch, elements) of ids; `log_prob` (batch,) in float64.
+    """
+
+    def __init__(self, value: Int[Tensor, "b E"]):
+        self.value = value
+        self.log_prob = torch.zeros(value.shape[0], dtype=torch.float64)
+        self.met: dict[int, Tensor] = {}
+
+    def categorical(self, logits: Tensor, key: Key) -> Tensor:
+        n = logits.shape[-2]
+        element = key.element
+        if isinstance(element, int):
+            element = torch.arange(element, element + n)[None]
+        element = element.expand(logits.shape[0], n)
+        x = self.value.gather(1, element.clamp(min=0))
+        lp = torch.log_softmax(logits.double(), -1)
+        picked = lp.gather(-1, x[..., None])[..., 0].masked_fill(element < 0, 0.0)
+        self.log_prob += picked.sum(1)
+        for j in range(n):
+            if bool((element[:, j] == element[0, j]).all()):
+                self.met[int(element[0, j])] = lp[:, j]
+        return x
+
+    def uniform(self, shape: Sequence[int], key: Key, device: torch.device | str = "cpu") -> Tensor:
+        raise TypeError("a uniform number cannot be forced to a sample")
+
+    def normal(self, shape: Sequence[int], key: Key, device: torch.device | str = "cpu") -> Tensor:
+        raise TypeError("a normal number cannot be forced to a sample")
+
+
+def coin(random: Random, probability: Tensor, key: Key) -> Tensor:
+    """True with the given probability (batch, n): every accept-or-reject goes through here."""
+    p = probability.double().clamp(0, 1)
+    return random.categorical(torch.stack([1 - p, p], -1).log(), key).bool()
+
+
+def outcomes(law: dict[Hashable, float]) -> Iterator[tuple[Hashable, float]]:
+    """Outcomes of an enumerated law, most probable first."""
+    return iter(sorted(law.items(), key=lambda kv: -kv[1]))

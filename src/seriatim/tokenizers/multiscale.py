@@ -1,0 +1,382 @@
+"""Multi-scale residual vector quantization: a picture as token maps of growing size, each adding what is still missing.
+
+Source: Visual Autoregressive Modeling (VAR), Tian et al. 2024, arXiv 2404.02905, algorithms 1 and 2, with the
+constants of the released models. `MultiScaleVQ` quantizes a latent map and keeps the book of its scales;
+`MultiScaleTokenizer` puts a convolutional encoder and decoder around it; `train_tokenizer` fits one to pictures.
+Nothing here knows the generator that predicts the ids, but its inputs (`next_input`, `teacher_inputs`) are made here,
+so that training and decoding meet the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seriatim.tokenizers.conv import ConvDecoder, ConvEncoder
+
+PUBLISHED_PHI_TABLE = (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)
+"""Which of four phi serves each of the ten scales of the released VAR weights."""
+
+
+def phi_table(scales: int, phis: int) -> tuple[int, ...]:
+    """The index of the phi that serves each scale: the tick nearest to k / (scales - 1), k from 0.
+
+    The ticks of four phi are linspace(1/12, 11/12, 4), those of any other number n linspace(1/2n, 1 - 1/2n, n). Some
+    scales lie exactly between two ticks (k = 2 and 7 of ten); there the official code leaves it to floating-point
+    rounding. Exact arithmetic with ties to the finer phi for four, to the coarser otherwise, agrees with it for every
+    number of scales from 2 to 40.
+    """
+    if scales < 1 or phis < 1:
+        raise ValueError(f"need at least one scale and one phi, got {scales} and {phis}")
+    if scales == 1 or phis == 1:
+        return (0,) * scales
+    if (scales, phis) == (10, 4):
+        return PUBLISHED_PHI_TABLE
+    margin = Fraction(1, 12) if phis == 4 else Fraction(1, 2 * phis)
+    ticks = [margin + (1 - 2 * margin) * Fraction(i, phis - 1) for i in range(phis)]
+    finer_first = -1 if phis == 4 else 1
+
+    def nearest(place: Fraction) -> int:
+        return min(range(phis), key=lambda i: (abs(ticks[i] - place), finer_first * i))
+
+    return tuple(nearest(Fraction(k, scales - 1)) for k in range(scales))
+
+
+class Phi(nn.Conv2d):
+    """phi(x) = (1 - ratio) x + ratio conv3x3(x): smooths an upsampled map. `ratio` 0 is the identity, bit for bit."""
+
+    def __init__(self, dim: int, ratio: float) -> None:
+        super().__init__(dim, dim, 3, padding=1)
+        self.ratio = ratio
+
+    def forward(self, x: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b dim h w"]:
+        return x if self.ratio == 0 else (1 - self.ratio) * x + self.ratio * super().forward(x)
+
+
+class ScaleStep(NamedTuple):
+    """What one scale of the analysis met and did."""
+
+    pooled: Float[Tensor, "b dim p p"]  # the rest, area-downed to this scale: what was quantized
+    ids: Int[Tensor, "b p*p"]
+    f_hat: Float[Tensor, "b dim h w"]  # the sum of all contributions up to this scale
+    rest: Float[Tensor, "b dim h w"]  # what is still missing after it
+
+
+class Quantized(NamedTuple):
+    """`ids` are those of all scales, coarse to fine, each in raster order."""
+
+    z_q: Float[Tensor, "b dim h w"]  # value: the last f_hat; gradient: straight through to f
+    ids: Int[Tensor, "b total"]
+    loss: Float[Tensor, ""]
+    stats: dict[str, Tensor]  # hits (scales, vocab), used (codes met at all), perplexity
+
+
+class MultiScaleVQ(nn.Module):
+    """One codebook of `vocab` x `dim` for all `scales`; the latent map has the side of the last scale.
+
+    At each scale: area-down the rest, take the nearest codewords (Euclidean), bicubic-up, phi, add to f_hat, subtract
+    from the rest. Raises ValueError for scales that are not positive or shrink.
+    """
+
+    def __init__(
+        self,
+        scales: Sequence[int],
+        vocab: int,
+        dim: int,
+        phis: int = 4,
+        phi_ratio: float = 0.5,
+        beta: float = 0.25,
+    ) -> None:
+        super().__init__()
+        if not scales or min(scales) < 1 or list(scales) != sorted(scales):
+            raise ValueError(f"scales are sides of token maps, from coarse to fine, at least 1: got {tuple(scales)}")
+        self.scales = tuple(scales)
+        self.vocab, self.dim, self.beta = vocab, dim, beta
+        self.side = self.scales[-1]
+        self.sizes = tuple(p * p for p in self.scales)
+        self.total = sum(self.sizes)
+        self.codebook = nn.Parameter(torch.randn(vocab, dim) / math.sqrt(dim))
+        self.phi_of_scale = phi_table(len(self.scales), phis)
+        self.phis = nn.ModuleList(Phi(dim, phi_ratio) for _ in range(phis))
+
+    # ---- from a latent map to ids ------------------------------------------------------------------------------------
+    def nearest(self, x: Float[Tensor, "b dim p p"]) -> Int[Tensor, "b p*p"]:
+        """The id of the codeword nearest to each vector, in raster order. |x|^2 is the same for all and left out."""
+        flat, codebook = x.detach().flatten(2).transpose(1, 2), self.codebook.detach()
+        with _full_precision(x):
+            return (codebook.square().sum(1) - 2 * flat @ codebook.T).argmin(dim=-1)
+
+    def analyse(self, f: Float[Tensor, "b dim h w"]) -> Iterator[ScaleStep]:
+        """The scales one by one, coarse to fine. The rest carries no gradient; f_hat carries the codebook's and phi's.
+
+        After every scale f_hat + rest = f, to rounding.
+        """
+        if f.shape[1:] != (self.dim, self.side, self.side):
+            raise ValueError(f"the latent is (b, {self.dim}, {self.side}, {self.side}), got {tuple(f.shape)}")
+        rest = f.detach()
+        f_hat = torch.zeros_like(rest)
+        for k in range(len(self.scales)):
+            pooled = self._down(rest, k)
+            ids = self.nearest(pooled)
+            h = self.contribution(ids, k)
+            f_hat = f_hat + h
+            rest = rest - h.detach()
+            yield ScaleStep(pooled, ids, f_hat, rest)
+
+    def quantize(self, f: Float[Tensor, "b dim h w"]) -> Quantized:
+        """Ids of all scales, the sum they decode to, and the mean over scales of beta |sg f_hat - f|^2 + |f_hat - sg f|^2.
+
+        The f_hat of a scale's loss is the partial sum so far. The straight-through estimator is applied once, to the
+        last f_hat, whose value is not disturbed: `z_q` equals `decode_latent(ids)` exactly.
+        """
+        f = f.to(self.codebook.dtype)
+        steps = list(self.analyse(f))
+        loss = torch.stack(
+            [self.beta * F.mse_loss(s.f_hat.detach(), f) + F.mse_loss(s.f_hat, f.detach()) for s in steps]
+        ).mean()
+        ids = torch.cat([s.ids for s in steps], dim=1)
+        z_q = _StraightThrough.apply(steps[-1].f_hat, f)
+        return Quantized(z_q, ids, loss, self._stats([s.ids for s in steps]))
+
+    # ---- from ids to a latent map ------------------------------------------------------------------------------------
+    def contribution(self, ids: Int[Tensor, "b p*p"], k: int) -> Float[Tensor, "b dim h w"]:
+        """What the token map of scale `k` adds to f_hat: phi(bicubic-up(embed)); the finest scale is not resized."""
+        p = self.scales[k]
+        if ids.shape[1] != p * p:
+            raise ValueError(f"scale {k} has {p}x{p} = {p * p} ids, got {ids.shape[1]}")
+        h = F.embedding(ids, self.codebook).transpose(1, 2).reshape(len(ids), self.dim, p, p).contiguous()
+        if p != self.side:
+            h = F.interpolate(h, size=(self.side, self.side), mode="bicubic")
+        with _full_precision(h):
+            return self.phis[self.phi_of_scale[k]](h)
+
+    def partial_latents(self, ids: Int[Tensor, "b n"]) -> list[Float[Tensor, "b dim h w"]]:
+        """f_hat after each scale. `ids` may end after any scale, so a sample in the making has its latents too."""
+        f_hat = self.codebook.new_zeros(len(ids), self.dim, self.side, self.side)
+        partial = []
+        for k, ids_k in enumerate(self.split(ids)):
+            f_hat = f_hat + self.contribution(ids_k, k)
+            partial.append(f_hat)
+        return partial
+
+    def decode_latent(self, ids: Int[Tensor, "b total"]) -> Float[Tensor, "b dim h w"]:
+        """f_hat of all scales."""
+        if ids.shape[1] != self.total:
+            raise ValueError(f"all scales together have {self.total} ids, got {ids.shape[1]}")
+        return self.partial_latents(ids)[-1]
+
+    def split(self, ids: Int[Tensor, "b n"]) -> list[Int[Tensor, "b p*p"]]:
+        """The ids of each scale; raises ValueError unless `ids` ends where a scale ends."""
+        ends = torch.tensor(self.sizes).cumsum(0).tolist()
+        if ids.shape[1] not in ends:
+            raise ValueError(f"ids end with a scale, that is after one of {ends}, got {ids.shape[1]}")
+        return list(ids.split(self.sizes[: ends.index(ids.shape[1]) + 1], dim=1))
+
+    # ---- what a next-scale generator reads ---------------------------------------------------------------------------
+    def next_input(self, f_hat: Float[Tensor, "b dim h w"], k: int) -> Float[Tensor, "b p*p dim"]:
+        """Input of the generator at scale k + 1: f_hat after scale `k`, area-downed, in raster order."""
+        if not 0 <= k < len(self.scales) - 1:
+            raise ValueError(f"no scale follows scale {k} of {len(self.scales)}")
+        return self._down(f_hat, k + 1).flatten(2).transpose(1, 2)
+
+    def teacher_inputs(self, ids: Int[Tensor, "b total"]) -> Float[Tensor, "b total-p1*p1 dim"]:
+        """`next_input` after every scale but the last, side by side; the same operations as step by step."""
+        known = self.partial_latents(ids[:, : self.total - self.sizes[-1]]) if len(self.scales) > 1 else []
+        empty = self.codebook.new_zeros(len(ids), 0, self.dim)
+        return torch.cat([empty, *(self.next_input(f_hat, k) for k, f_hat in enumerate(known))], dim=1)
+
+    def _down(self, x: Float[Tensor, "b dim h w"], k: int) -> Float[Tensor, "b dim p p"]:
+        p = self.scales[k]
+        return x if p == self.side else F.interpolate(x, size=(p, p), mode="area")
+
+    def _stats(self, ids: list[Int[Tensor, "b p*p"]]) -> dict[str, Tensor]:
+        hits = torch.stack([i.flatten().bincount(minlength=self.vocab) for i in ids])
+        share = hits.sum(0) / hits.sum()
+        return {"hits": hits, "used": (share > 0).sum(), "perplexity": torch.special.entr(share).sum().exp()}
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    """Ids and f_hat must not depend on whether the caller runs under autocast."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Value of the first argument, gradient of the second. f + (f_hat - f) would round f_hat off."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, carrier: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0]
+
+
+@dataclass(frozen=True)
+class MultiScaleConfig:
+    """The shape of a tokenizer. Pictures are square, scales[-1] * 2 ** halvings pixels wide. Defaults: the 8x8 digits."""
+
+    scales: tuple[int, ...] = (1, 2, 4, 8)
+    vocab: int = 64
+    dim: int = 8
+    channels: int = 1
+    width: int = 48
+    halvings: int = 0
+    phis: int = 4
+    phi_ratio: float = 0.5
+    beta: float = 0.25
+
+    @property
+    def side(self) -> int:
+        return self.scales[-1] * 2**self.halvings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON or a safetensors header; `MultiScaleConfig(**d)` takes them back."""
+        return asdict(self)
+
+
+class MultiScaleTokenizer(nn.Module):
+    """Pictures in [-1, 1] <-> ids of all scales."""
+
+    def __init__(self, config: MultiScaleConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.encoder = ConvEncoder(c.channels, c.width, c.dim, c.halvings)
+        self.quantizer = MultiScaleVQ(c.scales, c.vocab, c.dim, c.phis, c.phi_ratio, c.beta)
+        self.decoder = ConvDecoder(c.channels, c.width, c.dim, c.halvings)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Quantized]:
+        """Reconstruction (not clamped) and what the quantizer did: the training path."""
+        quantized = self.quantizer.quantize(self.encoder(images))
+        return self.decoder(quantized.z_q), quantized
+
+    @torch.no_grad()
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Int[Tensor, "b total"]:
+        return self.quantizer.quantize(self.encoder(images)).ids
+
+    @torch.no_grad()
+    def decode(self, ids: Int[Tensor, "b total"]) -> Float[Tensor, "b c h w"]:
+        return self.decoder(self.quantizer.decode_latent(ids)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def partial_decode(self, ids: Int[Tensor, "b n"]) -> list[Float[Tensor, "b c h w"]]:
+        """The picture after each scale, for films; `ids` may end after any scale."""
+        return [self.decoder(f_hat).clamp(-1, 1) for f_hat in self.quantizer.partial_latents(ids)]
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """How `train_tokenizer` trains. VAR published no training code; the defaults suit thousands of small pictures."""
+
+    steps: int = 900
+    batch: int = 32
+    learning_rate: float = 3e-3  # AdamW, cosine to zero
+    warm_up: float = 1 / 3  # share of the steps as a plain autoencoder, before the codebook is filled
+    latent_weight: float = 1e-3  # of mean f^2 during the warm-up: keeps latents at a size that codewords can follow
+    vq_weight: float = 0.5  # of the quantizer's loss, beside the squared error of the picture
+    replace_every: int = 50  # steps between two replacements of codewords that are hardly used
+    replace_until: float = 0.8  # share of the steps after which the codebook is left alone
+    replace_below: int = 2  # fewer uses than this, among the ids of `survey` pictures, is hardly used
+    survey: int = 512
+
+
+def train_tokenizer(
+    images: Float[Tensor, "n c h w"],
+    config: MultiScaleConfig | None = None,
+    recipe: TokenizerRecipe | None = None,
+    *,
+    seed: int = 0,
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> MultiScaleTokenizer:
+    """Fit a tokenizer to pictures in [-1, 1]; the same seed gives the same weights on the same machine.
+
+    `augment(batch, generator)` may vary each batch; `progress(step, steps, metrics)` is called after every step with
+    loss, psnr (dB) and, once the codebook is filled, the codes used. The global random state is left as it was.
+    """
+    config, recipe = config or MultiScaleConfig(), recipe or TokenizerRecipe()
+    if images.shape[1:] != (config.channels, config.side, config.side):
+        want = (config.channels, config.side, config.side)
+        raise ValueError(f"this tokenizer is for pictures of shape {want}, got {tuple(images.shape[1:])}")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = MultiScaleTokenizer(config)
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=recipe.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
+    warm = round(recipe.warm_up * recipe.steps)
+
+    def draw(count: int) -> Tensor:
+        batch = images[torch.randint(len(images), (count,), generator=generator)]
+        return augment(batch, generator) if augment else batch
+
+    for step in range(recipe.steps):
+        if step == warm:
+            _fill_codebook(tokenizer.quantizer, tokenizer.encoder(draw(recipe.survey)), generator)
+        elif step > warm and (step - warm) % recipe.replace_every == 0 and step < recipe.replace_until * recipe.steps:
+            _replace_unused(tokenizer.quantizer, tokenizer.encoder(draw(recipe.survey)), recipe.replace_below, generator)
+        batch = draw(recipe.batch)
+        loss, metrics = (_plain_loss if step < warm else _quantized_loss)(tokenizer, batch, recipe)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if progress:
+            progress(step + 1, recipe.steps, metrics)
+    return tokenizer.eval()
+
+
+def _plain_loss(
+    tokenizer: MultiScaleTokenizer, images: Tensor, recipe: TokenizerRecipe
+) -> tuple[Tensor, dict[str, float]]:
+    f = tokenizer.encoder(images)
+    error = F.mse_loss(tokenizer.decoder(f), images)
+    loss = error + recipe.latent_weight * f.square().mean()
+    return loss, {"loss": loss.item(), "psnr": _psnr(error)}
+
+
+def _quantized_loss(
+    tokenizer: MultiScaleTokenizer, images: Tensor, recipe: TokenizerRecipe
+) -> tuple[Tensor, dict[str, float]]:
+    drawn, quantized = tokenizer(images)
+    error = F.mse_loss(drawn, images)
+    loss = error + recipe.vq_weight * quantized.loss
+    used = float(quantized.stats["used"])
+    return loss, {"loss": loss.item(), "psnr": _psnr(error), "vq_loss": quantized.loss.item(), "codes_used": used}
+
+
+def _psnr(squared_error: Tensor) -> float:
+    """In dB, for pictures in [-1, 1], whose peak is 2."""
+    return -10 * math.log10(squared_error.item() / 4)
+
+
+@torch.no_grad()
+def _fill_codebook(vq: MultiScaleVQ, f: Float[Tensor, "b dim h w"], generator: torch.Generator) -> None:
+    """Codewords become rests met at each scale, in equal numbers: those of a scale are drawn after the coarser ones."""
+    codes = f.new_zeros(0, vq.dim)
+    for k in range(len(vq.scales)):
+        missing = vq.vocab * (k + 1) // len(vq.scales) - len(codes)
+        rests = next(s.pooled for i, s in enumerate(vq.analyse(f)) if i == k).transpose(0, 1).flatten(1).T
+        chosen = torch.randint(len(rests), (missing,), generator=generator)
+        codes = torch.cat([codes, rests[chosen]])
+        vq.codebook.copy_(codes[torch.arange(vq.vocab) % len(codes)])
+
+
+@torch.no_grad()
+def _replace_unused(vq: MultiScaleVQ, f: Float[Tensor, "b dim h w"], below: int, generator: torch.Generator) -> None:
+    """Codewords used fewer than `below` times become rests met now, drawn in equal numbers from every scale."""
+    steps = list(vq.analyse(f))
+    uses = torch.cat([s.ids.flatten() for s in steps]).bincount(minlength=vq.vocab)
+    for turn, code in enumerate((uses < below).nonzero().flatten().tolist()):
+        rests = steps[turn % len(steps)].pooled.transpose(0, 1).flatten(1).T
+        vq.codebook[code] = rests[int(torch.randint(len(rests), (), generator=generator))]

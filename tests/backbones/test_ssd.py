@@ -1,0 +1,599 @@
+"""State-space duality: every fast form equals the recurrence, and a Mamba-2 mixer built from them equals the published one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import Mamba2Config
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from seriatim.backbones.ssd import (
+    ancestors,
+    causal_conv,
+    conv_replay,
+    conv_step,
+    replay,
+    ssd_chunked,
+    ssd_recurrent,
+    ssd_replay,
+    ssd_step,
+    ssd_tree,
+    tree_conv,
+    tree_taps,
+)
+
+drawn = settings(deadline=None, max_examples=40, derandomize=True)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Random activations of b rows of s slots; `args` is what the scans take."""
+
+    b: int = 2
+    s: int = 13
+    h: int = 4
+    p: int = 3
+    g: int = 2
+    n: int = 5
+    decay: float = 1.0
+    seed: int = 0
+
+    def make(self, kind: torch.dtype = torch.float64) -> tuple[tuple[Tensor, ...], Tensor]:
+        """(x, dt, A, B, C) and an initial state."""
+        random = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+        b, s, h, p, g, n = self.b, self.s, self.h, self.p, self.g, self.n
+        A = -self.decay * normal(h).abs()
+        args = normal(b, s, h, p), F.softplus(normal(b, s, h)), A, normal(b, s, g, n), normal(b, s, g, n)
+        return tuple(t.to(kind) for t in args), normal(b, h, p, n).to(kind)
+
+
+def along(args: Sequence[Tensor], row: int, path: Sequence[int]) -> tuple[Tensor, ...]:
+    """The same activations, only those of one row on a path."""
+    x, dt, A, B, C = args
+    at = torch.tensor(path, dtype=torch.long)
+    return x[row, at][None], dt[row, at][None], A, B[row, at][None], C[row, at][None]
+
+
+def path_to(parent: Sequence[int], node: int) -> list[int]:
+    path = []
+    while node >= 0:
+        path.append(node)
+        node = parent[node]
+    return path[::-1]
+
+
+def random_tree(draw: st.DrawFn, size: int) -> list[int]:
+    """Parents in any order of slots: a parent may stand after its child."""
+    name = draw(st.permutations(range(size)))
+    parent = [-1] * size
+    for i in range(size):
+        above = draw(st.integers(-1, i - 1))
+        parent[name[i]] = -1 if above < 0 else name[above]
+    return parent
+
+
+trees = st.composite(lambda draw: random_tree(draw, draw(st.integers(1, 14))))()
+
+# ---- recurrence and chunks -------------------------------------------------------------------------------------------
+
+
+def test_the_recurrence_is_the_weighted_sum_of_the_paper() -> None:
+    args, s0 = Case().make()
+    x, dt, A, B, C = args
+    y, last = ssd_recurrent(*args, s0)
+    for i, head, t in itertools.product(range(2), range(4), range(13)):
+        group = head // 2  # the first two heads share the first group
+        total = torch.exp(dt[i, : t + 1, head].sum() * A[head]) * s0[i, head] @ C[i, t, group]
+        for j in range(t + 1):
+            weight = torch.exp(dt[i, j + 1 : t + 1, head].sum() * A[head]) * dt[i, j, head]
+            total = total + weight * (C[i, t, group] @ B[i, j, group]) * x[i, j, head]
+        close(y[i, t, head], total)
+    zero_step, kept = ssd_step(x[:, 0], torch.zeros(2, 4, dtype=torch.float64), A, B[:, 0], C[:, 0], last)
+    assert torch.equal(kept, last)
+    close(zero_step[0, 3], last[0, 3] @ C[0, 0, 1])
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 7, 8, 9, 33])
+@pytest.mark.parametrize("chunk", [1, 4, 8, 64])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_chunks_equal_the_recurrence(length: int, chunk: int, groups: int) -> None:
+    args, s0 = Case(s=length, g=groups).make()
+    for start in (None, s0):
+        y, last = ssd_chunked(*args, chunk=chunk, state=start)
+        want_y, want_last = ssd_recurrent(*args, state=start)
+        close(y, want_y)
+        close(last, want_last)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 8, 20])
+def test_a_scan_goes_on_from_its_state(cut: int) -> None:
+    (x, dt, A, B, C), s0 = Case(s=21).make()
+    whole, end = ssd_chunked(x, dt, A, B, C, 4, s0)
+    first, middle = ssd_chunked(x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], 4, s0)
+    second, last = ssd_chunked(x[:, cut:], dt[:, cut:], A, B[:, cut:], C[:, cut:], 8, middle)
+    close(torch.cat([first, second], 1), whole)
+    close(last, end)
+
+
+def gradients(scan: Callable[..., tuple[Tensor, Tensor]], case: Case, **kwargs: object) -> list[Tensor]:
+    args, s0 = case.make()
+    leaves = [t.requires_grad_() for t in (*args, s0)]
+    y, last = scan(*leaves[:5], state=leaves[5], **kwargs)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    return list(torch.autograd.grad((y * weight).sum() + last.sin().sum(), leaves))
+
+
+LANES = torch.tensor([[0, 0, 0, 1, 1, -1, 1, 2, 2, 2, 2, -1, -1], [-1, -1, 5, 5, 5, 5, 3, 3, 5, 5, 3, 0, 0]])
+
+
+@pytest.mark.parametrize("lane", [None, LANES], ids=["plain", "lanes"])
+@pytest.mark.parametrize("decay", [1.0, 1e4])
+def test_gradients_equal_those_of_the_recurrence(lane: Tensor | None, decay: float) -> None:
+    case = Case(decay=decay)
+    for got, want in zip(
+        gradients(ssd_chunked, case, chunk=4, lane=lane), gradients(ssd_recurrent, case, lane=lane), strict=True
+    ):
+        assert got.isfinite().all()
+        close(got, want)
+
+
+def test_gradients_are_derivatives() -> None:
+    args, s0 = Case(b=1, s=5, h=2, p=2, g=1, n=2).make()
+    leaves = tuple(t.requires_grad_() for t in (*args, s0))
+    assert torch.autograd.gradcheck(lambda *t: ssd_chunked(*t[:5], chunk=2, state=t[5], lane=LANES[:1, 1:6]), leaves)
+    seen = ancestors(torch.tensor([[-1, 0, 0, 2, -1]]))
+    assert torch.autograd.gradcheck(lambda *t: ssd_tree(*t[:5], seen, t[5]), leaves)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-8, 1e2, 1e4, 1e30])
+def test_no_decay_overflows(decay: float) -> None:
+    args, s0 = Case(s=40, decay=decay).make()
+    y, last = ssd_chunked(*args, 16, s0)
+    want_y, want_last = ssd_recurrent(*args, s0)
+    close(y, want_y)
+    close(last, want_last)
+    parent = torch.arange(-1, 39)[None]
+    close(ssd_tree(*args, ancestors(parent), s0), want_y)
+    close(ssd_replay(*args[:4], parent + 1, s0), want_last)
+
+
+def test_a_strong_decay_costs_its_neighbours_no_digits() -> None:
+    """One slot that forgets everything, among slots that forget little: a difference of running sums would lose the rest."""
+    (x, dt, A, B, C), s0 = Case(s=32, decay=0.05).make()
+    dt = dt.clone()
+    dt[:, 3] = 1e7
+    x = x.clone()
+    x[:, 3] *= 1e-7
+    want, want_last = ssd_recurrent(x, dt, A, B, C, s0)
+    small = [t.float() for t in (x, dt, A, B, C)]
+    y, last = ssd_chunked(*small, 32, s0.float())
+    close(y.double(), want, 2e-5)
+    close(last.double(), want_last, 2e-5)
+    parent = torch.arange(-1, 31)[None]
+    close(ssd_tree(*small, ancestors(parent), s0.float()).double(), want, 2e-5)
+    close(ssd_replay(*small[:4], parent + 1, s0.float()).double(), want_last, 2e-5)
+    running = (small[1] * small[2]).cumsum(1)  # that this test can tell: the cheap formula fails it
+    assert (running[:, 31] - running[:, 4]).sub((small[1] * small[2])[:, 5:].sum(1)).abs().max() > 1e-2
+
+
+def test_half_precision_keeps_a_float32_state() -> None:
+    args, s0 = Case(s=40).make()
+    half = [t.bfloat16() for t in args]
+    want, want_last = ssd_recurrent(*(t.double() for t in half), s0)
+    y, last = ssd_chunked(*half, 16, s0.float())
+    assert y.dtype == torch.bfloat16
+    assert last.dtype == torch.float32
+    close(last.double(), want_last, 1e-4)
+    close(y.double(), want, 1e-2)
+    one, after = ssd_step(half[0][:, 0], half[1][:, 0], half[2], half[3][:, 0], half[4][:, 0], s0.float())
+    assert one.dtype == torch.bfloat16
+    assert after.dtype == torch.float32
+    close(one, y[:, 0], 1e-2)
+
+
+# ---- lanes -----------------------------------------------------------------------------------------------------------
+
+
+def runs(lane: Sequence[int]) -> list[list[int]]:
+    """Live slots, cut where the lane changes."""
+    live = [i for i, one in enumerate(lane) if one >= 0]
+    out: list[list[int]] = []
+    for before, i in zip([None, *live], live, strict=False):
+        if before is None or lane[before] != lane[i]:
+            out.append([])
+        out[-1].append(i)
+    return out
+
+
+@drawn
+@given(st.lists(st.integers(-1, 2), min_size=1, max_size=20), st.sampled_from([1, 3, 4, 32]), st.integers(1, 4))
+def test_packed_samples_do_not_meet(lanes: list[int], chunk: int, width: int) -> None:
+    """Against each sample alone; what stands in padding (not even a number) reaches nothing."""
+    args, s0 = Case(b=1, s=len(lanes)).make()
+    lane = torch.tensor([lanes])
+    inputs = torch.randn(1, len(lanes), 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight, bias = torch.randn(6, width, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    c0 = torch.randn(1, 6, width - 1, dtype=torch.float64)
+    dead = lane < 0
+    spoiled = [torch.where(dead.view(1, -1, *[1] * (t.dim() - 2)), torch.nan, t) if t.dim() > 1 else t for t in args]
+    y, last = ssd_chunked(*spoiled, chunk=chunk, state=s0, lane=lane)
+    by_loop, last_by_loop = ssd_recurrent(*args, state=s0, lane=lane)
+    conv, tail = causal_conv(inputs.masked_fill(dead[..., None], torch.nan), weight, bias, c0, lane)
+    want_y, want_last = torch.zeros_like(y), s0
+    want_conv, want_tail = torch.zeros_like(conv), c0
+    for number, run in enumerate(runs(lanes)):
+        begin, early = (s0, c0) if number == 0 else (None, None)  # the state belongs to the first sample
+        want_y[:, run], want_last = ssd_recurrent(*along(args, 0, run), state=begin)
+        want_conv[:, run], want_tail = causal_conv(inputs[:, run], weight, bias, early)
+    for got, want in [(y, want_y), (last, want_last), (by_loop, want_y), (last_by_loop, want_last)]:
+        close(got, want)
+    close(conv, want_conv)
+    close(tail, want_tail)
+
+
+def test_lanes_differ_by_row() -> None:
+    args, s0 = Case().make()
+    y, last = ssd_chunked(*args, 4, s0, LANES)
+    for row in range(2):
+        alone, end = ssd_chunked(*along(args, row, range(13)), 4, s0[row : row + 1], LANES[row : row + 1])
+        close(y[row], alone[0])
+        close(last[row], end[0])
+
+
+# ---- convolution -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 9])
+def test_the_convolution_is_causal_and_goes_on(width: int, length: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    x, c0 = (torch.randn(2, n, 6, generator=random, dtype=torch.float64) for n in (length, width - 1))
+    weight, bias = (torch.randn(*shape, generator=random, dtype=torch.float64) for shape in ((6, width), (6,)))
+    y, tail = causal_conv(x, weight, bias, c0.mT)
+    full = torch.cat([c0, x], 1).mT
+    close(tail, full[..., length:])
+    if length:
+        close(y, F.conv1d(full, weight[:, None], bias, groups=6).mT)
+        close(causal_conv(x, weight, None)[0], F.conv1d(F.pad(x.mT, (width - 1, 0)), weight[:, None], groups=6).mT)
+    state = c0.mT
+    for t in range(length):
+        one, state = conv_step(x[:, t], weight, bias, state)
+        close(one, y[:, t])
+    close(state, tail)
+
+
+# ---- trees -----------------------------------------------------------------------------------------------------------
+
+
+@drawn
+@given(trees)
+def test_ancestors_are_the_paths(parent: list[int]) -> None:
+    seen = ancestors(torch.tensor([parent]))[0]
+    for u in range(len(parent)):
+        assert seen[u].nonzero().flatten().tolist() == sorted(path_to(parent, u))
+
+
+@drawn
+@given(trees, trees, st.sampled_from([1, 2, 4]), st.sampled_from([1.0, 50.0]))
+def test_each_slot_of_a_tree_is_the_end_of_its_path(
+    left: list[int], right: list[int], groups: int, decay: float
+) -> None:
+    """Scan, convolution and replayed states, against the recurrence along every path from the committed states."""
+    size = max(len(left), len(right))
+    both = [left + [-1] * (size - len(left)), right + [-1] * (size - len(right))]  # smaller trees are filled with roots
+    parent = torch.tensor(both)
+    args, s0 = Case(s=size, g=groups, decay=decay).make()
+    random = torch.Generator().manual_seed(1)
+    conv_x, weight, bias, c0 = (
+        torch.randn(*shape, generator=random, dtype=torch.float64) for shape in ((2, size, 6), (6, 4), (6,), (2, 6, 3))
+    )
+    y = ssd_tree(*args, ancestors(parent), s0)
+    conv = tree_conv(conv_x, weight, bias, tree_taps(parent, 4), c0)
+    ends = [u % len(tree) for u in range(size) for tree in (left, right)]
+    for u in range(size):
+        paths = [path_to(tree, u) for tree in both]
+        longest = max(map(len, paths))
+        padded = torch.tensor([path + [-1] * (longest - len(path)) for path in paths])
+        after_conv, after = replay(conv_x, *args[:4], padded, c0, s0)
+        for row, path in enumerate(paths):
+            want, want_state = ssd_recurrent(*along(args, row, path), state=s0[row : row + 1])
+            close(y[row, u], want[0, -1])
+            close(after[row], want_state[0])
+            want_conv, want_tail = causal_conv(conv_x[row : row + 1, path], weight, bias, c0[row : row + 1])
+            close(conv[row, u], want_conv[0, -1])
+            close(after_conv[row], want_tail[0])
+    assert len(ends) == 2 * size
+
+
+def test_a_chain_is_a_tree_and_a_shared_tree_is_every_rows() -> None:
+    args, s0 = Case().make()
+    chain = torch.arange(-1, 12)[None]
+    close(ssd_tree(*args, ancestors(chain), s0), ssd_chunked(*args, 4, s0)[0])
+    close(ssd_tree(*args, ancestors(chain)), ssd_chunked(*args, 4)[0])
+    x, weight = torch.randn(2, 13, 6), torch.randn(6, 4)
+    close(tree_conv(x, weight, None, tree_taps(chain, 4)), causal_conv(x, weight, None)[0], 1e-5)
+    fork = torch.tensor([[-1, 0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 7]])
+    close(
+        ssd_tree(*args, ancestors(fork), s0),
+        ssd_tree(*args, ancestors(fork.expand(2, -1)), s0),
+    )
+    path = torch.tensor([[0, 1, 4]])
+    for one, many in zip(
+        replay(x, *args[:4], path, torch.zeros(2, 6, 3), s0),
+        replay(x, *args[:4], path.expand(2, -1), torch.zeros(2, 6, 3), s0),
+        strict=True,
+    ):
+        assert torch.equal(one, many)
+
+
+@pytest.mark.parametrize(
+    "path", [torch.zeros(2, 0, dtype=torch.long), torch.full((2, 3), -1)], ids=["empty", "padding"]
+)
+def test_an_empty_path_rolls_back_bit_for_bit(path: Tensor) -> None:
+    for kind in (torch.float64, torch.float32):
+        args, s0 = Case().make(kind)
+        c0 = torch.randn(2, 6, 3, dtype=kind)
+        conv_state, state = replay(torch.randn(2, 13, 6, dtype=kind), *args[:4], path, c0, s0)
+        assert torch.equal(conv_state, c0)
+        assert torch.equal(state, s0)
+
+
+def test_layers_are_replayed_at_once() -> None:
+    """Three layers folded into the batch, each with its own decay."""
+    cases = [Case(seed=i).make() for i in range(3)]
+    x, dt, B = (torch.cat([args[i] for args, _ in cases]) for i in (0, 1, 3))
+    A = torch.stack([args[2] for args, _ in cases]).repeat_interleave(2, 0)[:, None]
+    path = torch.tensor([[0, 2, 5], [1, 7, -1]])
+    folded = ssd_replay(x, dt, A, B, path.repeat(3, 1), torch.cat([s0 for _, s0 in cases]))
+    close(folded, torch.cat([ssd_replay(*args[:4], path, s0) for args, s0 in cases]))
+
+
+# ---- the published mixer ---------------------------------------------------------------------------------------------
+
+
+class Mixer:
+    """A Mamba-2 mixer assembled from these functions, on the weights of the published one; `wrong` names one mistake."""
+
+    def __init__(self, official: Mamba2Mixer, wrong: str = "") -> None:
+        self.o, self.wrong = official, wrong
+
+    def open(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, what enters the convolution, steps: (b, s, ...)."""
+        o = self.o
+        z, xBC, dt = o.in_proj(hidden).split([o.intermediate_size, o.conv_dim, o.num_heads], -1)
+        if self.wrong == "gate last":
+            xBC, z, dt = o.in_proj(hidden).split([o.conv_dim, o.intermediate_size, o.num_heads], -1)
+        return z, xBC, F.softplus(dt if self.wrong == "no step bias" else dt + o.dt_bias)
+
+    @property
+    def weight(self) -> tuple[Tensor, Tensor]:
+        taps = self.o.conv1d.weight[:, 0]
+        return taps.flip(1) if self.wrong == "kernel reversed" else taps, self.o.conv1d.bias
+
+    def scan_inputs(self, conv: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
+        o = self.o
+        if self.wrong != "no activation":
+            conv = F.silu(conv)
+        x, B, C = conv.split([o.intermediate_size, o.n_groups * o.ssm_state_size, o.n_groups * o.ssm_state_size], -1)
+        if self.wrong == "B and C swapped":
+            B, C = C, B
+        lead = conv.shape[:-1]
+        x = x.reshape(*lead, o.num_heads, o.head_dim)
+        if self.wrong == "B without the step":
+            x = x / dt[..., None]
+        B, C = (t.reshape(*lead, o.n_groups, o.ssm_state_size) for t in (B, C))
+        if self.wrong == "groups dealt out":
+            deal = torch.arange(o.num_heads) % o.n_groups
+            B, C = B[..., deal, :], C[..., deal, :]
+        A = -torch.exp(o.A_log)
+        return x, dt, (-A.exp() if self.wrong == "A without its exponential" else A), B, C
+
+    def close(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        o = self.o
+        if self.wrong != "no skip":
+            y = y + o.D[:, None] * x
+        y, gate = y.flatten(-2), F.silu(z)
+        if self.wrong != "gate after the norm":
+            y = y * gate
+        parts = y.unflatten(-1, (1 if self.wrong == "norm over all groups" else o.n_groups, -1))
+        y = o.norm.weight * (parts * (parts.pow(2).mean(-1, keepdim=True) + o.layer_norm_epsilon).rsqrt()).flatten(-2)
+        return o.out_proj(y * gate if self.wrong == "gate after the norm" else y)
+
+    def zero(self, b: int) -> tuple[Tensor, Tensor]:
+        o = self.o
+        conv_state = torch.zeros(b, o.conv_dim, o.conv_kernel_size - 1)
+        return conv_state, torch.zeros(b, o.num_heads, o.head_dim, o.ssm_state_size)
+
+    def packed(self, hidden: Tensor, states: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        z, xBC, dt = self.open(hidden)
+        conv, conv_state = causal_conv(xBC, *self.weight, states[0])
+        args = self.scan_inputs(conv, dt)
+        y, state = ssd_chunked(*args, 8, states[1])
+        return self.close(y, args[0], z), (conv_state, state)
+
+    def stepwise(self, hidden: Tensor, states: tuple[Tensor, Tensor]) -> Tensor:
+        out = []
+        conv_state, state = states
+        for t in range(hidden.shape[1]):
+            z, xBC, dt = self.open(hidden[:, t])
+            conv, conv_state = conv_step(xBC, *self.weight, conv_state)
+            if self.wrong == "conv state reversed":
+                conv_state = conv_state.flip(-1)
+            x, dt, A, B, C = self.scan_inputs(conv, dt)
+            y, state = ssd_step(x, dt, A, B, C, state)
+            out.append(self.close(y, x, z))
+        return torch.stack(out, 1)
+
+    def tree(
+        self, hidden: Tensor, parent: Tensor, states: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+        """Outputs of a draft tree, and `commit`: from a path to the states after it."""
+        z, xBC, dt = self.open(hidden)
+        conv = tree_conv(xBC, *self.weight, tree_taps(parent, self.o.conv_kernel_size), states[0])
+        args = self.scan_inputs(conv, dt)
+        y = ssd_tree(*args, ancestors(parent), states[1])
+        return self.close(y, args[0], z), lambda path: replay(xBC, *args[:4], path, *states)
+
+
+def official(groups: int) -> Mamba2Mixer:
+    """Tiny, with every parameter random and large enough to matter (the initial ones hide gates, skips and decays)."""
+    config = Mamba2Config(
+        hidden_size=16, num_heads=4, head_dim=8, expand=2, state_size=6, n_groups=groups, conv_kernel=4, chunk_size=8
+    )
+    mixer = Mamba2Mixer(config, layer_idx=0).eval()
+    random = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in mixer.named_parameters():
+            scale = 0.7 if parameter.dim() > 1 else 1.0
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=random) + (1.0 if "norm" in name else 0.0))
+    return mixer
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.fixture(params=[1, 2], ids=["one group", "two groups"])
+def published(request: pytest.FixtureRequest) -> Mamba2Mixer:
+    return official(request.param)
+
+
+HIDDEN = torch.randn(2, 29, 16, generator=torch.Generator().manual_seed(8))
+
+
+@torch.no_grad()
+def test_the_mixer_is_the_published_one(published: Mamba2Mixer) -> None:
+    ours, want = Mixer(published), published(HIDDEN)
+    assert far(ours.packed(HIDDEN, ours.zero(2))[0], want) < 5e-6
+    assert far(ours.stepwise(HIDDEN, ours.zero(2)), want) < 5e-6
+    start, states = ours.packed(HIDDEN[:, :11], ours.zero(2))
+    assert far(torch.cat([start, ours.stepwise(HIDDEN[:, 11:], states)], 1), want) < 5e-6
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "B without the step",
+        "kernel reversed",
+        "conv state reversed",
+        "gate after the norm",
+        "gate last",
+        "no step bias",
+        "no activation",
+        "no skip",
+        "B and C swapped",
+        "groups dealt out",
+        "norm over all groups",
+        "A without its exponential",
+    ],
+)
+@torch.no_grad()
+def test_a_mixer_with_one_mistake_is_not(wrong: str) -> None:
+    theirs = official(2)
+    ours = Mixer(theirs, wrong)
+    assert far(ours.stepwise(HIDDEN, ours.zero(2)), theirs(HIDDEN)) > 1e-2
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 3, 9])
+@torch.no_grad()
+def test_a_tree_is_scored_as_the_published_mixer_scores_its_paths(published: Mamba2Mixer, prefix: int) -> None:
+    """Also where the prefix is shorter than the kernel."""
+    ours = Mixer(published)
+    states = ours.zero(1) if prefix == 0 else ours.packed(HIDDEN[:1, :prefix], ours.zero(1))[1]
+    parent = [-1, 0, 0, 1, 1, 3, 2, 5, -1]
+    draft = HIDDEN[:1, 15 : 15 + len(parent)]
+    y, _ = ours.tree(draft, torch.tensor([parent]), states)
+    for u in range(len(parent)):
+        sequence = torch.cat([HIDDEN[:1, :prefix], draft[:, path_to(parent, u)]], 1)
+        assert far(y[0, u], published(sequence)[0, -1]) < 2e-5
+
+
+@torch.no_grad()
+def test_fifty_rounds_of_draft_and_commit_equal_one_fresh_forward(published: Mamba2Mixer) -> None:
+    """Each row keeps its own path of a random tree, sometimes none; float64, so that nothing drifts unseen."""
+    ours = Mixer(published.double())
+    random = torch.Generator().manual_seed(3)
+    states = tuple(t.double() for t in ours.zero(2))
+    kept: list[list[Tensor]] = [[], []]
+    read: list[list[Tensor]] = [[], []]
+    for _ in range(50):
+        parent = [[int(torch.randint(-1, u, (), generator=random)) for u in range(7)] for _ in range(2)]
+        draft = torch.randn(2, 7, 16, generator=random, dtype=torch.float64)
+        y, commit = ours.tree(draft, torch.tensor(parent), states)  # type: ignore[arg-type]
+        ends = torch.randint(-1, 7, (2,), generator=random).tolist()
+        paths = [path_to(parent[row], ends[row]) for row in range(2)]
+        states = commit(torch.tensor([path + [-1] * (7 - len(path)) for path in paths]))
+        for row, path in enumerate(paths):
+            kept[row] += list(draft[row, path])
+            read[row] += list(y[row, path])
+    for row in range(2):
+        zero = tuple(t.double() for t in ours.zero(1))
+        fresh, end = ours.packed(torch.stack(kept[row])[None], zero)  # type: ignore[arg-type]
+        close(torch.stack(read[row]), fresh[0])
+        for got, want in zip(states, end, strict=True):
+            close(got[row], want[0])
+
+
+# ---- how they are called ---------------------------------------------------------------------------------------------
+
+
+def test_one_graph_without_breaks() -> None:
+    args, s0 = Case().make()
+    parent = torch.tensor([[-1, 0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 7]])
+
+    def all_of_it(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, s0: Tensor, lane: Tensor) -> Sequence[Tensor]:
+        flat = x.flatten(2)
+        weight, tail = flat[0, :4].T, s0.flatten(1)[:, :36].reshape(2, 12, 3)
+        conv, tail = causal_conv(flat, weight, None, tail, lane)
+        tree = tree_conv(flat, weight, None, tree_taps(parent, 4), tail)
+        after = replay(flat, x, dt, A, B, torch.tensor([[0, 1, 3, -1]]), tail, s0)
+        return (
+            *ssd_chunked(x, dt, A, B, C, 4, s0, lane),
+            conv,
+            tree,
+            ssd_tree(x, dt, A, B, C, ancestors(parent)),
+            *after,
+        )
+
+    compiled = torch.compile(all_of_it, fullgraph=True, backend="eager")
+    for got, want in zip(compiled(*args, s0, LANES), all_of_it(*args, s0, LANES), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_inputs_are_left_alone() -> None:
+    args, s0 = Case().make()
+    before = [t.clone() for t in (*args, s0)]
+    ssd_chunked(*args, 4, s0, LANES)
+    ssd_tree(*args, ancestors(torch.arange(-1, 12)[None]), s0)
+    ssd_step(*(t[:, 0] if t.dim() > 1 else t for t in args), s0)
+    replay(torch.randn(2, 13, 6), *args[:4], torch.tensor([[0, 1]]), torch.zeros(2, 6, 3), s0)
+    conv_replay(torch.randn(2, 13, 6), torch.tensor([[0, 1]]), torch.zeros(2, 6, 3))
+    assert all(torch.equal(a, b) for a, b in zip(before, (*args, s0), strict=True))
+
+
+def test_wrong_shapes_are_named() -> None:
+    (x, dt, A, B, C), s0 = Case().make()
+    with pytest.raises(ValueError, match="dividing h"):
+        ssd_chunked(x, dt, A, B[:, :, :1].expand(-1, -1, 3, -1), C[:, :, :1].expand(-1, -1, 3, -1))
+    with pytest.raises(ValueError, match="at least one slot"):
+        ssd_chunked(x, dt, A, B, C, 0)
+    with pytest.raises(ValueError, match="ancestors"):
+        ssd_tree(x, dt, A, B, C, torch.arange(-1, 12)[None], s0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="width of 3"):
+        tree_conv(torch.zeros(1, 2, 6), torch.zeros(6, 4), None, tree_taps(torch.tensor([[-1, 0]]), 3))
