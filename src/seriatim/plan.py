@@ -16,59 +16,72 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from seriatim.layout import Layout
-from seriatim.view import INF, View, join
+from seriatim.reach import closure, last_look, nearest, transitive
+from seriatim.slots import (
+    DERIVED,
+    LEARNED,
+    MASK,
+    NOISE,
+    SOURCES,
+    VALUE,
+    Reads,
+    Slots,
+    gather,
+    only,
+    ragged,
+    reads_at,
+    slots_of,
+)
+from seriatim.view import INF, View
 
-VALUE, MASK, NOISE, DERIVED, LEARNED = 0, 1, 2, 3, 4
-SOURCES = ("value", "mask", "noise", "derived", "learned")
+__all__ = [
+    "VALUE",
+    "MASK",
+    "NOISE",
+    "DERIVED",
+    "LEARNED",
+    "SOURCES",
+    "MIXERS",
+    "Slots",
+    "Reads",
+    "slots_of",
+    "reads_at",
+    "Plan",
+    "plan_of",
+    "Cost",
+    "Leak",
+    "OrderError",
+]
+
+MIXERS = ("any", "causal", "scan", "full")
 
 
 class OrderError(ValueError):
     """An order that peeks at what it predicts, or whose steps cannot be computed."""
 
 
-@dataclass(frozen=True, eq=False)
-class Slots:
-    """Rows of one forward: labels only, batch 1 when the batch shares them.
-
-    `element` lists what a slot carries (-1: nothing; several: summed codes, a fused window), `source` how: its VALUE,
-    a MASK in its place, its NOISE, something DERIVED from other elements, a LEARNED vector. `needs` is the highest
-    rank on which the content depends (-1: nothing that is generated). `node` marks slots that carry a node of the
-    guess under verification (-1: none) in place of what stands in the canvas.
-    """
-
-    element: Int[Tensor, "b s c"]
-    source: Int[Tensor, "b s"]
-    coord: Int[Tensor, "b s axes"]
-    needs: Int[Tensor, "b s"]
-    node: Int[Tensor, "b s"] | None = None
-
-    def take(self, index: Int[Tensor, "b m"]) -> Slots:
-        node = None if self.node is None else _gather(self.node, index)
-        return Slots(*(_gather(x, index) for x in (self.element, self.source, self.coord, self.needs)), node)
-
-
-@dataclass(frozen=True, eq=False)
-class Reads:
-    """Read-outs: at `slot`, the distribution of `element`, by the head's `role` (several predictors of one element)."""
-
-    slot: Int[Tensor, "b m"]
-    element: Int[Tensor, "b m"]
-    role: Int[Tensor, "b m"] | None = None
-
-
 @dataclass(frozen=True)
 class Cost:
-    """What a plan costs when decoded step by step with its exact cache."""
+    """What one sample costs when decoded step by step with its exact cache.
+
+    `pairs`: (query, key) pairs of attention in one layer of each kind. `peak_cache`: entries that are live at once, the
+    pending ones of the present step included. `kept`: the most that are carried from one step to a later one.
+    """
 
     forwards: int
     slots: int
     pairs: int
     peak_cache: int
+    kept: int = 0
 
 
 @dataclass(frozen=True)
 class Leak:
-    """A read-out that depends on something not decided before it."""
+    """A read-out that depends on something not decided before it.
+
+    `slot` reads `element`, which is decided at step `rank`, but sees slot `through`, whose content depends on rank
+    `needs`: on element `carries`, where that slot lists what it carries (else -1).
+    """
 
     row: int
     slot: int
@@ -76,10 +89,16 @@ class Leak:
     through: int
     carries: int
     why: str = "value"
+    rank: int = -1
+    needs: int = -1
 
     def __str__(self) -> str:
         where = f"slot {self.slot} reads element {self.element}"
-        what = f"element {self.carries}" if self.carries >= 0 else "something no earlier"
+        if self.carries >= 0:
+            what = f"element {self.carries}"
+        else:
+            where += f" of rank {self.rank}"
+            what = f"content of rank {self.needs}"
         if self.why == "same datum":
             what += ", which is the same datum in another form,"
         how = "itself" if self.through == self.slot else f"slot {self.through}"
@@ -91,8 +110,9 @@ class Plan:
     """One forward pass.
 
     `rank` is the step that decides each element (-1: given). `layers` says which layers compute which slot (None:
-    all). With a `layout`, elements declared to hold the same datum are kept apart too. A plan made by `steps()` also says which of its slots are
-    worth keeping in a cache (`keep`) and which cached entries anybody still looks at afterwards (`retain`).
+    all). With a `layout`, elements declared to hold the same datum are kept apart too. A plan made by `steps()` also
+    says which of its slots to append to the cache (`kept`), then which entries of the cache anybody still looks at
+    (`retain`; None: all of them), and which rank it `decides`.
     """
 
     slots: Slots
@@ -104,20 +124,31 @@ class Plan:
     settled: Mapping[str, View] | None = field(default=None, repr=False)  # labels once committed, where they change
     kept: Int[Tensor, "b m"] | None = field(default=None, repr=False)
     retain: Int[Tensor, "b m"] | None = field(default=None, repr=False)
+    decides: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        n = self.size
+        n, elements = self.size, self.rank.shape[1]
+        if not self.views:
+            raise OrderError("a plan needs at least one view")
         for name, view in self.views.items():
             if view.size != n:
                 raise OrderError(f"view {name!r} has {view.size} slots, the plan has {n}")
-        if not self.views:
-            raise OrderError("a plan needs at least one view")
-        if self.reads.slot.numel() and int(self.reads.slot.max()) >= n:
-            raise OrderError(f"slot {int(self.reads.slot.max())} is read, but the plan has only {n} slots")
-        if self.reads.element.numel() and int(self.reads.element.max()) >= self.rank.shape[1]:
-            raise OrderError(
-                f"element {int(self.reads.element.max())} is read, but there are only {self.rank.shape[1]} elements"
-            )
+        for name in ("element", "source", "coord"):
+            if getattr(self.slots, name).shape[1] != n:
+                raise OrderError(f"`{name}` labels {getattr(self.slots, name).shape[1]} slots, `needs` labels {n}")
+        if self.reads.slot.shape[1] != self.reads.element.shape[1]:
+            raise OrderError(f"{self.reads.slot.shape[1]} slots read {self.reads.element.shape[1]} elements")
+        for name, view in (self.settled or {}).items():
+            if view.size != n:
+                raise OrderError(f"view {name!r} has {view.size} slots once settled, the plan has {n}")
+        if self.layers is not None and self.layers.shape[1] != n:
+            raise OrderError(f"`layers` labels {self.layers.shape[1]} slots, the plan has {n}")
+        if self.layout is not None and self.layout.size != elements:
+            raise OrderError(f"{elements} elements have a rank, but the layout has {self.layout.size}")
+        numbers = (("slot", self.reads.slot, "read", n), ("element", self.reads.element, "read", elements))
+        for noun, number, verb, count in (*numbers, ("element", self.slots.element, "carried", elements)):
+            if number.numel() and int(number.max()) >= count:
+                raise OrderError(f"{noun} {int(number.max())} is {verb}, but there are only {count} {noun}s")
 
     @property
     def size(self) -> int:
@@ -143,69 +174,95 @@ class Plan:
 
     @cached_property
     def batch(self) -> int:
-        rows = [self.slots.needs, self.reads.slot, self.rank, *(v.at for v in self.views.values())]
-        return max(r.shape[0] for r in rows)
+        """Number of rows; 1 when the batch shares all labels."""
+        slots, reads = self.slots, self.reads
+        rows = (slots.element, slots.source, slots.coord, slots.needs, reads.slot, reads.element, self.rank)
+        return max([x.shape[0] for x in rows] + [v.batch for v in self.views.values()])
 
     # ---- what follows from the labels --------------------------------------------------------------------------------
 
     def seen(self, mixers: Mapping[str, str] | None = None) -> Bool[Tensor, "b s s"]:
-        """Who influences whom directly in at least one layer. Layers that scan see all earlier slots of their lane;
-        layers without a mask ("full") see everybody in their lane."""
+        """Who influences whom directly in at least one kind of layer.
+
+        `mixers` says what a kind of layer can honour: "any" mask (the default); "causal" and "scan" let a slot see all
+        earlier slots of its lane, whatever the view says; "full" has no mask but the lane.
+        """
         total = torch.eye(self.size, dtype=torch.bool)[None]
         for name, view in self.views.items():
             honour = (mixers or {}).get(name, "any")
-            if honour in ("scan", "full"):
-                wide = torch.ones(1, self.size, self.size, dtype=torch.bool)
-                wide = wide.tril() if honour == "scan" else wide
-                if view.lane is not None:
-                    wide = wide & (view.lane[:, :, None] == view.lane[:, None]) & (view.lane >= 0)[:, None]
-                total = total | wide | torch.eye(self.size, dtype=torch.bool)
-            else:
+            if honour not in MIXERS:
+                raise ValueError(f"layers {name!r} honour {honour!r}; a mixer is one of {', '.join(MIXERS)}")
+            if honour == "any":
                 total = total | view.mask()
+                continue
+            wide = torch.ones(1, self.size, self.size, dtype=torch.bool)
+            if honour != "full":
+                wide = wide.tril()
+            if view.lane is not None:
+                wide = wide & (view.lane[:, :, None] == view.lane[:, None]) & (view.lane >= 0)[:, None]
+            total = total | wide
         return total
 
     def reach(self, mixers: Mapping[str, str] | None = None) -> Int[Tensor, "b s"]:
         """The highest rank that can influence each slot through any number of layers."""
-        return _closure(self.seen(mixers), self.slots.needs)
+        return closure(self.seen(mixers), self.slots.needs)
 
     def leaks(self, mixers: Mapping[str, str] | None = None) -> list[Leak]:
         """Read-outs that peek, by the closure of `needs` over all views; empty when the order is honest."""
-        seen, reads = self.seen(mixers), self.reads
-        reach = _closure(seen, self.slots.needs)
-        rank = self.rank.expand(self.batch, -1)
-        reach = reach.expand(self.batch, -1)
-        slot, element = reads.slot.expand(self.batch, -1), reads.element.expand(self.batch, -1)
-        live = (slot >= 0) & (element >= 0)
-        bad = live & (reach.gather(1, slot.clamp(min=0)) >= rank.gather(1, element.clamp(min=0)))
-        found = [self._explain(seen, int(b), int(slot[b, m]), int(element[b, m])) for b, m in bad.nonzero()]
-        return found + self._datum_leaks(seen)
-
-    def _explain(self, seen: Tensor, row: int, slot: int, element: int) -> Leak:
-        """The nearest slot through which `slot` sees what it must not."""
-        limit = int(_row(self.rank, row)[element])
-        needs, graph = _row(self.slots.needs, row), _row(seen, row)
-        through = _nearest(graph, slot, needs >= limit)
-        carried = _row(self.slots.element, row)[through]
-        ranks = _row(self.rank, row)
-        worst = [int(e) for e in carried if e >= 0 and int(ranks[e]) >= limit]
-        same = [e for e in worst if e == element]
-        return Leak(row, slot, element, through, (same or worst or [-1])[0])
-
-    def _datum_leaks(self, seen: Tensor) -> list[Leak]:
-        """Noise of an element may reach its own read-out, but no other element that is the same datum."""
-        if self.layout is None or not (self.slots.source == NOISE).any():
+        seen = self.seen(mixers)
+        slot, element, due, live = self._readouts()
+        reach = closure(seen, self.slots.needs).expand(self.batch, -1)
+        bad = live & (reach.gather(1, slot.clamp(min=0)) >= due)
+        twins = self._twins()
+        if twins is None and not bool(bad.any()):
             return []
-        datum, kind = self.layout.datum, self.layout.kind
         found = []
-        for row in range(self.batch):
-            graph = _transitive(_row(seen, row))
-            noisy = (_row(self.slots.source, row) == NOISE).nonzero()[:, 0].tolist()
-            carried = _row(self.slots.element, row)
-            for s, e in zip(_row(self.reads.slot, row).tolist(), _row(self.reads.element, row).tolist(), strict=True):
-                for k in noisy if s >= 0 else []:
-                    twins = [c for c in carried[k].tolist() if c >= 0 and datum[c] == datum[e] and kind[c] != kind[e]]
-                    if twins and graph[s, k]:
-                        found.append(Leak(row, s, e, k, twins[0], "same datum"))
+        for b in range(self.batch):
+            one, graph = self.row(b), only(seen, b)[0]
+            found += [one._explain(graph, b, int(slot[b, m]), int(element[b, m])) for m in bad[b].nonzero()[:, 0]]
+            if twins is not None:
+                found += one._datum_leaks(transitive(graph), twins, b)
+        return found
+
+    def _readouts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(slot, element, rank of the element, whether it is no padding) of each read-out, in every row."""
+        slot, element = (x.expand(self.batch, -1) for x in (self.reads.slot, self.reads.element))
+        live = (slot >= 0) & (element >= 0)
+        due = self.rank.expand(self.batch, -1).gather(1, element.clamp(min=0))
+        return slot, element, due, live
+
+    def _explain(self, graph: Bool[Tensor, "s s"], row: int, slot: int, element: int) -> Leak:
+        """In a plan of one row: the nearest slot through which `slot` sees what it must not, best one that carries the
+        element itself."""
+        rank, needs, carried = self.rank[0], self.slots.needs[0], self.slots.element[0]
+        limit = int(rank[element])
+        guilty = nearest(graph, slot, needs >= limit)
+        through = min(guilty, key=lambda k: not bool((carried[k] == element).any()))
+        late = [e for e in carried[through].tolist() if e >= 0 and int(rank[e]) >= limit]
+        carries = element if element in late else next(iter(late), -1)
+        return Leak(row, slot, element, through, carries, "value", limit, int(needs[through]))
+
+    def _twins(self) -> Bool[Tensor, "E E"] | None:
+        """Pairs of elements that hold the same datum in two forms; None if there are none."""
+        if self.layout is None:
+            return None
+        datum, kind = self.layout.datum, self.layout.kind
+        twins = (datum[:, None] == datum) & (kind[:, None] != kind)
+        return twins if bool(twins.any()) else None
+
+    def _datum_leaks(self, graph: Bool[Tensor, "s s"], twins: Bool[Tensor, "E E"], row: int) -> list[Leak]:
+        """In a plan of one row: read-outs that see the same datum in another form, its noise or its value. (Its own
+        noise may reach an element's read-out: that is what denoising is.)"""
+        source, carried = self.slots.source[0], self.slots.element[0]
+        tells = ((source == VALUE) | (source == NOISE) | (source == DERIVED))[:, None] & (carried >= 0)
+        found = []
+        for slot, element in zip(self.reads.slot[0].tolist(), self.reads.element[0].tolist(), strict=True):
+            if slot < 0 or element < 0:
+                continue
+            guilty = tells & twins[element][carried.clamp(min=0)] & graph[slot][:, None]
+            for through, c in guilty.nonzero()[:1].tolist():
+                rank, needs = int(self.rank[0, element]), int(self.slots.needs[0, through])
+                found.append(Leak(row, slot, element, through, int(carried[through, c]), "same datum", rank, needs))
         return found
 
     def check(self, mixers: Mapping[str, str] | None = None) -> Plan:
@@ -219,172 +276,145 @@ class Plan:
     @cached_property
     def step(self) -> Int[Tensor, "b s"]:
         """The step at which each slot is computed: not before what it depends on is decided, nor before it is read.
-        Padding gets step `INF`."""
+
+        Steps are the ranks of the elements that are read; what could be computed between two of them is fused into the
+        later one. Slots that come too late for any read-out, and padding, get step `INF`.
+        """
         seen = self.seen()
-        batch = max(self.batch, seen.shape[0])
-        slot, element = (x.expand(batch, -1) for x in (self.reads.slot, self.reads.element))
-        rank = self.rank.expand(batch, -1)
-        live = (slot >= 0) & (element >= 0)
-        due = torch.where(live, rank.gather(1, element.clamp(min=0)), INF)
-        floor = torch.full((batch, self.size + 1), INF).scatter_reduce(
-            1, torch.where(live, slot, self.size), due, "amin"
-        )[:, :-1]
-        ready = _closure(seen, self.slots.needs).expand(batch, -1) + 1
-        start = torch.where(floor < INF, torch.maximum(ready, floor), ready)
-        step = _closure(seen, start)
-        late = live & (step.gather(1, slot.clamp(min=0)) != due)
-        if late.any():
+        slot, element, due, live = self._readouts()
+        ready = closure(seen, self.slots.needs).expand(self.batch, -1) + 1
+        # the first read-out at each slot; one more column takes the padding of reads
+        first = torch.full((self.batch, self.size + 1), INF)
+        first = first.scatter_reduce(1, torch.where(live, slot, self.size), torch.where(live, due, INF), "amin")[:, :-1]
+        step = closure(seen, torch.where(first < INF, torch.maximum(ready, first), ready))
+        late = live & (step.gather(1, slot.clamp(min=0)) > due)
+        if bool(late.any()):
             b, m = late.nonzero()[0].tolist()
             s, e = int(slot[b, m]), int(element[b, m])
             raise OrderError(
-                f"slot {s} reads element {e} of rank {int(rank[b, e])}, but can only be computed at step "
-                f"{int(step[b, s])}: it sees a slot that is read or decided later"
+                f"not computable: slot {s} reads element {e} of rank {int(due[b, m])}, but can only be computed at "
+                f"step {int(step[b, s])}: it sees a slot that is read or decided later"
             )
-        pad = torch.zeros(1, self.size, dtype=torch.bool)
+        times = torch.cat([torch.where(live, due, INF), torch.full((self.batch, 1), INF)], 1).sort(1).values
+        step = times.gather(1, torch.searchsorted(times, step.clamp(max=INF).contiguous()))
+        return step.masked_fill(self._padding(), INF)
+
+    def _padding(self) -> Bool[Tensor, "b s"]:
+        """Slots that take part in no kind of layer."""
+        pad = torch.ones(1, self.size, dtype=torch.bool)
         for view in self.views.values():
-            if view.lane is not None:
-                pad = pad | (view.lane < 0)
-        return torch.where(pad.expand_as(step), INF, step)
+            pad = pad & (view.lane < 0) if view.lane is not None else torch.zeros_like(pad)
+        return pad
 
     def used(self) -> Bool[Tensor, "b s"]:
         """Slots that are read, or seen by a used slot; the others need not be computed when decoding."""
-        seen = self.seen()
-        batch = max(self.batch, seen.shape[0])
-        slot = self.reads.slot.expand(batch, -1)
-        used = torch.zeros(batch, self.size + 1, dtype=torch.bool).scatter(1, slot.remainder(self.size + 1), True)
-        used = used[:, :-1]
-        graph = seen.expand(batch, -1, -1)
-        while True:
-            wider = used | (graph & used[:, :, None]).any(1)
-            if bool((wider == used).all()):
-                return used
-            used = wider
+        slot, _, _, live = self._readouts()
+        read = torch.zeros(self.batch, self.size + 1, dtype=torch.long)
+        read = read.scatter(1, torch.where(live, slot, self.size), 1)[:, :-1]
+        return closure(self.seen().transpose(1, 2), read) > 0
 
-    def keep(self) -> Bool[Tensor, "b s"]:
-        """Slots that a used slot of a later step sees: the exact cache plan."""
-        step, used, seen = self.step, self.used(), self.seen()
-        later = (step[:, :, None] > step[:, None]) & used[:, :, None] & (step < INF)[:, :, None]
-        return (seen & later).any(1) & (step < INF)
+    @cached_property
+    def _schedule(self) -> tuple[Tensor, Tensor]:
+        """(step of each slot, INF where it is not used; last step at which a used slot sees it)."""
+        step = self.step.masked_fill(~self.used(), INF)
+        return step, last_look(self.seen(), step)
+
+    def keep(self, view: str | None = None) -> Bool[Tensor, "b s"]:
+        """Slots that a used slot of a later step sees, in one kind of layer or in any: the exact cache plan."""
+        step, until = self._schedule
+        if view is not None:
+            until = last_look(self.views[view].mask(), step)
+        return (step < INF) & (until > step)
 
     def steps(self) -> list[Plan]:
-        """The decoding steps: at step r, the slots computable once ranks below r are decided; unused ones pruned.
+        """The decoding steps, one for each rank that is read: the slots that are computable once all ranks below are
+        decided, unless nobody looks at them.
 
-        Each is a plan of its own, to be run over the cached entries of the earlier ones.
+        Each is a plan of its own, to be run over the cached entries of the earlier ones: append its `kept` slots to
+        the cache, then reduce the cache to its `retain` entries. `decides` is the rank that its read-outs decide.
         """
-        step = torch.where(self.used(), self.step, INF)
-        keep, seen = self.keep(), self.seen()
-        last = int(torch.where(step < INF, step, -1).max())
-        cached = torch.full((step.shape[0], 0), -1)
+        step, until = self._schedule
+        cached = torch.full((step.shape[0], 0), -1)  # the slots that stand in the cache
         plans = []
-        for r in range(last + 1):
-            index = _ragged(step == r)
-            plan = self.take(index)
-            kept = _ragged(keep.gather(1, index.clamp(min=0)) & (index >= 0))
-            future = (step > r) & (step < INF)
-            cached = torch.cat([cached, _gather(index, kept)], 1)
-            wanted = (seen & future[:, :, None]).any(1)  # by slot: does any later slot see it?
-            retain = _ragged(wanted.gather(1, cached.clamp(min=0)) & (cached >= 0))
-            plans.append(replace(plan, kept=kept, retain=None if retain.shape[1] == cached.shape[1] else retain))
-            cached = _gather(cached, retain)
+        for r in torch.unique(step[step < INF]).tolist():
+            index = ragged(step == r)
+            kept = ragged((gather(until, index) > r) & (index >= 0))
+            cached = torch.cat([cached, gather(index, kept)], 1)
+            wanted = (gather(until, cached) > r) & (cached >= 0)
+            retain = None
+            if not torch.equal(wanted, cached >= 0):
+                retain = ragged(wanted)
+                cached = gather(cached, retain)
+            plans.append(replace(self.take(index), kept=kept, retain=retain, decides=r))
         return plans
 
     def take(self, index: Int[Tensor, "b m"]) -> Plan:
         """A plan of these slots only (-1: padding), with the read-outs at them."""
-        batch = max(self.batch, index.shape[0])
-        place = torch.full((batch, self.size + 1), -1)
+        batch = max(index.shape[0], self.reads.slot.shape[0])
         where = torch.where(index >= 0, index, self.size).expand(batch, -1)
-        place = place.scatter(1, where, torch.arange(index.shape[1]).expand(batch, -1))
-        place[:, self.size] = -1
+        new = torch.full((batch, self.size + 1), -1)  # the new place of each slot; the last column is for padding
+        new = new.scatter(1, where, torch.arange(index.shape[1]).expand(batch, -1))
+        new[:, self.size] = -1
         slot = self.reads.slot.expand(batch, -1)
-        at = place.gather(1, torch.where(slot >= 0, slot, self.size))
-        pick = _ragged(at >= 0)
-        if self.reads.slot.shape[0] == 1 and bool((pick == pick[:1]).all()) and index.shape[0] == 1:
-            at, pick = at[:1], pick[:1]
-        role = None if self.reads.role is None else _gather(self.reads.role, pick)
-        reads = Reads(_gather(at, pick), _gather(self.reads.element, pick), role)
-        views = {k: v.take(index) for k, v in self.views.items()}
+        at = new.gather(1, torch.where(slot >= 0, slot, self.size))
+        pick = ragged(at >= 0)
+        role = None if self.reads.role is None else gather(self.reads.role, pick)
+        reads = Reads(gather(at, pick), gather(self.reads.element, pick), role)
         layers = self.layers
         if layers is not None:
-            if index.shape[0] > 1 and not bool((index == index[:1]).all()):
+            if not bool((index == index[:1]).all()):
                 raise OrderError("layers that depend on the slot need the same order in every row")
             layers = layers[:, index[0].clamp(min=0)]
-        return replace(self, slots=self.slots.take(index), views=views, reads=reads, layers=layers)
+        views = {name: view.take(index) for name, view in self.views.items()}
+        settled = None
+        if self.settled is not None:
+            settled = {name: view.take(index) for name, view in self.settled.items()}
+        return Plan(self.slots.take(index), views, reads, self.rank, layers, self.layout, settled)
 
-    def cost(self) -> Cost:
-        """Forwards, slots, attention pairs and the largest cache of decoding one row step by step."""
-        slots = pairs = peak = held = 0
-        cached: dict[str, View | None] = dict.fromkeys(self.views)
-        plans = self.steps()
-        for plan in plans:
-            slots += plan.size
-            first = next(iter(plan.views))
-            pairs += int(plan.views[first].over(cached[first])[0].sum())
-            peak = max(peak, held + plan.size)
-            for name, view in plan.views.items():
-                assert plan.kept is not None
-                old, new = cached[name], view.take(plan.kept)
-                both = new if old is None else join([old, new])
-                cached[name] = both if plan.retain is None else both.take(plan.retain)
-            view = cached[first]
-            held = 0 if view is None else view.size
-        return Cost(len(plans), slots, pairs, peak)
+    def row(self, row: int) -> Plan:
+        """The plan of one row of the batch."""
+        settled = None
+        if self.settled is not None:
+            settled = {name: view.row(row) for name, view in self.settled.items()}
+        kept = None if self.kept is None else only(self.kept, row)
+        retain = None if self.retain is None else only(self.retain, row)
+        views = {name: view.row(row) for name, view in self.views.items()}
+        slots, reads, rank = self.slots.row(row), self.reads.row(row), only(self.rank, row)
+        return Plan(slots, views, reads, rank, self.layers, self.layout, settled, kept, retain, self.decides)
 
-
-def _row(x: Tensor, row: int) -> Tensor:
-    return x[row if x.shape[0] > 1 else 0]
-
-
-def _gather(x: Tensor, index: Int[Tensor, "b m"]) -> Tensor:
-    """x[b, index[b, j]]; padding (-1) gives -1."""
-    batch = max(x.shape[0], index.shape[0])
-    x, index = x.expand(batch, *x.shape[1:]), index.expand(batch, -1)
-    where = index.clamp(min=0).reshape(batch, -1, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
-    if x.shape[1] == 0:
-        return torch.full((batch, index.shape[1], *x.shape[2:]), -1, dtype=x.dtype)
-    out = x.gather(1, where)
-    pad = (index < 0).reshape(batch, -1, *[1] * (x.dim() - 2))
-    return torch.where(pad, -1, out) if bool(pad.any()) else out
+    def cost(self, view: str | None = None) -> Cost:
+        """What decoding the first row step by step costs, in one kind of layer or in all kinds together."""
+        if self.batch > 1:
+            return self.row(0).cost(view)
+        step = self._schedule[0][0]
+        masks = [v.mask()[0] for name, v in self.views.items() if view in (None, name)]
+        until = last_look(torch.stack(masks).any(0)[None], step[None])[0]
+        live = step < INF
+        pairs = sum(int(mask[live].sum()) for mask in masks)
+        peak = most = 0
+        times = torch.unique(step[live]).tolist()
+        for r in times:
+            held = int((live & (step < r) & (until >= r)).sum())
+            peak = max(peak, held + int((step == r).sum()))
+            most = max(most, int((live & (step <= r) & (until > r)).sum()))
+        return Cost(len(times), int(live.sum()), pairs, peak, most)
 
 
-def _ragged(chosen: Bool[Tensor, "b n"]) -> Int[Tensor, "b m"]:
-    """Indices of the true entries of each row, padded with -1 to the longest row."""
-    n = chosen.shape[1]
-    order = torch.where(chosen, torch.arange(n), n).sort(1).values
-    order = order[:, : int(chosen.sum(1).max())] if n else order
-    return torch.where(order < n, order, -1)
+def plan_of(
+    views: View | Mapping[str, View],
+    rank: Sequence[int] | Tensor,
+    carries: Sequence[int | Sequence[int]],
+    reads: Sequence[tuple[int, int]],
+    source: int | Sequence[int] = VALUE,
+    needs: Sequence[int] | Tensor | None = None,
+    coord: Sequence[Sequence[int]] | Tensor | None = None,
+    layout: Layout | None = None,
+) -> Plan:
+    """A plan shared by the batch, from plain lists: the shortest way to write an order down.
 
-
-def _closure(seen: Bool[Tensor, "b s s"], start: Int[Tensor, "b s"]) -> Int[Tensor, "b s"]:
-    """The largest start value among all slots that can influence each slot through any number of layers."""
-    batch = max(seen.shape[0], start.shape[0])
-    x = start.expand(batch, -1)
-    while True:
-        y = torch.where(seen, x[:, None], -INF).amax(2) if x.shape[1] else x
-        y = torch.maximum(x, y)
-        if bool((y == x).all()):
-            return x
-        x = y
-
-
-def _transitive(graph: Bool[Tensor, "s s"]) -> Bool[Tensor, "s s"]:
-    x = graph
-    while True:
-        y = (x.float() @ x.float()) > 0
-        if bool((y == x).all()):
-            return x
-        x = y
-
-
-def _nearest(graph: Bool[Tensor, "s s"], start: int, wanted: Bool[Tensor, "s"]) -> int:
-    """Breadth first from `start` along visibility to the nearest wanted slot."""
-    reached = torch.zeros(graph.shape[0], dtype=torch.bool)
-    reached[start] = True
-    while not bool((reached & wanted).any()):
-        reached = reached | graph[reached].any(0)
-    return int((reached & wanted).nonzero()[0])
-
-
-def reads_at(slot: Sequence[int] | Tensor, element: Sequence[int] | Tensor, role: Sequence[int] | None = None) -> Reads:
-    """Read-outs shared by the batch, from plain lists."""
-    rows = [torch.as_tensor(x, dtype=torch.long).reshape(1, -1) for x in (slot, element)]
-    return Reads(rows[0], rows[1], None if role is None else torch.as_tensor(role)[None])
+    `rank` of each element, what each slot `carries` (see `slots_of`), and (slot, element) for each read-out.
+    """
+    ranks = torch.as_tensor(rank, dtype=torch.long).reshape(1, -1)
+    named = {"all": views} if isinstance(views, View) else views
+    slots = slots_of(carries, ranks, source, needs, coord)
+    return Plan(slots, named, reads_at([s for s, _ in reads], [e for _, e in reads]), ranks, layout=layout)

@@ -77,6 +77,8 @@ class View:
 
         Lanes and groups keep their numbers: where only one of the two has lanes, the other's slots are in lane 0.
         """
+        if self.size == 0 or other.size == 0:
+            return join([self, other])
         ends = [x[x < INF].max() for x in (self.at, self.born, self.dies) if (x < INF).any()]
         shift = int(max(ends)) + 1 - int(torch.stack([other.at.min(), other.born.min()]).min()) if ends else 0
         late = replace(
@@ -124,6 +126,16 @@ class View:
             lane = torch.where(pad.expand_as(lane), -1, lane)
         group = None if self.group is None else pick(self.group)
         return View(pick(self.at), pick(self.born), pick(self.dies), lane, group, self.relation)
+
+    def row(self, row: int) -> View:
+        """The labels of one row of the batch."""
+
+        def only(x: Tensor) -> Tensor:
+            return x[row if x.shape[0] > 1 else 0][None]
+
+        lane = None if self.lane is None else only(self.lane)
+        group = None if self.group is None else only(self.group)
+        return View(only(self.at), only(self.born), only(self.dies), lane, group, self.relation)
 
     def to(self, device: torch.device | str) -> View:
         """The same labels on another device."""

@@ -4,10 +4,10 @@ Per head, with a decay A < 0 and a step dt > 0, the state S (p, n) and the outpu
 
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T,        y_t = S_t C_t
 
-(Mamba-2: "Transformers are SSMs", arXiv 2405.21060, sections 3 and 6). A path of slots therefore weighs slot v at slot u
-by exp of the sum of dt A strictly after v: on a sequence that is the chunked scan, on a tree the same sum is taken along
-the path (STree, arXiv 2505.14969), and a state never has to be stored per slot: the activations of pending slots are
-kept, and the accepted path is replayed from the committed state.
+(Mamba-2: "Transformers are SSMs", arXiv 2405.21060, sections 3 and 6). A path of slots therefore weighs slot v at slot
+u by exp of the sum of dt A strictly after v: on a sequence that is the chunked scan, on a tree the same sum is taken
+along the path (STree, arXiv 2505.14969), and a state never has to be stored per slot: the activations of pending slots
+are kept, and the accepted path is replayed from the committed state.
 
 Axes: b batch, s slots, h heads, p channels of a head, g groups of heads that share B and C (head j is in group
 j // (h / g)), n state, c channels of the convolution, k its width. Decays are non-positive sums exponentiated, never a
@@ -346,22 +346,22 @@ def ancestors(parent: Int[Tensor, "b s"]) -> Bool[Tensor, "b s s"]:
 def tree_taps(parent: Int[Tensor, "b s"], width: int) -> Int[Tensor, "b s k"]:
     """Where the window of each slot looks, nearest first, in the committed tail (k - 1 places) followed by the slots.
 
-    A parent of -1 goes on in the tail. A parent of -2 starts from nothing: its places are -1, which reads zero.
+    A parent of -1 goes on in the committed tail.
     """
     b, s = parent.shape
     tail = width - 1
     place = torch.arange(tail + s, device=parent.device).expand(b, -1)
+    # -2, for lanes only: starts from nothing, its places before itself are -1
     back = torch.where(parent < -1, -1, torch.where(parent < 0, tail - 1, parent + tail))
     back = torch.cat([place[:, :tail] - 1, back], 1)  # one place back, from anywhere
     taps = [place[:, tail:]]
     for _ in range(tail):
-        here = taps[-1]
-        taps.append(torch.where(here < 0, -1, back.gather(1, here.clamp(min=0))))
+        taps.append(back.gather(1, taps[-1].clamp(min=0)))  # nothing stays nothing: the first place points to -1
     return torch.stack(taps, -1)
 
 
 def _samples(lane: Int[Tensor, "b s"]) -> tuple[Int[Tensor, "b s"], Int[Tensor, "b s"]]:
-    """Number of the sample that each slot is in (padding: the one before it), and the last live slot before it or -1."""
+    """The number of each slot's sample (padding: that of the sample before), and the last live slot before it or -1."""
     slot = torch.arange(lane.shape[1], device=lane.device)
     last = torch.where(lane >= 0, slot, -1).cummax(1).values
     before = F.pad(last[:, :-1], (1, 0), value=-1)
@@ -370,7 +370,7 @@ def _samples(lane: Int[Tensor, "b s"]) -> tuple[Int[Tensor, "b s"], Int[Tensor, 
 
 
 def _lane_taps(lane: Int[Tensor, "b s"], width: int) -> Int[Tensor, "b s+1 k"]:
-    """`tree_taps` of packed samples, and of the slot that would come next in the last of them."""
+    """`tree_taps` of packed samples, and of the slot that would come next in the last of them; -1: before it."""
     sample, before = _samples(F.pad(lane, (0, 1), value=-1))
     old = F.pad(sample[:, :-1], (1, 0))
     return tree_taps(torch.where(sample != old, -2, before), width)

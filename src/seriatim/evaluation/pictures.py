@@ -25,7 +25,8 @@ PAPER = 255  # grey of margins and gaps
 INK = "#1f3a5f"  # the one dark colour of curves and masks
 PALE = "#eef1f5"
 ACCENT = "#c8553d"
-CAPTION_HEIGHT = 22
+CAPTION_HEIGHT, LABEL_MARGIN = 22, 5  # pixels
+LINE_INCHES, LETTER_INCHES = 0.14, 0.085  # of tick labels
 RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling.BICUBIC}
 Resample = Literal["nearest", "bicubic"]
 
@@ -104,7 +105,7 @@ def _sheet(
         raise ValueError(f"one label a row: {len(row_labels)} labels for {rows} rows")
     height, width, gap = height * upscale, width * upscale, max(2, upscale // 3)
     font = ImageFont.load_default(size=max(11, min(20, height // 3)))
-    left = gap + max((int(font.getlength(label)) + 3 * gap for label in row_labels or ()), default=0)
+    left = gap + max((round(font.getlength(label)) + 3 * LABEL_MARGIN for label in row_labels or ()), default=0)
     mode, paper = ("L", PAPER) if channels == 1 else ("RGB", (PAPER,) * 3)
     sheet = Image.new(mode, (left + columns * (width + gap), gap + rows * (height + gap)), paper)
     pixels = (images.detach().cpu().float().clamp(-1, 1) + 1) * 127.5
@@ -116,7 +117,7 @@ def _sheet(
     draw = ImageDraw.Draw(sheet)
     for row, label in enumerate(row_labels or ()):
         middle = gap + row * (height + gap) + height / 2
-        draw.text((left - 2 * gap, middle), label, fill="black", font=font, anchor="rm")
+        draw.text((left - 2 * LABEL_MARGIN, middle), label, fill="black", font=font, anchor="rm")
     return sheet
 
 
@@ -136,24 +137,28 @@ def save_curve(
     title: str = "",
     x_label: str = "step",
     y_label: str = "loss",
+    every: int = 1,
     smooth: int = 1,
     log: bool = False,
 ) -> Path:
-    """Save one curve for each name in `history`, whose values are those of steps 1, 2, ...
+    """Save one curve for each name in `history`, whose values were taken at steps every, 2 * every, ...
 
-    With `smooth` > 1 a running mean over so many steps is drawn over the pale raw values.
+    With `smooth` > 1 a running mean over so many values is drawn over the pale raw ones.
     """
     if not history or any(len(values) == 0 for values in history.values()):
-        raise ValueError("a curve needs at least one named, non-empty series")
+        raise ValueError("a curve needs at least one named series, and none of them empty")
+    if every < 1 or smooth < 1:
+        raise ValueError(f"every={every} and smooth={smooth} start at 1")
     figure, axes = _figure(6.4, 3.6)
     for (name, values), colour in zip(history.items(), _colours(len(history)), strict=True):
         series = torch.as_tensor(values, dtype=torch.float64)
         if not series.isfinite().all():
-            raise ValueError(f"{name!r} is not finite at step {int((~series.isfinite()).nonzero()[0]) + 1}")
-        steps, width = torch.arange(1, len(series) + 1), min(smooth, len(series))
+            raise ValueError(f"{name!r} is not finite at step {every * (int((~series.isfinite()).nonzero()[0]) + 1)}")
+        steps, width = every * torch.arange(1, len(series) + 1), min(smooth, len(series))
         if width > 1:
             axes.plot(steps.numpy(), series.numpy(), color=colour, alpha=0.2, linewidth=0.8)
-            series, steps = series.unfold(0, width, 1).mean(dim=1), steps[width - 1 :]
+            series = series.unfold(0, width, 1).mean(dim=1)
+            steps = steps[width // 2 : width // 2 + len(series)]
         axes.plot(steps.numpy(), series.numpy(), color=colour, linewidth=1.6, label=name)
     axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale="log" if log else "linear")
     axes.grid(color=PALE)
@@ -185,8 +190,8 @@ def draw_mask(
     queries, keys = mask.shape
     row_ends = _group_ends(row_groups, row_labels, queries, "row")
     column_ends = _group_ends(column_groups, column_labels, keys, "column")
-    side = 5.6 / max(queries, keys)
-    figure, axes = _figure(max(2.6, 1.2 + side * keys), max(2.4, 1.3 + side * queries))
+    cell = min(0.4, 5.6 / max(queries, keys))  # inches
+    figure, axes = _figure(1.2 + cell * keys, 1.2 + cell * queries)
     axes.imshow(mask.cpu().numpy(), cmap=ListedColormap([PALE, INK]), vmin=0, vmax=1, interpolation="nearest")
     if max(queries, keys) <= 64:
         axes.hlines([i - 0.5 for i in range(1, queries)], -0.5, keys - 0.5, color="white", linewidth=0.4)
@@ -195,15 +200,18 @@ def draw_mask(
         axes.hlines([end - 0.5 for end in row_ends[1:-1]], -0.5, keys - 0.5, color=ACCENT, linewidth=1.1)
     if column_groups is not None:
         axes.vlines([end - 0.5 for end in column_ends[1:-1]], -0.5, queries - 0.5, color=ACCENT, linewidth=1.1)
-    axes.set_yticks(_middles(row_ends) if row_labels else [], row_labels or [])
-    axes.set_xticks(_middles(column_ends) if column_labels else [], column_labels or [])
-    crowded = sum(len(label) + 1 for label in column_labels or ()) > 0.9 * side * keys * 12
-    axes.tick_params(axis="x", rotation=90 if crowded else 0)
+    places, labels = _readable(row_ends, row_labels or (), lambda label: LINE_INCHES / cell)
+    axes.set_yticks(places, labels)
+    places, labels = _readable(column_ends, column_labels or (), lambda label: LETTER_INCHES * (len(label) + 1) / cell)
+    upright = len(labels) < len(column_labels or ())
+    if upright:
+        places, labels = _readable(column_ends, column_labels or (), lambda label: LINE_INCHES / cell)
+    axes.set_xticks(places, labels, rotation=90 if upright else 0)
     axes.tick_params(length=0, labelsize=9)
     axes.spines[:].set_visible(False)
     axes.set(xlabel="keys", ylabel="queries")
     axes.set_title(title, fontsize=11)
-    return _write(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    return _write(path, lambda file: figure.savefig(file, format="png", dpi=150, bbox_inches="tight"))
 
 
 def _group_ends(groups: Sequence[int] | None, labels: Sequence[str] | None, size: int, what: str) -> list[int]:
@@ -219,8 +227,17 @@ def _group_ends(groups: Sequence[int] | None, labels: Sequence[str] | None, size
     return ends
 
 
-def _middles(ends: Sequence[int]) -> list[float]:
-    return [(start + end - 1) / 2 for start, end in zip(ends, ends[1:], strict=False)]
+def _readable(
+    ends: Sequence[int], labels: Sequence[str], room: Callable[[str], float]
+) -> tuple[list[float], list[str]]:
+    """Places and labels of groups, without those that would overlap a later one; `room` is in rows or columns."""
+    places: list[float] = []
+    kept: list[str] = []
+    for i in reversed(range(len(labels))):
+        middle = (ends[i] + ends[i + 1] - 1) / 2
+        if not kept or places[0] - middle >= (room(labels[i]) + room(kept[0])) / 2:
+            places, kept = [middle, *places], [labels[i], *kept]
+    return places, kept
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -245,7 +262,9 @@ def _check_images(images: Tensor) -> None:
     if not images.is_floating_point():
         raise ValueError(f"pictures are floating point in [-1, 1], got {images.dtype}")
     if not images.isfinite().all():
-        raise ValueError(f"{int((~images.isfinite()).flatten(1).any(1).sum())} of {len(images)} pictures hold NaN or inf")
+        raise ValueError(
+            f"{int((~images.isfinite()).flatten(1).any(1).sum())} of {len(images)} pictures hold NaN or inf"
+        )
     if images.abs().max() > 1 + 1e-3:
         low, high = images.min().item(), images.max().item()
         raise ValueError(f"pictures lie in [-1, 1], these in [{low:.3g}, {high:.3g}]: rescale or clamp them first")

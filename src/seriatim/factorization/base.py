@@ -45,9 +45,10 @@ class Factorization:
         open_ranks = torch.where(canvas.known | (canvas.status == 4), INF, canvas.rank)
         return turns[int(open_ranks.min())]
 
-    def _turns(self, canvas: Canvas) -> list[Plan]:
-        """The decoding steps of a static order, compiled once for each order and set of given elements."""
-        memo: OrderedDict[bytes, list[Plan]] = self.__dict__.setdefault("_memo", OrderedDict())
+    def _turns(self, canvas: Canvas) -> dict[int | None, Plan]:
+        """The decoding steps of a static order by the rank they decide, compiled once for each order and set of given
+        elements."""
+        memo: OrderedDict[bytes, dict[int | None, Plan]] = self.__dict__.setdefault("_memo", OrderedDict())
         rank = canvas.rank
         shared = rank.shape[0] > 1 and bool((rank == rank[:1]).all())
         key = (rank[:1] if shared else rank).numpy().tobytes() + bytes(str(canvas.layout.size), "ascii")
@@ -56,7 +57,7 @@ class Factorization:
             plan = self.packed(one)
             if plan is None:
                 raise OrderError(f"{type(self).__name__} has neither a packed form nor steps of its own")
-            memo[key] = plan.steps()
+            memo[key] = {turn.decides: turn for turn in plan.steps()}
             while len(memo) > 8:
                 memo.popitem(last=False)
         memo.move_to_end(key)

@@ -31,8 +31,8 @@ def phi_table(scales: int, phis: int) -> tuple[int, ...]:
 
     The ticks of four phi are linspace(1/12, 11/12, 4), those of any other number n linspace(1/2n, 1 - 1/2n, n). Some
     scales lie exactly between two ticks (k = 2 and 7 of ten); there the official code leaves it to floating-point
-    rounding. Exact arithmetic with ties to the finer phi for four, to the coarser otherwise, agrees with it for every
-    number of scales from 2 to 40.
+    rounding. Exact arithmetic with ties to the finer phi for four, to the coarser otherwise, agrees with it for one to
+    five phi and 2 to 40 scales; beyond that a tie may fall otherwise.
     """
     if scales < 1 or phis < 1:
         raise ValueError(f"need at least one scale and one phi, got {scales} and {phis}")
@@ -132,10 +132,10 @@ class MultiScaleVQ(nn.Module):
             yield ScaleStep(pooled, ids, f_hat, rest)
 
     def quantize(self, f: Float[Tensor, "b dim h w"]) -> Quantized:
-        """Ids of all scales, the sum they decode to, and the mean over scales of beta |sg f_hat - f|^2 + |f_hat - sg f|^2.
+        """Ids of all scales, the sum they decode to, and the loss beta |sg f_hat - f|^2 + |f_hat - sg f|^2.
 
-        The f_hat of a scale's loss is the partial sum so far. The straight-through estimator is applied once, to the
-        last f_hat, whose value is not disturbed: `z_q` equals `decode_latent(ids)` exactly.
+        The loss is the mean over scales, each with its partial f_hat. The straight-through estimator is applied once,
+        to the last f_hat, whose value it leaves alone: `z_q` equals `decode_latent(ids)` exactly.
         """
         f = f.to(self.codebook.dtype)
         steps = list(self.analyse(f))
@@ -222,7 +222,7 @@ class _StraightThrough(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class MultiScaleConfig:
-    """The shape of a tokenizer. Pictures are square, scales[-1] * 2 ** halvings pixels wide. Defaults: the 8x8 digits."""
+    """The shape of a tokenizer; the defaults suit the 8x8 digits. Pictures are square, `side` pixels wide."""
 
     scales: tuple[int, ...] = (1, 2, 4, 8)
     vocab: int = 64
@@ -233,6 +233,9 @@ class MultiScaleConfig:
     phis: int = 4
     phi_ratio: float = 0.5
     beta: float = 0.25
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", tuple(self.scales))  # JSON knows lists only
 
     @property
     def side(self) -> int:
@@ -324,7 +327,9 @@ def train_tokenizer(
         if step == warm:
             _fill_codebook(tokenizer.quantizer, tokenizer.encoder(draw(recipe.survey)), generator)
         elif step > warm and (step - warm) % recipe.replace_every == 0 and step < recipe.replace_until * recipe.steps:
-            _replace_unused(tokenizer.quantizer, tokenizer.encoder(draw(recipe.survey)), recipe.replace_below, generator)
+            _replace_unused(
+                tokenizer.quantizer, tokenizer.encoder(draw(recipe.survey)), recipe.replace_below, generator
+            )
         batch = draw(recipe.batch)
         loss, metrics = (_plain_loss if step < warm else _quantized_loss)(tokenizer, batch, recipe)
         optimizer.zero_grad(set_to_none=True)

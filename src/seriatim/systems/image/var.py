@@ -1,0 +1,150 @@
+"""VAR: next-scale prediction (Tian et al. 2024, arXiv 2404.02905).
+
+New in it: a picture is a pyramid of token maps, each the residual of the coarser ones, and a whole scale is predicted
+in one step from all coarser scales. A slot carries the accumulated latent of everything coarser, area-downed to its
+scale (a learned start and the class at the first), and reads out its own place. The order is block-causal; guidance
+grows linearly with the scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from seriatim.backbones.transformer import Transformer, TransformerConfig
+from seriatim.canvas import Canvas
+from seriatim.conditions.condition import ClassCondition
+from seriatim.decoding.guess import Guess
+from seriatim.factorization.static import Scales
+from seriatim.heads.categorical import CategoricalHead
+from seriatim.laws.case import Case, Limit, randomise
+from seriatim.layout import pyramid
+from seriatim.model import Model
+from seriatim.plan import Plan
+from seriatim.systems.meta import Meta
+from seriatim.tokenizers.multiscale import MultiScaleConfig, MultiScaleVQ
+
+META = Meta(
+    key="var",
+    title="VAR: next-scale prediction",
+    family="image",
+    modality="image",
+    paper="Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction (2024), arXiv 2404.02905",
+    likelihood="exact",
+    summary="A pyramid of token maps, coarse to fine; each scale in one step from all coarser ones.",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the generator and of its tokenizer; the defaults suit 8x8 digits."""
+
+    tokenizer: MultiScaleConfig = field(default_factory=MultiScaleConfig)
+    classes: int = 10
+    width: int = 96
+    depth: int = 4
+    heads: int = 4
+    dropout: float = 0.1
+
+
+class ScaleEmbed(nn.Module):
+    """What a slot of the pyramid carries: the accumulated latent of all coarser scales, area-downed to its own and
+    projected; plus position and scale. The quantizer belongs to the tokenizer and is frozen."""
+
+    def __init__(self, quantizer: MultiScaleVQ, width: int, std: float = 0.4):
+        super().__init__()
+        self.quantizer = quantizer.requires_grad_(False)
+        self.project = nn.Linear(quantizer.dim, width)
+        self.start = nn.Parameter(torch.randn(width) * std)
+        self.position = nn.Parameter(torch.randn(quantizer.total, width) * std)
+        self.scale = nn.Parameter(torch.randn(len(quantizer.scales), width) * std)
+
+    def forward(
+        self, canvas: Canvas, plan: Plan, guess: Guess | None = None, prefix: Tensor | None = None
+    ) -> Float[Tensor, "b s d"]:
+        q, b = self.quantizer, canvas.batch
+        coord = plan.slots.coord[0].to(self.start.device)
+        scale = coord[:, 0]
+        first, last = int(scale.min()), int(scale.max())
+        sides = torch.tensor(q.scales, device=scale.device)
+        offset = torch.tensor((0, *q.sizes), device=scale.device).cumsum(0)
+        place = offset[scale] + coord[:, 1] * sides[scale] + coord[:, 2]
+        start = self.start.expand(b, 1, -1) if prefix is None else prefix + self.start
+        parts = [start.expand(-1, q.sizes[0], -1)] if first == 0 else []
+        known = canvas.value["token"][:, : int(offset[last])]
+        latents = q.partial_latents(known) if last else []
+        parts += [self.project(q.next_input(latents[k - 1], k - 1).to(start.dtype)) for k in range(max(first, 1), last + 1)]
+        content = torch.cat(parts, 1)[:, place - offset[first]]
+        return content + self.position[place] + self.scale[scale]
+
+
+def build(config: Config | None = None, quantizer: MultiScaleVQ | None = None) -> Model:
+    """The generator over a tokenizer's quantizer (a fresh one if none is given)."""
+    c = config or Config()
+    t = c.tokenizer
+    quantizer = quantizer or MultiScaleVQ(t.scales, t.vocab, t.dim, t.phis, t.phi_ratio, t.beta)
+    backbone = Transformer(
+        TransformerConfig(
+            c.width, c.depth, c.heads, norm="layer", activation="gelu", bias=True, qk_norm="l2", vector=c.width,
+            dropout=c.dropout,
+        )
+    )  # fmt: skip
+    embed = ScaleEmbed(quantizer, c.width)
+    condition = {"class": ClassCondition(c.classes, c.width, ("prefix", "vector"), std=0.4)}
+    head = CategoricalHead(c.width, t.vocab, bias=True)
+    return Model(pyramid(t.scales), Scales(), embed, backbone, head, condition)
+
+
+# ---- what the laws run -----------------------------------------------------------------------------------------------
+
+
+def case(scales: tuple[int, ...] = (1, 2)) -> Case:
+    """A tiny instance for the laws."""
+    tokenizer = MultiScaleConfig(scales=scales, vocab=2, dim=3, width=8, phis=2)
+    model = randomise(build(Config(tokenizer, classes=3, width=16, depth=2, heads=2, dropout=0.0)))
+    return Case(model, vocab=2, condition={"class": torch.tensor([1])}, limits=(one_scale,))
+
+
+def one_scale() -> Limit:
+    """A pyramid of one scale is one-shot independent prediction: no element depends on another."""
+    from seriatim.random import Enumerator
+
+    one = case(scales=(2,))
+    model, label = one.model, one.condition
+    values = torch.randint(2, (6, 4), generator=torch.Generator().manual_seed(0))
+    label = {k: v.expand(6) for k, v in (label or {}).items()}
+    losses = model.losses(model.canvas({"token": values}), label)
+    plan = model.factorization.packed(model.canvas({"token": values}))
+    assert plan is not None and isinstance(Enumerator(), Enumerator)
+    h = model.hidden(plan, model.canvas({"token": values * 0}), None, model.encode(label))
+    dist, _, _ = model.dist(h, plan, model.canvas({"token": values * 0}))
+    return Limit("one scale = independent elements", -losses, dist.log_prob(values))
+
+
+class _OwnScale(Scales):
+    """Wrong on purpose: fed by the accumulation that includes its own scale."""
+
+    def packed(self, canvas: Canvas) -> Plan:
+        from dataclasses import replace
+
+        plan = super().packed(canvas)
+        return replace(plan, slots=replace(plan.slots, coord=plan.slots.coord))
+
+
+class _PeekingEmbed(ScaleEmbed):
+    """Feeds the finest latent of the whole sample at every scale."""
+
+    def forward(self, canvas, plan, guess=None, prefix=None):
+        x = super().forward(canvas, plan, guess, prefix)
+        whole = self.quantizer.decode_latent(canvas.value["token"]).mean((2, 3))
+        return x + self.project(whole.to(x.dtype))[:, None]
+
+
+def mutant() -> Case:
+    """The case with a wrong feed, which the laws must catch."""
+    wrong = case()
+    wrong.model.embed.__class__ = _PeekingEmbed
+    return wrong
