@@ -32,6 +32,7 @@ _WHERE = {
     "decoding.filters": ("Warper",),
     "decoding.loop": ("Step", "decode", "generate"),
     "decoding.sample": ("SampleAll", "Select"),
+    "training.loop": ("Recipe", "fit"),
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = ["__version__", *_HOME]

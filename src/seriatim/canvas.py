@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from seriatim.layout import Layout, Segment
@@ -97,26 +97,31 @@ class Canvas:
         rank: Tensor | None = None,
         row: Tensor | None = None,
     ):
-        """`known`: how many first elements are given, or a boolean (batch, elements) of which."""
-        self.layout, self.value = layout, dict(value)
-        batch = _check_values(layout, self.value)
+        """Values are copied. `known`: how many first elements are given, in all rows or (batch,) in each, or a boolean
+        (batch, elements) of which. `rank` (batch or 1, elements): one after another if left out. `row` (batch,):
+        0, 1, ... if left out."""
+        batch = _check_values(layout, value)
+        self.layout = layout
+        self.value = {kind: x.clone() for kind, x in value.items()}
         self.row = torch.arange(batch) if row is None else row
+        if self.row.shape != (batch,):
+            raise ValueError(f"`row` names each of {batch} rows, got shape {tuple(self.row.shape)}")
         self.noise: dict[str, Tensor] = {}
         self.level: Tensor | None = None
         self._length: int | None = None
         self._status = self._rank = self._place = None
         self._given = 0
-        if isinstance(known, int):
-            if not 0 <= known <= layout.size:
-                raise ValueError(f"{known} elements are given, but the layout has {layout.size}")
-            if rank is None and not bool(layout.given.any()):
-                self._length = self._given = known
-                return
-            known = torch.arange(layout.size) < known
-        given = (known | layout.given).expand(batch, -1)
+        given = given_elements(layout, known, batch)
+        if isinstance(known, int) and rank is None and not bool(layout.given.any()):
+            self._length = self._given = known
+            return
+        if rank is None:
+            rank = (~given).long().cumsum(1) - 1
+        if rank.dim() != 2 or rank.shape[0] not in (1, batch) or rank.shape[1] != layout.size:
+            raise ValueError(f"`rank` is ({batch} or 1, {layout.size}), got shape {tuple(rank.shape)}")
         self._status = torch.where(given, GIVEN, UNKNOWN)
         self._place = torch.arange(layout.size).expand(batch, -1).contiguous()
-        self._rank = (torch.arange(layout.size) if rank is None else rank).expand(batch, -1).masked_fill(given, -1)
+        self._rank = rank.expand(batch, -1).masked_fill(given, -1)
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
@@ -199,27 +204,42 @@ class Canvas:
         start = self._length
         if start is None:
             raise EditError("rows have different lengths here: name the elements to set")
-        kind = self.layout.kinds[0]
-        n = min(value.shape[1], self.layout.size - start)
-        self.value[kind][:, start : start + n] = value[:, :n]
-        self._length = start + n
+        kinds = self.layout.kinds
+        if len(kinds) > 1:
+            raise EditError(f"elements are of several kinds here ({', '.join(kinds)}): name the elements to set")
+        n = value.shape[1]
+        end = start + n
+        if end > self.layout.size:
+            end = self.layout.size
+            value = value[:, : end - start]
+        self.value[kinds[0]][:, start:end] = value
+        self._length = end
 
     def _touch(self, element: Tensor, verb: str) -> Tensor:
         """Check that no given element is meant; the boolean of places that are meant at all."""
+        if element.dim() != 2 or element.shape[0] != self.batch or element.is_floating_point():
+            raise EditError(f"elements are integers ({self.batch}, n), got {tuple(element.shape)} {element.dtype}")
+        if element.numel() and int(element.max()) >= self.layout.size:
+            raise EditError(f"element {int(element.max())} cannot be {verb}: the layout has {self.layout.size}")
         live = element >= 0
         status = self.status.gather(1, element.clamp(min=0))
-        if bool((live & (status == GIVEN)).any()):
-            b, i = (live & (status == GIVEN)).nonzero()[0].tolist()
-            raise EditError(f"element {int(element[b, i])} of row {b} is given and cannot be {verb}")
+        for state, adjective in ((GIVEN, "given"), (DELETED, "deleted")):
+            if bool((wrong := live & (status == state)).any()):
+                b, i = wrong.nonzero()[0].tolist()
+                raise EditError(f"element {int(element[b, i])} of row {b} is {adjective} and cannot be {verb}")
         return live
 
     def _put(self, store: dict[str, Tensor], element: Tensor, value: Tensor, live: Tensor) -> None:
+        if value.shape[:2] != element.shape:
+            raise EditError(f"{tuple(element.shape)} elements take as many values, got {tuple(value.shape)}")
         kinds = self.layout.kind[element[live]].unique()
         if kinds.numel() > 1:
             names = ", ".join(self.layout.kinds[int(k)] for k in kinds)
             raise EditError(f"one edit holds one kind of element, got {names}")
         if kinds.numel():
             kind = self.layout.kinds[int(kinds[0])]
+            if kind not in store:  # the first noise or guess of this kind: shaped like what is written
+                store[kind] = value.new_zeros(self.batch, self.layout.count(kind), *value.shape[2:])
             b, i = live.nonzero(as_tuple=True)
             store[kind][b, self.layout.index[element[b, i]]] = value[b, i].to(store[kind].dtype)
 
@@ -263,13 +283,17 @@ class Canvas:
         self._mark(edit.element, self._touch(edit.element, "deleted"), DELETED)
 
     def _truncate(self, edit: Truncate) -> None:
-        gone = (self.place >= edit.length[:, None]) & (self.status != DELETED)
+        alive = self.status != DELETED
+        before = (alive[:, None] & (self.place[:, None] < self.place[:, :, None])).sum(2)
+        gone = alive & (before >= edit.length[:, None])
         if bool((gone & (self.status == GIVEN)).any()):
             raise EditError("a given element cannot be cut off")
         self.status[gone] = DELETED
 
     def _grow(self, edit: Grow) -> None:
         n, kind = len(edit.segment), edit.segment.kind
+        if kind not in self.value:
+            raise EditError(f"no values for kind {kind!r}; this canvas holds {', '.join(self.value)}")
         start = self.layout.size
         self.layout = Layout((*self.layout.segments, edit.segment))
         more = torch.arange(start, start + n).expand(self.batch, -1)
@@ -285,18 +309,42 @@ class Canvas:
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
-    def select(self, rows: Int[Tensor, "b2"]) -> Canvas:
-        """These rows, in this order: keep, copy (beams, best of n) or drop them. A new canvas."""
-        new = Canvas.__new__(Canvas)
-        new.layout, new.row = self.layout, self.row[rows]
-        new.value = {k: v[rows] for k, v in self.value.items()}
-        new.noise = {k: v[rows] for k, v in self.noise.items()}
-        new.level = None if self.level is None else self.level[rows]
-        new._length, new._given = self._length, self._given
-        for name in ("_status", "_rank", "_place"):
-            x = getattr(self, name)
-            setattr(new, name, None if x is None else x[rows])
-        return new
+    def select(self, rows: Int[Tensor, "b2"], new: Canvas | None = None) -> Canvas:
+        """These rows, in this order: keep, copy (beams, best of n) or drop them; -1 admits the next row of `new`.
+        A new canvas."""
+        fresh = rows < 0
+        admitted = int(fresh.sum())
+        if admitted != (0 if new is None else new.batch):
+            raise ValueError(f"{admitted} rows (-1) are to be admitted, {0 if new is None else new.batch} stand ready")
+        if rows.dim() != 1 or rows.numel() == 0 or int(rows.max()) >= self.batch:
+            raise ValueError(f"rows {rows.tolist()} cannot be selected of {self.batch}")
+        canvas = Canvas.__new__(Canvas)
+        canvas.layout, canvas._given = self.layout, self._given
+        if new is None:
+            stores = [self.row, self.level, self._status, self._rank, self._place]
+            row, *rest = [None if x is None else x[rows] for x in stores]
+            canvas._length = self._length
+            canvas.value = {k: v[rows] for k, v in self.value.items()}
+            canvas.noise = {k: v[rows] for k, v in self.noise.items()}
+        else:
+            _check_alike(self, new)
+            where = torch.where(fresh, self.batch + fresh.long().cumsum(0) - 1, rows)
+            pairs = [(self.row, new.row), (self.level, new.level), (self.status, new.status)]
+            pairs += [(self.rank, new.rank), (self.place, new.place)]
+            row, *rest = [_rows_of_both(a, b, where, self.batch) for a, b in pairs]
+            canvas._length = None
+            canvas.value = {k: torch.cat([v, new.value[k]])[where] for k, v in self.value.items()}
+            noise = {k: _rows_of_both(self.noise.get(k), new.noise.get(k), where, self.batch) for k in self.value}
+            canvas.noise = {k: v for k, v in noise.items() if v is not None}
+        assert row is not None
+        canvas.row = row
+        canvas.level, canvas._status, canvas._rank, canvas._place = rest
+        return canvas
+
+    def become(self, other: Canvas) -> None:
+        """Take over everything from another canvas, in place: whoever holds this one follows."""
+        for name in Canvas.__slots__:
+            setattr(self, name, getattr(other, name))
 
     def copy(self) -> Canvas:
         return self.select(torch.arange(self.batch))
@@ -329,3 +377,49 @@ def _check_values(layout: Layout, value: Mapping[str, Tensor]) -> int:
         if value[kind].is_floating_point() and not bool(torch.isfinite(value[kind]).all()):
             raise ValueError(f"values of {kind!r} contain NaN or infinity")
     return batch
+
+
+def given_elements(layout: Layout, known: int | Tensor, batch: int) -> Bool[Tensor, "b E"]:
+    """Which elements of each row are given: the first `known` (one number, or one a row), or those that it marks, and
+    all elements of given segments."""
+    if isinstance(known, int):
+        known = torch.full((1,), known)
+    if known.dtype != torch.bool and known.dim() == 1 and known.shape[0] in (1, batch):
+        if not 0 <= int(known.min()) <= int(known.max()) <= layout.size:
+            raise ValueError(f"{known.tolist()} first elements are given, but the layout has {layout.size}")
+        known = torch.arange(layout.size) < known[:, None]
+    if known.dtype != torch.bool or known.dim() > 2 or known.shape[-1] != layout.size:
+        raise ValueError(
+            f"`known` is a number, one a row ({batch},), or a boolean ({batch}, {layout.size}); got "
+            f"{tuple(known.shape)} {known.dtype}"
+        )
+    if known.dim() == 2 and known.shape[0] not in (1, batch):
+        raise ValueError(f"`known` has {known.shape[0]} rows, the values have {batch}")
+    return (known | layout.given).expand(batch, -1)
+
+
+def _rows_of_both(a: Tensor | None, b: Tensor | None, where: Int[Tensor, "n"], batch: int) -> Tensor | None:
+    """Rows of a (the first `batch` numbers) and of b (the others); one that is missing is all zeros."""
+    if a is None and b is None:
+        return None
+    if a is None:
+        assert b is not None
+        a = b.new_zeros(batch, *b.shape[1:])
+    if b is None:
+        b = a.new_zeros(int(where.max()) + 1 - batch, *a.shape[1:])
+    return torch.cat([a, b])[where]
+
+
+def _check_alike(canvas: Canvas, new: Canvas) -> None:
+    """Can rows of one join the other?"""
+    if new.layout.size != canvas.layout.size or new.layout.kinds != canvas.layout.kinds:
+        raise ValueError(
+            f"rows of a layout of {new.layout.size} elements ({', '.join(new.layout.kinds)}) cannot join a canvas of "
+            f"{canvas.layout.size} ({', '.join(canvas.layout.kinds)}); end shorter samples by Truncate"
+        )
+    for kind, value in canvas.value.items():
+        if new.value[kind].shape[1:] != value.shape[1:] or new.value[kind].dtype != value.dtype:
+            raise ValueError(
+                f"values of {kind!r} are {tuple(value.shape[1:])} {value.dtype} here, those of the new rows "
+                f"{tuple(new.value[kind].shape[1:])} {new.value[kind].dtype}"
+            )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from seriatim.canvas import Canvas
 from seriatim.decoding.guess import Guess
 from seriatim.factorization.line import LinePlan
-from seriatim.plan import LEARNED, MASK, Plan
+from seriatim.heads.denoiser import FREQUENCIES, time_features
+from seriatim.plan import LEARNED, MASK, NOISE, Plan
 
 
 class Embed(Protocol):
@@ -26,19 +27,30 @@ class Embed(Protocol):
         ...
 
 
-class TokenEmbed(nn.Module):
-    """Ids of one kind through a table; optional learned positions by coordinate, one table an axis.
+class SlotEmbed(nn.Module):
+    """What stands in slots of one kind: subclasses give `vectors`, the content; the rest is here.
 
-    A slot that carries several elements gets the sum of their vectors; one that carries a mask the mask vector.
+    A slot that carries several elements gets the sum of their vectors; one that carries a mask the mask vector; one
+    that carries noise the vector of `Canvas.noise`. Learned positions by coordinate, one table an axis, are added.
     """
 
-    def __init__(
-        self, vocab: int, width: int, kind: str = "token", positions: Sequence[int] = (), mask: bool = False, std=0.02
-    ):
-        super().__init__()
-        self.kind, self.vocab = kind, vocab
-        self.table = nn.Parameter(torch.randn(vocab, width) * std)
-        self.start = nn.Parameter(torch.randn(width) * std)
+    kind: str
+    start: nn.Parameter | None
+    mask: nn.Parameter | None
+    positions: nn.ParameterList
+
+    def vectors(self, value: Tensor) -> Float[Tensor, "*rest d"]:
+        """The vector of each value."""
+        raise NotImplementedError
+
+    def levels(self, level: Float[Tensor, "b s"]) -> Float[Tensor, "b s d"] | None:
+        """What is added where noise of a level (1: pure noise) stands; None: nothing."""
+        return None
+
+    def _furnish(self, width: int, kind: str, positions: Sequence[int], mask: bool, start: bool, std: float) -> None:
+        """The vectors that are not of values."""
+        self.kind = kind
+        self.start = nn.Parameter(torch.randn(width) * std) if start else None
         self.mask = nn.Parameter(torch.randn(width) * std) if mask else None
         self.positions = nn.ParameterList(nn.Parameter(torch.randn(n, width) * std) for n in positions)
 
@@ -57,10 +69,10 @@ class TokenEmbed(nn.Module):
 
     def _run(self, canvas: Canvas, plan: LinePlan, guess: Guess | None, prefix: Tensor | None) -> Tensor:
         first = plan.base - plan.prefix
-        ids = canvas.value[self.kind][:, max(first, 0) : canvas.length]
+        value = canvas.value[self.kind][:, max(first, 0) : canvas.length]
         if guess is not None:
-            ids = torch.cat([ids, guess.value.clamp(min=0)], 1)
-        x = F.embedding(ids, self.table)
+            value = torch.cat([value, _drafted(guess)], 1)
+        x = self.vectors(value)
         if first < 0:
             x = torch.cat([self._prefix(prefix, canvas.batch, plan.prefix)[:, first:].to(x.dtype), x], 1)
         return x
@@ -68,19 +80,28 @@ class TokenEmbed(nn.Module):
     def _prefix(self, prefix: Tensor | None, batch: int, n: int) -> Float[Tensor, "b n d"]:
         if prefix is not None:
             return prefix
+        if self.start is None:
+            raise ValueError("nothing stands in the prefix slots: give a condition with a prefix, or use start=True")
         return self.start.expand(batch, n, -1)
 
     def _slots(self, canvas: Canvas, plan: Plan, guess: Guess | None, prefix: Tensor | None) -> Tensor:
         slots, b = plan.slots, canvas.batch
-        ids = gather_values(canvas, slots.element, self.kind)
+        source = slots.source.to(canvas.value[self.kind].device)
+        noisy, masked, learned = source == NOISE, source == MASK, source == LEARNED
+        value = gather_values(canvas, slots.element, self.kind)
+        if bool(noisy.any()):
+            value = _where(noisy, gather_values(canvas, slots.element, self.kind, noise=True), value)
         if guess is not None and slots.node is not None:
             node = slots.node.expand(b, -1)
-            drafted = guess.value.clamp(min=0).gather(1, node.clamp(min=0))
-            ids = torch.where((node >= 0)[..., None], drafted[..., None], ids)
-        carried = (slots.element >= 0)[..., None].to(ids.device)
-        x = (F.embedding(ids.clamp(max=self.vocab - 1), self.table) * carried).sum(2)
-        source = slots.source.to(x.device)
-        learned = source == LEARNED
+            drafted = _drafted(guess)[torch.arange(b)[:, None], node.clamp(min=0)]
+            value = _where(node >= 0, drafted[:, :, None], value)
+        x = self.vectors(value)
+        x = (x * (slots.element >= 0)[..., None].to(x)).sum(2)
+        noisy, masked, learned = noisy.to(x.device), masked.to(x.device), learned.to(x.device)
+        if bool(noisy.any()) and canvas.level is not None:
+            level = canvas.level.expand(b, -1).gather(1, slots.element[..., 0].clamp(min=0).expand(b, -1))
+            more = self.levels(level.to(x))
+            x = x if more is None else torch.where(noisy[..., None], x + more, x)
         if bool(learned.any()):
             n = int(learned[0].sum())
             vector = self._prefix(prefix, b, n).to(x.dtype)
@@ -88,13 +109,83 @@ class TokenEmbed(nn.Module):
             vector = vector.gather(1, index.expand(b, -1, vector.shape[-1]))
             x = torch.where(learned[..., None], vector, x)
         if self.mask is not None:
-            x = torch.where((source == MASK)[..., None], self.mask, x)
+            x = torch.where(masked[..., None], self.mask, x)
+        elif bool(masked.any()):
+            raise ValueError(f"slots of this order hold masks, and {type(self).__name__} has no mask: use mask=True")
         return x.expand(b, -1, -1)
 
 
-def gather_values(canvas: Canvas, element: Int[Tensor, "b s c"], kind: str) -> Tensor:
-    """The values of elements of a kind, (b, s, c) or (b, s, c, d); anything where `element` is -1."""
-    value = canvas.value[kind]
+class TokenEmbed(SlotEmbed):
+    """Ids of one kind through a table."""
+
+    def __init__(
+        self, vocab: int, width: int, kind: str = "token", positions: Sequence[int] = (), mask: bool = False,
+        start: bool = True, std: float = 0.02,
+    ):  # fmt: skip
+        super().__init__()
+        self.vocab = vocab
+        self.table = nn.Parameter(torch.randn(vocab, width) * std)
+        self._furnish(width, kind, positions, mask, start, std)
+
+    def vectors(self, value: Int[Tensor, "*rest"]) -> Float[Tensor, "*rest d"]:
+        return F.embedding(value, self.table)
+
+
+class CodesEmbed(SlotEmbed):
+    """D ids an element (residual quantization, parallel codebooks): the sum of their vectors, a table a depth."""
+
+    def __init__(
+        self, vocab: int, depth: int, width: int, kind: str = "token", positions: Sequence[int] = (),
+        mask: bool = False, start: bool = True, std: float = 0.02,
+    ):  # fmt: skip
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(depth, vocab, width) * std)
+        self._furnish(width, kind, positions, mask, start, std)
+
+    def vectors(self, value: Int[Tensor, "*rest D"]) -> Float[Tensor, "*rest d"]:
+        depth = torch.arange(self.table.shape[0], device=value.device)
+        return self.table[depth, value].sum(-2)
+
+
+class VectorEmbed(SlotEmbed):
+    """Vectors of `dim` numbers through a linear map. With `noise`, the level of noise is told where noise stands, as in
+    a denoiser: by a small network over its cosines and sines."""
+
+    def __init__(
+        self, dim: int, width: int, kind: str = "token", positions: Sequence[int] = (), mask: bool = False,
+        noise: bool = False, start: bool = True, std: float = 0.02,
+    ):  # fmt: skip
+        super().__init__()
+        self.project = nn.Linear(dim, width)
+        self.level = None
+        if noise:
+            self.level = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self._furnish(width, kind, positions, mask, start, std)
+
+    def vectors(self, value: Float[Tensor, "*rest dim"]) -> Float[Tensor, "*rest d"]:
+        return self.project(value.to(self.project.weight.dtype))
+
+    def levels(self, level: Float[Tensor, "b s"]) -> Float[Tensor, "b s d"] | None:
+        return None if self.level is None else self.level(time_features(1000 * level))
+
+
+def gather_values(canvas: Canvas, element: Int[Tensor, "b s c"], kind: str, noise: bool = False) -> Tensor:
+    """The values of elements of a kind, or the noise that stands in them, (b, s, c) or (b, s, c, d); anything where
+    `element` is -1. Raises ValueError where the canvas holds no noise."""
+    store = canvas.noise if noise else canvas.value
+    if kind not in store:
+        raise ValueError(f"slots of this order hold the noise of {kind!r}, and the canvas has none: set canvas.noise")
+    value = store[kind]
     index = canvas.layout.index[element.clamp(min=0)].expand(value.shape[0], -1, -1).to(value.device)
     rows = torch.arange(value.shape[0], device=value.device)[:, None, None]
     return value[rows, index.clamp(max=value.shape[1] - 1)]
+
+
+def _drafted(guess: Guess) -> Tensor:
+    """The values of a guess's nodes; ids of missing ones (-1) become 0."""
+    return guess.value if guess.value.is_floating_point() else guess.value.clamp(min=0)
+
+
+def _where(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Values (b, s, c) or (b, s, c, d) of a at chosen slots (b, s), of b elsewhere."""
+    return torch.where(chosen.reshape(*chosen.shape, *[1] * (b.dim() - 2)), a, b)

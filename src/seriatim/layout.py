@@ -84,12 +84,15 @@ class Layout:
 
     @cached_property
     def datum(self) -> Int[Tensor, "E"]:
-        """Equal numbers for segments that hold the same datum (`same_as`)."""
-        number: dict[str, int] = {}
+        """Equal numbers for segments that hold the same datum (`same_as`, whichever of them says so)."""
+        number = {kind: i for i, kind in enumerate(self.kinds)}
         for s in self.segments:
-            if s.same_as is not None and s.same_as not in self.kinds:
+            if s.same_as is None:
+                continue
+            if s.same_as not in number:
                 raise ValueError(f"segment {s.kind!r} is the same as {s.same_as!r}, which is not in {self.kinds}")
-            number.setdefault(s.kind, number.get(s.same_as or "", len(number)))
+            mine, other = number[s.kind], number[s.same_as]
+            number = {kind: other if n == mine else n for kind, n in number.items()}
         return torch.cat([torch.full((len(s),), number[s.kind]) for s in self.segments])
 
     def count(self, kind: str) -> int:

@@ -19,7 +19,7 @@ from seriatim.factorization.base import Factorization
 from seriatim.heads.dist import Dist
 from seriatim.layout import Layout
 from seriatim.plan import Plan, Reads
-from seriatim.random import Random
+from seriatim.random import Key, Random
 
 
 class Rows(NamedTuple):
@@ -90,8 +90,9 @@ class Model(nn.Module):
         layout = layout or self.layout
         value = {}
         for kind in layout.kinds:
-            shape = getattr(self.heads[kind], "value_shape", ()) if kind in self.heads else ()
-            dtype = torch.float32 if getattr(self.heads[kind], "continuous", False) else torch.long
+            head = self.heads[kind] if kind in self.heads else None
+            shape = getattr(head, "value_shape", ())
+            dtype = torch.float32 if getattr(head, "continuous", False) else torch.long
             value[kind] = torch.zeros(batch, layout.count(kind), *shape, dtype=dtype)
         return self.canvas(value, 0, random, layout=layout)
 
@@ -125,6 +126,8 @@ class Model(nn.Module):
         """Embed the slots of a plan and contextualise them. With `copies` the canvas stands for as many branches, which
         differ only in their condition (copies x batch rows)."""
         c = condition or Condition()
+        if c.rows is not None and c.rows != copies * canvas.batch:
+            raise ValueError(f"conditions of {c.rows // copies} samples were given for a canvas of {canvas.batch}")
         if copies == 1:
             x = self.embed(canvas, plan, guess, c.prefix)
         elif c.prefix is None:
@@ -134,7 +137,7 @@ class Model(nn.Module):
             parts = c.prefix.chunk(copies)
             x = torch.cat([self.embed(canvas, plan, guess, p) for p in parts])
         if c.per_element is not None:
-            x = x + _at_readers(c.per_element, plan, x)
+            x = x + _at_readers(c.per_element, plan, canvas, x)
         return self.backbone(x, plan, cache, c.vector, c.memory)
 
     def dist(self, h: Float[Tensor, "b s d"], plan: Plan, canvas: Canvas) -> tuple[Dist, Tensor | int, Any]:
@@ -168,8 +171,11 @@ class Model(nn.Module):
         condition: Mapping[str, Tensor] | Condition | None = None,
         drop: Bool[Tensor, "b"] | None = None,
         strict: bool = False,
+        random: Random | None = None,
     ) -> Float[Tensor, "b E"]:
-        """The loss of each element under teacher forcing (given elements: 0), by one packed forward."""
+        """The loss of each element under teacher forcing (given elements: 0), by one packed forward.
+
+        Heads whose loss is an expectation over noise (diffusion, flow) draw it from `random`."""
         plan = self.factorization.packed(canvas)
         if plan is None:
             raise TypeError(f"{type(self.factorization).__name__} has no packed form; train it by its own objective")
@@ -190,7 +196,8 @@ class Model(nn.Module):
             if reads is not part:
                 loss = -average(head.dist(picked, part, canvas), part, reads).log_prob(target)  # type: ignore[operator]
             else:
-                loss = head.loss(picked, part, target)  # type: ignore[operator]
+                noise = () if random is None else (random, Key(canvas.row, part.element))
+                loss = head.loss(picked, part, target, *noise)  # type: ignore[operator]
             out = out.scatter_add(1, element.to(h.device), (loss * live.to(h.device)).to(out.dtype))
         return out
 
@@ -203,10 +210,12 @@ def by_kind(canvas: Canvas, reads: Reads) -> list[tuple[str, Reads]]:
     kind = layout.kind[reads.element.clamp(min=0)]
     parts = []
     for number, name in enumerate(layout.kinds):
-        columns = ((kind == number) & (reads.element >= 0)).any(0).nonzero()[:, 0]
+        mine = (kind == number) & (reads.element >= 0)
+        columns = mine.any(0).nonzero()[:, 0]
         if columns.numel():
             role = None if reads.role is None else reads.role[:, columns]
-            parts.append((name, Reads(reads.slot[:, columns], reads.element[:, columns], role)))
+            element = torch.where(mine, reads.element, -1)[:, columns]  # rows may read another kind in this column
+            parts.append((name, Reads(reads.slot[:, columns], element, role)))
     return parts
 
 
@@ -230,37 +239,44 @@ def pick_slots(h: Float[Tensor, "b s d"], slot: Tensor) -> Float[Tensor, "b m d"
 
 
 def merge_readers(reads: Reads) -> Reads:
-    """One read-out an element; the same object where no element has several readers."""
+    """One read-out an element in every row, by number (-1 first, as padding); the same object where no element of any
+    row has several readers."""
     cached = reads.__dict__.get("_merged")
     if cached is not None:
         return cached
     merged = reads
-    element = reads.element
-    if element.shape[0] == 1:
-        unique = element[0].unique()
-        if unique.numel() < element.shape[1]:
-            merged = Reads(torch.full_like(unique, -1)[None], unique[None])
+    ordered = reads.element.sort(1).values
+    again = ordered[:, 1:] == ordered[:, :-1]
+    if bool((again & (ordered[:, 1:] >= 0)).any()):
+        unique = torch.cat([ordered[:, :1], torch.where(again, -1, ordered[:, 1:])], 1).sort(1).values
+        element = unique[:, int(again.sum(1).min()) :].contiguous()
+        merged = Reads(torch.full_like(element, -1), element)
     reads.__dict__["_merged"] = merged
     return merged
 
 
 def average(dist, reads: Reads, merged: Reads):
     """Average the logits of all readers of an element: the normalised product of their experts."""
+    if not hasattr(dist, "logits"):
+        raise TypeError(f"an element is read at several slots, which {type(dist).__name__} cannot merge: it has no logits")
     logits = dist.logits
-    index = torch.searchsorted(merged.element[0], reads.element[0]).to(logits.device)
-    total = logits.new_zeros(logits.shape[0], merged.element.shape[1], logits.shape[-1]).index_add(1, index, logits)
-    count = torch.bincount(index, minlength=merged.element.shape[1]).to(logits.dtype)
-    return type(dist)(total / count[:, None])
+    index = torch.searchsorted(merged.element, reads.element).to(logits.device)
+    batch, columns = logits.shape[0], merged.element.shape[1]
+    where = index.expand(batch, -1)[..., None].expand_as(logits)
+    total = logits.new_zeros(batch, columns, logits.shape[-1]).scatter_add(1, where, logits)
+    count = torch.zeros_like(merged.element, device=index.device).scatter_add(1, index, torch.ones_like(index))
+    return type(dist)(total / count.clamp(min=1)[..., None])
 
 
-def _at_readers(per_element: Float[Tensor, "b E d"], plan: Plan, x: Tensor) -> Tensor:
+def _at_readers(per_element: Float[Tensor, "b E d"], plan: Plan, canvas: Canvas, x: Tensor) -> Tensor:
     """Condition of each element, added at the slots that read it."""
+    batch, count, width = per_element.shape
+    if count != canvas.layout.size:
+        raise ValueError(f"a condition per element has {count} elements, the canvas has {canvas.layout.size}")
     slot, element = plan.reads.slot.to(x.device), plan.reads.element.to(x.device)
-    live = (slot >= 0) & (element >= 0)
-    batch = per_element.shape[0]
-    value = per_element.gather(
-        1, element.clamp(min=0).expand(batch, -1)[..., None].expand(-1, -1, per_element.shape[-1])
-    )
+    live = (slot >= 0) & (element >= 0) & (element < count)  # a draft may reach beyond the end
+    where = element.clamp(min=0, max=count - 1).expand(batch, -1)
+    value = per_element.gather(1, where[..., None].expand(-1, -1, width))
     value = value * live[..., None]
     where = slot.clamp(min=0).expand(batch, -1)[..., None].expand_as(value)
     return torch.zeros_like(x).scatter_add(1, where, value.to(x.dtype))

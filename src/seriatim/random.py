@@ -7,22 +7,34 @@ laws. `Forced` returns a given sample and adds up its log-probability. A draw is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 T = TypeVar("T")
 
 
 class Key(NamedTuple):
-    """What is drawn: rows (batch,), elements (batch or 1, n) or the first of a run, and which draw of that element."""
+    """What is drawn: rows (batch,), elements (batch or 1, n; -1: nothing is drawn) or the first of a run, and which draw
+    of that element: one number, or one for each of the n. Draw 0 is the value itself in plain sampling; the numbers of
+    all others come from `numbered`, so that no noise is used twice."""
 
     row: Int[Tensor, "b"]
     element: Int[Tensor, "b n"] | int
-    draw: int = 0
+    draw: int | Int[Tensor, "n"] = 0
+
+
+VALUE, COIN, DRAFT, ORDER = 0, 1, 2, 3  # what a draw is for
+
+
+def numbered(purpose: int, turn: int = 0, index: int = 0) -> int:
+    """The number of a draw of an element: what for, in which turn of the decoder at this element (how far a draft is
+    ahead of what is known, the step of a masked decoder), and which of several (up to 4096) in that turn."""
+    return purpose + 4 * (index + 4096 * turn)
 
 
 class Random(Protocol):
@@ -30,6 +42,12 @@ class Random(Protocol):
 
     def categorical(self, logits: Float[Tensor, "b n v"], key: Key) -> Int[Tensor, "b n"]:
         """One index for each row of logits (unnormalised log-probabilities; -inf is impossible)."""
+        ...
+
+    def heads(self, probability: Float[Tensor, "b n"], key: Key) -> Int[Tensor, "b"]:
+        """How many coins of each row show heads before the first that shows tails; what follows is not looked at.
+
+        Every accept-or-reject goes through here: unlike a uniform number, it can be enumerated."""
         ...
 
     def uniform(self, shape: Sequence[int], key: Key, device: torch.device | str = "cpu") -> Tensor:
@@ -52,6 +70,10 @@ class Generator:
         flat = p.reshape(-1, p.shape[-1])
         return torch.multinomial(flat, 1, generator=self.generator).reshape(p.shape[:-1])
 
+    def heads(self, probability: Tensor, key: Key) -> Tensor:
+        u = torch.rand(probability.shape, generator=self.generator, device=self.generator.device, dtype=torch.float64)
+        return _leading(u.to(probability.device) < probability)
+
     def uniform(self, shape: Sequence[int], key: Key, device: torch.device | str = "cpu") -> Tensor:
         return torch.rand(*shape, generator=self.generator, device=self.generator.device).to(device)
 
@@ -72,7 +94,7 @@ class Keyed:
         batch, n = shape[0], shape[1]
         element = torch.arange(key.element, key.element + n)[None] if isinstance(key.element, int) else key.element
         h = _mix(self.seed + key.row.cpu()[:, None] * 0x632BE59BD9B4E019)
-        h = _mix(h + element.cpu() * 0x1E3779B97F4A7C15 + key.draw * 0x3C6EF372FE94F82B).expand(batch, n)
+        h = _mix(h + element.cpu() * 0x1E3779B97F4A7C15 + torch.as_tensor(key.draw) * 0x3C6EF372FE94F82B).expand(batch, n)
         extra = 1
         for size in shape[2:]:
             extra *= size
@@ -88,6 +110,9 @@ class Keyed:
         last = (p > 0).to(torch.int8).cumsum(-1).argmax(-1)  # never an impossible index, whatever the rounding
         return torch.minimum(index, last)
 
+    def heads(self, probability: Tensor, key: Key) -> Tensor:
+        return _leading(self._unit(probability.shape, key, probability.device) < probability)
+
     def uniform(self, shape: Sequence[int], key: Key, device: torch.device | str = "cpu") -> Tensor:
         return self._unit(shape, key, device).float().clamp(max=1 - 2**-24)
 
@@ -97,48 +122,58 @@ class Keyed:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A 64-bit finaliser (SplitMix64, Steele et al. 2014), in wrapping int64 arithmetic."""
+    """A 64-bit step and finaliser (SplitMix64, Steele et al. 2014), in wrapping int64 arithmetic."""
+    x = x - 7046029254386353131  # the golden ratio; without it zero would stay zero
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
+def _leading(heads: Bool[Tensor, "b n"]) -> Int[Tensor, "b"]:
+    return heads.long().cumprod(1).sum(1)
+
+
 class Enumerator:
     """Replays one path of choices; `enumerate_law` drives it through all of them.
 
-    Draws of several elements are enumerated one by one; `coin` choices come from `uniform` against a threshold, which
-    only code that asks `coin` can use: a plain uniform has no finite set of outcomes.
+    Draws of several elements are enumerated one by one. Coins are tossed one by one too, and none after the first tail.
+    A uniform or normal number has no finite set of outcomes and is refused.
     """
 
     def __init__(self, path: Sequence[int] = ()):
         self.path = list(path)
-        self.log_weight = 0.0
+        self.weight = 1.0
         self.branch: list[tuple[int, int]] = []  # (choice taken, number of choices that are possible)
-        self.sizes: list[list[int]] = []
 
-    def _choose(self, p: Tensor) -> int:
-        options = (p > 0).nonzero()[:, 0].tolist()
+    def _choose(self, p: Sequence[float]) -> int:
+        options = [i for i, x in enumerate(p) if x > 0]
         if not options:
             raise ValueError("a distribution without any possible outcome was drawn from")
         depth = len(self.branch)
         i = self.path[depth] if depth < len(self.path) else 0
         self.branch.append((i, len(options)))
-        self.log_weight += float(p[options[i]].log())
+        self.weight *= p[options[i]]
         return options[i]
 
     def categorical(self, logits: Tensor, key: Key) -> Tensor:
-        p = torch.softmax(logits.double(), -1)
-        flat = p.reshape(-1, p.shape[-1])
-        live = torch.ones(p.shape[:-1], dtype=torch.bool)
-        if isinstance(key.element, Tensor):
-            live = (key.element >= 0).expand(p.shape[:-1])
-        alive = live.reshape(-1).tolist()
-        return torch.tensor([self._choose(r) if a else 0 for r, a in zip(flat, alive, strict=True)]).reshape(
-            p.shape[:-1]
-        )
+        shape = logits.shape[:-1]
+        p = torch.softmax(logits.double(), -1).reshape(-1, logits.shape[-1]).tolist()
+        if isinstance(key.element, int):
+            return torch.tensor([self._choose(row) for row in p]).reshape(shape)
+        live = (key.element >= 0).expand(shape).reshape(-1).tolist()
+        return torch.tensor([self._choose(r) if a else 0 for r, a in zip(p, live, strict=True)]).reshape(shape)
+
+    def heads(self, probability: Tensor, key: Key) -> Tensor:
+        counts = []
+        for row in probability.double().clamp(0, 1).tolist():
+            count = 0
+            while count < len(row) and self._choose((1 - row[count], row[count])):
+                count += 1
+            counts.append(count)
+        return torch.tensor(counts)
 
     def uniform(self, shape: Sequence[int], key: Key, device: torch.device | str = "cpu") -> Tensor:
-        raise TypeError("a uniform number cannot be enumerated; draw a coin by `categorical` over two outcomes")
+        raise TypeError("a uniform number cannot be enumerated; toss coins by `heads`, or draw by `categorical`")
 
     def normal(self, shape: Sequence[int], key: Key, device: torch.device | str = "cpu") -> Tensor:
         raise TypeError("a normal number cannot be enumerated")
@@ -147,18 +182,18 @@ class Enumerator:
 def enumerate_law(run: Callable[[Random], T]) -> dict[Hashable, float]:
     """The exact law of what `run` returns (made hashable by `tuple` where it is a list), over every outcome of its
     draws: depth first, probabilities in float64."""
-    law: dict[Hashable, float] = {}
+    parts: dict[Hashable, list[float]] = {}
     path: list[int] = []
     while True:
         random = Enumerator(path)
         result = run(random)
         outcome = tuple(result) if isinstance(result, list) else result
-        law[outcome] = law.get(outcome, 0.0) + float(torch.tensor(random.log_weight, dtype=torch.float64).exp())  # type: ignore[index]
+        parts.setdefault(outcome, []).append(random.weight)  # type: ignore[arg-type]
         branch = random.branch
         while branch and branch[-1][0] + 1 >= branch[-1][1]:
             branch.pop()
         if not branch:
-            return law
+            return {outcome: math.fsum(weights) for outcome, weights in parts.items()}
         path = [c for c, _ in branch[:-1]] + [branch[-1][0] + 1]
 
 
@@ -188,19 +223,11 @@ class Forced:
                 self.met[int(element[0, j])] = lp[:, j]
         return x
 
+    def heads(self, probability: Tensor, key: Key) -> Tensor:
+        raise TypeError("coins cannot be forced to a sample: score it by plain decoding, or drafts by a walk")
+
     def uniform(self, shape: Sequence[int], key: Key, device: torch.device | str = "cpu") -> Tensor:
         raise TypeError("a uniform number cannot be forced to a sample")
 
     def normal(self, shape: Sequence[int], key: Key, device: torch.device | str = "cpu") -> Tensor:
         raise TypeError("a normal number cannot be forced to a sample")
-
-
-def coin(random: Random, probability: Tensor, key: Key) -> Tensor:
-    """True with the given probability (batch, n): every accept-or-reject goes through here."""
-    p = probability.double().clamp(0, 1)
-    return random.categorical(torch.stack([1 - p, p], -1).log(), key).bool()
-
-
-def outcomes(law: dict[Hashable, float]) -> Iterator[tuple[Hashable, float]]:
-    """Outcomes of an enumerated law, most probable first."""
-    return iter(sorted(law.items(), key=lambda kv: -kv[1]))

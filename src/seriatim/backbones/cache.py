@@ -7,11 +7,11 @@ cache is *plain* and holds no labels; the first commit that breaks this writes t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seriatim.plan import Plan
@@ -24,11 +24,13 @@ class Cache(Protocol):
     """Committed entries, then the pending ones of the last forward.
 
     `can` names what is possible beyond keeping a path of what is pending: subset, evict, replace. It is asked when
-    parts are joined, never found out by failing.
+    parts are joined, never found out by failing. `length` counts the committed entries: one number, or one a row.
     """
 
     can: frozenset[str]
-    length: int | Tensor
+
+    @property
+    def length(self) -> int | Tensor: ...
 
     def begin(self, plan: Plan) -> None:
         """A forward of this plan starts: drop what is pending, make room."""
@@ -43,11 +45,11 @@ class Cache(Protocol):
         ...
 
     def evict(self, retain: Int[Tensor, "b m"]) -> None:
-        """Keep only these committed entries."""
+        """Keep only these committed entries, in this order (-1: padding)."""
         ...
 
     def select(self, rows: Int[Tensor, "b2"]) -> None:
-        """Keep, copy, reorder rows."""
+        """Keep, copy, reorder rows; -1 is a new row that holds nothing."""
         ...
 
     def nbytes(self) -> int:
@@ -63,14 +65,30 @@ class KVCache:
 
     can = frozenset({"subset", "evict", "replace"})
 
-    def __init__(self, layers: int, batch: int, heads: int, head_dim: int, dtype: torch.dtype, device, capacity=256, names=("all",)):
-        self.names = tuple(names)  # the kinds of layer, each with labels of its own
-        self.buffer = torch.empty(layers, 2, batch, heads, capacity, head_dim, dtype=dtype, device=device)
-        self.columns = 0  # committed
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        capacity: int = 256,
+        names: Sequence[str] = ("all",),
+    ):
+        """`names`: the kinds of layer, each with labels of its own. `capacity`: columns to start with."""
+        if batch < 1 or capacity < 1:
+            raise ValueError(f"a cache needs at least one row and one column, got batch {batch}, capacity {capacity}")
+        self.names = tuple(names)
+        # zeros, not empty: what stands in masked columns must be finite
+        self.buffer = torch.zeros(layers, 2, batch, heads, capacity, head_dim, dtype=dtype, device=device)
+        self.columns = 0  # committed, in the longest row
         self.pending = 0
-        self.rows: Tensor | None = None  # committed entries of each row, once they differ
+        self._held: Int[Tensor, "b"] | None = None  # committed columns of each row, once they differ
         self._labels: dict[str, View] | None = None
-        self._layers: Tensor | None = None  # [layer, column]: was it computed there?
+        self._layers: Bool[Tensor, "L b c"] | None = None  # was this column computed in this layer?
+        self._memory: Tensor | None = None
+        self._crossed: dict[int, Tensor] = {}
         self._split()
 
     def _split(self) -> None:
@@ -78,8 +96,11 @@ class KVCache:
 
     @property
     def length(self) -> int | Tensor:
-        """Committed entries: one number, or one a row."""
-        return self.columns if self.rows is None else self.rows
+        return self.columns if self._held is None else self._held
+
+    @property
+    def batch(self) -> int:
+        return self.buffer.shape[2]
 
     @property
     def device(self) -> torch.device:
@@ -90,47 +111,78 @@ class KVCache:
         """Every entry is seen by everything later; no labels are held."""
         return self._labels is None
 
+    # ---- a forward --------------------------------------------------------------------------------------------------
+
     def begin(self, plan: Plan) -> None:
         n = plan.size
         if self.columns + n > self.buffer.shape[4]:
-            more = max(self.columns + n, 2 * self.buffer.shape[4])
-            wide = self.buffer.new_empty(*self.buffer.shape[:4], more, self.buffer.shape[5])
-            wide[..., : self.columns, :] = self.buffer[..., : self.columns, :]
-            self.buffer = wide
-            self._split()
+            self._widen(max(self.columns + n, 2 * self.buffer.shape[4]))
         self.pending = n
+
+    def _widen(self, columns: int) -> None:
+        wide = self.buffer.new_zeros(*self.buffer.shape[:4], columns, self.buffer.shape[5])
+        wide[..., : self.columns, :] = self.buffer[..., : self.columns, :]
+        self.buffer = wide
+        self._split()
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the pending keys and values (batch, heads, slots, head_dim) of a layer; all that can be read there."""
-        start, end = self.columns, self.columns + self.pending
+        start = self.columns
+        end = start + self.pending
         keys, values = self.keys[layer], self.values[layer]
         keys[:, :, start:end] = k
         values[:, :, start:end] = v
         return keys[:, :, :end], values[:, :, :end]
 
+    def crossed(self, layer: int, memory: Tensor) -> Tensor | None:
+        """What `keep_crossed` kept of this very memory in a layer."""
+        return self._crossed.get(layer) if memory is self._memory else None
+
+    def keep_crossed(self, layer: int, memory: Tensor, value: Tensor) -> None:
+        """Remember the keys and values of a memory that all steps attend to; another memory replaces them."""
+        if memory is not self._memory:
+            self._memory, self._crossed = memory, {}
+        self._crossed[layer] = value
+
     def labels(self, view: str) -> View | None:
         return None if self._labels is None else self._labels[view]
 
-    def computed(self, layer: int) -> Tensor | None:
-        """Which committed columns were computed in a layer (boolean); None: all."""
+    @property
+    def skips(self) -> bool:
+        """Some committed entries were not computed in every layer."""
+        return self._layers is not None
+
+    def computed(self, layer: int) -> Bool[Tensor, "b c"] | None:
+        """Which committed columns were computed in a layer; None: all."""
         return None if self._layers is None else self._layers[layer]
 
+    # ---- committing -------------------------------------------------------------------------------------------------
+
     def commit(self, keep: Keep, plan: Plan) -> None:
-        if isinstance(keep, Tensor):
-            self._commit_ragged(keep, plan)
+        if isinstance(keep, Tensor) and self.batch == 1:
+            keep = [i for i in keep[0].tolist() if i >= 0]
+        if isinstance(keep, int):
+            count, last = keep, keep - 1
+        elif not isinstance(keep, Tensor):
+            count, last = len(keep), max(keep, default=-1)
         else:
-            n = keep if isinstance(keep, int) else len(keep)
-            if n > self.pending:
-                raise ValueError(f"{n} slots cannot be kept of {self.pending} pending ones")
-            if not (self.plain and plan.plain):
-                index = torch.arange(n) if isinstance(keep, int) else torch.tensor(keep, dtype=torch.long)
-                self._note(index[None], plan)
-            if not isinstance(keep, int):
-                self._gather(keep)
-            self.columns += n
-            if self.rows is not None:
-                self.rows = self.rows + n
+            count, last = keep.shape[1], int(keep.max()) if keep.numel() else -1
+        if last >= self.pending:
+            raise ValueError(f"slot {last} cannot be kept: the last forward left {self.pending} pending slots")
+        if count:
+            if isinstance(keep, Tensor) or self._held is not None:
+                self._commit_rows(_as_rows(keep).expand(self.batch, -1), plan)
+            else:
+                self._commit_all(keep, count, plan)
         self.pending = 0
+
+    def _commit_all(self, keep: int | Sequence[int], count: int, plan: Plan) -> None:
+        """The same slots in every row."""
+        if self._labels is not None or not plan.plain:
+            self._note(_as_rows(keep), plan)
+        if not isinstance(keep, int):
+            self._gather(keep)
+        self.columns += count
 
     def _gather(self, keep: Sequence[int]) -> None:
         """Bring a path together, moving only what is out of place."""
@@ -138,107 +190,149 @@ class KVCache:
         while still < len(keep) and keep[still] == still:
             still += 1
         if still < len(keep):
-            source = torch.tensor([self.columns + i for i in keep[still:]], device=self.buffer.device)
+            source = torch.tensor([self.columns + i for i in keep[still:]], device=self.device)
             start = self.columns + still
             self.buffer[..., start : start + len(keep) - still, :] = self.buffer.index_select(4, source)
 
-    def _commit_ragged(self, keep: Int[Tensor, "b m"], plan: Plan) -> None:
-        batch = self.buffer.shape[2]
-        keep = keep.expand(batch, -1)
-        count = (keep >= 0).sum(1)
-        rows = torch.full((batch,), self.columns) if self.rows is None else self.rows
-        same = bool((rows + count == (rows + count)[0]).all()) and self.rows is None and bool((count == count[0]).all())
+    def _commit_rows(self, keep: Int[Tensor, "b m"], plan: Plan) -> None:
+        """Other slots in each row: bring them right behind what the row holds."""
+        live = keep >= 0
+        count = live.sum(1)
+        held = torch.full((self.batch,), self.columns) if self._held is None else self._held
         self._note(keep, plan)
-        b, j = (keep >= 0).nonzero(as_tuple=True)
-        source = self.columns + keep[b, j]
-        nth = (keep >= 0).long().cumsum(1)[b, j] - 1
-        moved = self.buffer[:, :, b, :, source]
-        self.buffer[:, :, b, :, rows[b] + nth] = moved
-        self.rows = None if same else rows + count
-        self.columns = int((rows + count).max())
-        self._trim()
+        b, j = live.nonzero(as_tuple=True)
+        place = held[b] + live.long().cumsum(1)[b, j] - 1
+        b, source, place = (x.to(self.device) for x in (b, self.columns + keep[b, j], place))
+        self.buffer[:, :, b, :, place] = self.buffer[:, :, b, :, source]
+        self._hold(held + count)
+
+    def _hold(self, held: Int[Tensor, "b"]) -> None:
+        """Rows hold so many columns now."""
+        self.columns = int(held.max())
+        self._held = None if bool((held == self.columns).all()) else held
 
     def _note(self, keep: Int[Tensor, "b m"], plan: Plan) -> None:
-        """Write the labels of committed slots behind those of the cached ones, row by row."""
-        settled = plan.settled if plan.settled is not None else plan.views
-        labels = {name: view.take(keep) for name, view in settled.items()}
-        if self._labels is None:
-            start = torch.arange(self.columns)[None]
-            self._labels = dict.fromkeys(labels, View(start, start, torch.full_like(start, INF)))
-        if self.rows is not None or bool((keep < 0).any()):
-            rows = torch.full((keep.shape[0],), self.columns) if self.rows is None else self.rows
-            labels = {name: _pack(self._labels[name], new, rows, keep) for name, new in labels.items()}
-            self._labels = labels
-        else:
-            self._labels = {name: join([self._labels[name], new]) for name, new in labels.items()}
+        """Write the labels of slots about to be committed behind those of the cached ones, row by row."""
+        views = plan.views if plan.settled is None else plan.settled
+        old = self._written_out()
+        order = None
+        if self._held is not None or bool((keep < 0).any()):
+            held = torch.full((self.batch,), self.columns) if self._held is None else self._held
+            order = _packed(self.columns, held, keep)
+        labels = {}
+        for name in self.names:
+            both = join([old[name], views[name].take(keep)])
+            labels[name] = both if order is None else both.take(order)
+        self._labels = labels
         if plan.layers is not None or self._layers is not None:
-            layers = self.buffer.shape[0]
-            old = torch.ones(layers, self.columns, dtype=torch.bool) if self._layers is None else self._layers
-            new = torch.ones(layers, plan.size, dtype=torch.bool) if plan.layers is None else plan.layers
-            if keep.shape[0] > 1 and not bool((keep == keep[:1]).all()):
-                raise ValueError("slots that skip layers cannot be kept by rows of different lengths")
-            self._layers = torch.cat([old, new[:, keep[0].clamp(min=0)]], 1)
+            depth = self.buffer.shape[0]
+            before = torch.ones(depth, 1, self.columns, dtype=torch.bool) if self._layers is None else self._layers
+            new = torch.ones(depth, plan.size, dtype=torch.bool) if plan.layers is None else plan.layers.cpu()
+            new = new[:, keep.clamp(min=0)]
+            rows = max(before.shape[1], new.shape[1])
+            layers = torch.cat([before.expand(-1, rows, -1), new.expand(-1, rows, -1)], 2)
+            self._layers = layers if order is None else _picked(layers, order)
 
-    def _trim(self) -> None:
-        if self._labels is not None:
-            index = torch.arange(self.columns)[None]
-            self._labels = {k: v if v.size == self.columns else v.take(index) for k, v in self._labels.items()}
-
-    def evict(self, retain: Int[Tensor, "b m"]) -> None:
-        """Keep only these committed columns (-1: padding), in this order."""
-        batch = self.buffer.shape[2]
-        index = retain.expand(batch, -1)
-        where = index.clamp(min=0)
-        m = index.shape[1]
-        rows = torch.arange(batch)[:, None]
-        self.buffer[..., :m, :] = self.buffer[:, :, rows, :, where].permute(2, 3, 0, 4, 1, 5)
+    def _written_out(self) -> dict[str, View]:
+        """The labels, made up where they went without saying."""
         if self._labels is None:
             start = torch.arange(self.columns)[None]
             self._labels = dict.fromkeys(self.names, View(start, start, torch.full_like(start, INF)))
-        self._labels = {name: view.take(retain) for name, view in self._labels.items()}
-        if self._layers is not None:
-            self._layers = self._layers[:, where[0]]
-        count = (retain >= 0).sum(1)
-        self.rows = None if bool((count == m).all()) else count.expand(batch)
-        self.columns = m
+        return self._labels
 
-    def replace(self, where: Int[Tensor, "b m"], plan: Plan) -> None:
-        """The first pending entries overwrite these committed columns (-1: leaves the pending entry out)."""
-        b, j = (where.expand(self.buffer.shape[2], -1) >= 0).nonzero(as_tuple=True)
-        self.buffer[:, :, b, :, where.expand(self.buffer.shape[2], -1)[b, j]] = self.buffer[
-            :, :, b, :, self.columns + j
-        ]
+    # ---- changing what is committed ---------------------------------------------------------------------------------
+
+    def evict(self, retain: Int[Tensor, "b m"]) -> None:
+        """Keep only these committed columns, in this order; -1 is padding."""
+        retain = retain.expand(self.batch, -1)
+        if retain.numel() and int(retain.max()) >= self.columns:
+            raise ValueError(f"column {int(retain.max())} cannot be retained of {self.columns}")
+        retain = retain.gather(1, (retain < 0).long().argsort(dim=1, stable=True))  # padding last
+        held = (retain >= 0).sum(1)
+        retain = retain[:, : int(held.max())]
+        labels = self._written_out()
+        where = retain.clamp(min=0).to(self.device)
+        rows = torch.arange(self.batch, device=self.device)[:, None]
+        kept = self.buffer[:, :, rows, :, where]  # (batch, columns, layers, 2, heads, head_dim)
+        self.buffer[..., : retain.shape[1], :] = kept.permute(2, 3, 0, 4, 1, 5)
+        self._labels = {name: view.take(retain) for name, view in labels.items()}
+        if self._layers is not None:
+            self._layers = _picked(self._layers.expand(-1, self.batch, -1), retain)
+        self._hold(held)
+        self.pending = 0
+
+    def replace(self, where: Int[Tensor, "b m"]) -> None:
+        """Pending entry j overwrites committed column where[:, j] (-1: is left out); the labels stay."""
+        where = where.expand(self.batch, -1)
+        if where.shape[1] > self.pending:
+            raise ValueError(f"{where.shape[1]} entries cannot be replaced by {self.pending} pending ones")
+        held = torch.full((self.batch,), self.columns) if self._held is None else self._held
+        if bool((where >= held[:, None]).any()):
+            raise ValueError(f"column {int(where.max())} is not held by every row that replaces it")
+        b, j = (where >= 0).nonzero(as_tuple=True)
+        place, source = where[b, j].to(self.device), (self.columns + j).to(self.device)
+        b = b.to(self.device)
+        self.buffer[:, :, b, :, place] = self.buffer[:, :, b, :, source]
         self.pending = 0
 
     def select(self, rows: Int[Tensor, "b2"]) -> None:
-        self.buffer = self.buffer[:, :, rows].contiguous()
+        new = rows < 0
+        where = rows.clamp(min=0)
+        if rows.numel() == 0 or int(where.max()) >= self.batch:
+            raise ValueError(f"rows {rows.tolist()} cannot be selected of {self.batch}")
+        fresh = bool(new.any())
+        labels = self._written_out() if fresh else self._labels
+        held = torch.full((self.batch,), self.columns) if self._held is None else self._held
+        self.buffer = self.buffer[:, :, where.to(self.device)]
         self._split()
-        self.rows = None if self.rows is None else self.rows[rows]
-        if self._labels is not None:
-            pick = lambda x: None if x is None else x if x.shape[0] == 1 else x[rows]  # noqa: E731
-            self._labels = {
-                k: View(pick(v.at), pick(v.born), pick(v.dies), pick(v.lane), pick(v.group), v.relation)  # type: ignore[arg-type]
-                for k, v in self._labels.items()
-            }
+        held = held[where].masked_fill(new, 0)
+        columns = int(held.max())
+        if labels is not None:
+            index = torch.arange(columns).expand(len(rows), -1)
+            index = torch.where(index < held[:, None], index, -1)
+            self._labels = {name: _of_rows(view, where).take(index) for name, view in labels.items()}
+        if self._layers is not None:
+            self._layers = (self._layers if self._layers.shape[1] == 1 else self._layers[:, where])[:, :, :columns]
+        self._hold(held)
+        self.pending = 0
 
     def nbytes(self) -> int:
         layers, two, batch, heads, _, dim = self.buffer.shape
-        entries = batch * self.columns if self.rows is None else int(self.rows.sum())
-        per_layer = layers * entries
-        if self._layers is not None:
-            per_layer = int(self._layers[:, : self.columns].sum()) * batch
-        return per_layer * two * heads * dim * self.buffer.element_size()
+        held = torch.full((batch,), self.columns) if self._held is None else self._held
+        if self._layers is None:
+            entries = layers * int(held.sum())
+        else:
+            live = torch.arange(self.columns) < held[:, None]
+            entries = int((self._layers & live).sum())
+        return entries * two * heads * dim * self.buffer.element_size()
 
 
-def _pack(old: View, new: View, rows: Int[Tensor, "b"], keep: Int[Tensor, "b m"]) -> View:
-    """New labels right behind the old ones of each row; -1 lanes fill the rest."""
-    batch = keep.shape[0]
-    both = join([old, new])
-    start = torch.where(keep >= 0, torch.arange(old.size, old.size + keep.shape[1]), -1)
-    held = torch.where(torch.arange(old.size) < rows[:, None], torch.arange(old.size), -1)
-    order = torch.cat([held, start], 1)
-    live = order >= 0
-    width = int(live.sum(1).max())
-    rank = torch.where(live, torch.arange(order.shape[1]), order.shape[1]).sort(1).indices[:, :width]
-    index = order.gather(1, rank).expand(batch, -1)
-    return both.take(index)
+def _as_rows(keep: Keep) -> Int[Tensor, "b m"]:
+    if isinstance(keep, Tensor):
+        return keep
+    return (torch.arange(keep) if isinstance(keep, int) else torch.tensor(keep, dtype=torch.long))[None]
+
+
+def _packed(columns: int, held: Int[Tensor, "b"], keep: Int[Tensor, "b m"]) -> Int[Tensor, "b w"]:
+    """Where the entries of each row stand in [old columns, kept slots], live ones first, -1 behind them."""
+    old = torch.where(torch.arange(columns) < held[:, None], torch.arange(columns), -1)
+    new = torch.where(keep >= 0, torch.arange(columns, columns + keep.shape[1]), -1)
+    both = torch.cat([old, new.expand(len(held), -1)], 1)
+    order = (both < 0).long().argsort(dim=1, stable=True)
+    return both.gather(1, order)[:, : int((both >= 0).sum(1).max())]
+
+
+def _picked(layers: Bool[Tensor, "L b c"], index: Int[Tensor, "b m"]) -> Bool[Tensor, "L b m"]:
+    where = index.clamp(min=0).expand(layers.shape[0], len(index), -1)
+    return layers.expand(-1, len(index), -1).gather(2, where)
+
+
+def _of_rows(view: View, rows: Int[Tensor, "b"]) -> View:
+    """The labels of these rows of a batch; what the batch shares stays shared."""
+
+    def pick(x: Tensor) -> Tensor:
+        return x if x.shape[0] == 1 else x[rows]
+
+    lane = None if view.lane is None else pick(view.lane)
+    group = None if view.group is None else pick(view.group)
+    return View(pick(view.at), pick(view.born), pick(view.dies), lane, group, view.relation)

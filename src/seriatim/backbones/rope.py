@@ -21,6 +21,10 @@ class RoPE:
     theta: float = 10_000.0
     axes: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if not self.theta > 0:
+            raise ValueError(f"the base of rotary embedding is positive, got {self.theta}")
+
 
 class RotaryTable:
     """Cosines and sines of coordinates; runs of one axis are slices of one table, made once."""
@@ -57,9 +61,11 @@ class RotaryTable:
     def _table(self, needed: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         table = self._runs.get((dtype, device))
         if table is None or table[0].shape[0] < needed:
-            size = max(256, 2 * needed)
-            cos, sin = self.at(torch.arange(size, device=device)[None, :, None].expand(1, size, self.axes), dtype)
-            table = self._runs[dtype, device] = (cos[0].contiguous(), sin[0].contiguous())
+            if self.axes > 1:
+                raise ValueError(f"rotary embedding over {self.axes} axes met slots along a line, which have one")
+            with torch.inference_mode(False):  # the table outlives the loop that first asks for it
+                cos, sin = self.at(torch.arange(max(256, 2 * needed), device=device)[None, :, None], dtype)
+                table = self._runs[dtype, device] = (cos[0], sin[0])
         return table
 
 

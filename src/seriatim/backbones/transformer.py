@@ -8,8 +8,9 @@ would cost a tenth of the time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,12 @@ class TransformerConfig:
     kinds: tuple[str, ...] = ("all",)
 
     def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "kv_heads", "head_dim", "hidden", "vector", "memory"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} is at least 1, got {size}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is a share from 0 to below 1, got {self.dropout}")
         for name, value, allowed in (
             ("norm", self.norm, ("rms", "layer")),
             ("activation", self.activation, ("swiglu", "gelu")),
@@ -62,15 +69,15 @@ class TransformerConfig:
         if len(self.kinds) not in (1, self.depth):
             raise ValueError(f"kinds must name one kind, or one for each of {self.depth} layers")
 
-    @property
+    @cached_property
     def dim(self) -> int:
         return self.head_dim or self.width // self.heads
 
-    @property
+    @cached_property
     def groups(self) -> int:
         return self.kv_heads or self.heads
 
-    @property
+    @cached_property
     def inner(self) -> int:
         return self.hidden or (4 * self.width if self.activation == "gelu" else -(-8 * self.width // 3 // 8) * 8)
 
@@ -78,30 +85,21 @@ class TransformerConfig:
         return self.kinds[layer if len(self.kinds) > 1 else 0]
 
 
-@dataclass(slots=True)
-class _Weights:
-    """One layer's weights, for fast access."""
+Weights = dict[str, Any]  # of one layer, by name
+NAMES = (
+    *("norm1", "norm1_bias", "qkv", "qkv_bias", "out", "out_bias", "norm2", "norm2_bias", "up", "up_bias"),
+    *("down", "down_bias", "q_norm", "k_norm", "ada", "ada_bias", "norm3", "cross_q", "cross_kv", "cross_out"),
+)
+LOG_100 = 4.605170185988092  # the largest logarithm of a learned temperature, as in VAR
 
-    norm1: Tensor | None
-    norm1_bias: Tensor | None
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
-    norm2: Tensor | None
-    norm2_bias: Tensor | None
-    up: Tensor
-    up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    ada: Tensor | None
-    ada_bias: Tensor | None
-    norm3: Tensor | None
-    cross_q: Tensor | None
-    cross_kv: Tensor | None
-    cross_out: Tensor | None
+
+class Context(NamedTuple):
+    """What all layers of a forward share."""
+
+    cache: KVCache | None
+    rope: tuple[Tensor, Tensor] | None
+    vector: Tensor | None
+    memory: Tensor | None
 
 
 class Layer(nn.Module):
@@ -138,8 +136,11 @@ class Layer(nn.Module):
         optional("cross_kv", c.memory is not None, torch.randn(2 * c.heads * hd, c.memory or 0) * 0.02)
         optional("cross_out", c.memory is not None, torch.randn(d, c.heads * hd) * 0.02)
 
-    def weights(self) -> _Weights:
-        return _Weights(*(getattr(self, name) for name in _Weights.__slots__))
+    def weights(self) -> Weights:
+        """By name. Read from the module's own table, at the cost of a dictionary, so that they are never stale."""
+        if "parametrizations" in self._modules:  # computed from other parameters: a low-rank adapter, a masked matrix
+            return {name: getattr(self, name) for name in NAMES}
+        return self._parameters
 
 
 class Transformer(nn.Module):
@@ -153,7 +154,6 @@ class Transformer(nn.Module):
         self.norm_bias = nn.Parameter(torch.zeros(config.width)) if config.norm == "layer" else None
         self.rotary = RotaryTable(config.rope, config.dim) if config.rope else None
         self.mixers = dict.fromkeys(config.kinds, "any")
-        self._weights = [layer.weights() for layer in self.layers]  # type: ignore[operator]
 
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
         """A cache for `batch` rows. On a CPU in bf16 it is float32: attention of one row is three times faster so."""
@@ -172,96 +172,109 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "b s d"]:
         """Contextualise slots. `vector` is (b, e) or per slot (b, s, e). With a cache, entries are left pending."""
         c = self.config
+        if x.shape[2] != c.width or x.shape[1] != plan.size:
+            raise ValueError(f"this plan needs (batch, {plan.size}, {c.width}) vectors, got {tuple(x.shape)}")
         if (vector is None) != (c.vector is None):
             raise ValueError("this backbone " + ("needs a conditioning vector" if c.vector else "takes no vector"))
+        if (memory is None) != (c.memory is None):
+            raise ValueError(
+                "this backbone attends to a memory; pass one (encoder states, text features)"
+                if c.memory
+                else "this backbone attends to no memory"
+            )
         rope = None if self.rotary is None else _rope(self.rotary, plan, x)
         if cache is not None:
             cache.begin(plan)
         masks = {kind: plan.attention(kind, cache) for kind in self.mixers}
         if vector is not None:
             vector = F.silu(vector if vector.dim() == 3 else vector[:, None])
-        partial = plan.layers is not None or (cache is not None and cache.computed(0) is not None)
-        for i, w in enumerate(self._weights):
-            mask = masks[c.kind(i)]
-            ran = None
-            if partial:
-                mask, ran = _partial(mask, plan, cache, i, x)
-                if ran is not None and not bool(ran.any()):
-                    continue
-            y = self._layer(i, w, x, mask, cache, rope, vector, memory)
-            x = y if ran is None else torch.where(ran[:, None], y, x)
+        context = Context(cache, rope, vector, memory)
+        if plan.layers is not None or (cache is not None and cache.skips):
+            return self._some(x, plan, masks, context)
+        masks = {kind: _placed(mask, c, x) for kind, mask in masks.items()}
+        for i, layer in enumerate(self.layers):
+            x = self._layer(i, layer.weights(), x, masks[c.kind(i)], context)
         return _normalise(c, x, self.norm, self.norm_bias)
 
-    def _layer(
-        self,
-        i: int,
-        w: _Weights,
-        x: Tensor,
-        mask: Tensor | str | None,
-        cache: KVCache | None,
-        rope: tuple[Tensor, Tensor] | None,
-        vector: Tensor | None,
-        memory: Tensor | None,
-    ) -> Tensor:
+    def _some(self, x: Tensor, plan: Plan, masks: dict[str, Tensor | str | None], context: Context) -> Tensor:
+        """Layers that some of the slots skip: they keep what they have, and are not seen there."""
         c = self.config
-        h = _normalise(c, x, w.norm1, w.norm1_bias)
-        if w.ada is not None:
-            assert vector is not None
-            shift1, scale1, gate1, shift2, scale2, gate2 = F.linear(vector, w.ada, w.ada_bias).chunk(6, -1)
+        if plan.layers is not None and plan.layers.shape[0] != c.depth:
+            raise ValueError(f"the plan names {plan.layers.shape[0]} layers, the backbone has {c.depth}")
+        for i, layer in enumerate(self.layers):
+            mask, ran = _partial(masks[c.kind(i)], plan, context.cache, i)
+            if ran is None or bool(ran.any()):
+                y = self._layer(i, layer.weights(), x, _placed(mask, c, x), context)
+                x = y if ran is None else torch.where(ran.to(x.device)[:, None], y, x)
+        return _normalise(c, x, self.norm, self.norm_bias)
+
+    def _layer(self, i: int, w: Weights, x: Tensor, mask: Tensor | str | None, context: Context) -> Tensor:
+        c = self.config
+        adaptive = context.vector is not None
+        h = _normalise(c, x, w["norm1"], w["norm1_bias"])
+        if adaptive:
+            assert context.vector is not None
+            shift1, scale1, gate1, shift2, scale2, gate2 = F.linear(context.vector, w["ada"], w["ada_bias"]).chunk(6, -1)
             h = torch.addcmul(shift1, h, scale1 + 1)
-        h = F.linear(self._attend(i, w, h, mask, cache, rope), w.out, w.out_bias)
+        h = F.linear(self._attend(i, w, h, mask, context), w["out"], w["out_bias"])
         if self.training and c.dropout:
             h = F.dropout(h, c.dropout)
-        x = x + (h if w.ada is None else gate1 * h)
-        if w.cross_q is not None:
-            x = x + self._cross(w, x, memory)
-        h = _normalise(c, x, w.norm2, w.norm2_bias)
-        if w.ada is not None:
+        x = x + (gate1 * h if adaptive else h)
+        if context.memory is not None:
+            x = x + self._cross(i, w, x, context)
+        h = _normalise(c, x, w["norm2"], w["norm2_bias"])
+        if adaptive:
             h = torch.addcmul(shift2, h, scale2 + 1)
-        h = F.linear(h, w.up, w.up_bias)
+        h = F.linear(h, w["up"], w["up_bias"])
         if c.activation == "swiglu":
             gate, up = h.chunk(2, -1)
             h = F.silu(gate) * up
         else:
             h = F.gelu(h)
-        h = F.linear(h, w.down, w.down_bias)
+        h = F.linear(h, w["down"], w["down_bias"])
         if self.training and c.dropout:
             h = F.dropout(h, c.dropout)
-        return x + (h if w.ada is None else gate2 * h)
+        return x + (gate2 * h if adaptive else h)
 
     def _attend(
-        self, i: int, w: _Weights, h: Tensor, mask: Tensor | str | None, cache: KVCache | None, rope
+        self, i: int, w: Weights, h: Tensor, mask: Tensor | str | None, context: Context
     ) -> Float[Tensor, "b s hd"]:
         c = self.config
         b, n, _ = h.shape
         heads, groups = c.heads, c.groups
-        qkv = F.linear(h, w.qkv, w.qkv_bias).view(b, n, heads + 2 * groups, c.dim)
+        qkv = F.linear(h, w["qkv"], w["qkv_bias"]).view(b, n, heads + 2 * groups, c.dim)
         qk, v = qkv[:, :, : heads + groups], qkv[:, :, heads + groups :].transpose(1, 2)
         scale = None
-        if w.q_norm is not None:
+        if c.qk_norm is not None:
             qk = _qk_norm(c, w, qk)
             scale = 1.0 if c.qk_norm == "l2" else None
-        if rope is not None:
-            qk = rotate(qk, *rope)
+        if context.rope is not None:
+            qk = rotate(qk, *context.rope)
         qk = qk.transpose(1, 2)
         q, k = qk[:, :heads], qk[:, heads:]
         dtype = q.dtype
-        if cache is not None:
-            k, v = cache.append(i, k, v)
+        if context.cache is not None:
+            k, v = context.cache.append(i, k, v)
             q = q.to(k.dtype)
         out = _attention(q, k, v, mask, scale)
         return out.to(dtype).transpose(1, 2).reshape(b, n, heads * c.dim)
 
-    def _cross(self, w: _Weights, x: Tensor, memory: Tensor | None) -> Tensor:
-        if memory is None:
-            raise ValueError("this backbone attends to a memory; pass one (encoder states, text features)")
-        assert w.cross_q is not None and w.cross_kv is not None and w.cross_out is not None
-        c = self.config
+    def _cross(self, i: int, w: Weights, x: Tensor, context: Context) -> Tensor:
+        """Attention to a memory, whose keys and values a cache remembers."""
+        c, cache, memory = self.config, context.cache, context.memory
+        assert memory is not None
         b, n, _ = x.shape
-        q = F.linear(_normalise(c, x, w.norm3, None), w.cross_q).view(b, n, c.heads, c.dim).transpose(1, 2)
-        k, v = F.linear(memory, w.cross_kv).view(b, -1, 2, c.heads, c.dim).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return F.linear(out.transpose(1, 2).reshape(b, n, -1), w.cross_out)
+        both = None if cache is None else cache.crossed(i, memory)
+        if both is None:
+            if memory.shape[0] not in (1, b):
+                raise ValueError(f"a memory of {memory.shape[0]} rows does not fit a batch of {b}")
+            both = F.linear(memory, w["cross_kv"]).unflatten(-1, (2, c.heads, c.dim)).permute(2, 0, 3, 1, 4)
+            both = both.expand(-1, b, -1, -1, -1)
+            if cache is not None:
+                cache.keep_crossed(i, memory, both)
+        q = F.linear(_normalise(c, x, w["norm3"], None), w["cross_q"]).view(b, n, c.heads, c.dim).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, both[0], both[1])
+        return F.linear(out.transpose(1, 2).reshape(b, n, -1), w["cross_out"])
 
 
 def _normalise(c: TransformerConfig, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -270,29 +283,35 @@ def _normalise(c: TransformerConfig, x: Tensor, weight: Tensor | None, bias: Ten
     return F.layer_norm(x, (c.width,), weight, bias, c.eps)
 
 
-def _qk_norm(c: TransformerConfig, w: _Weights, qk: Float[Tensor, "b s h d"]) -> Tensor:
-    assert w.q_norm is not None
+def _qk_norm(c: TransformerConfig, w: Weights, qk: Float[Tensor, "b s h d"]) -> Tensor:
     if c.qk_norm == "rms":
-        q = F.rms_norm(qk[:, :, : c.heads], (c.dim,), w.q_norm, c.eps)
-        return torch.cat([q, F.rms_norm(qk[:, :, c.heads :], (c.dim,), w.k_norm, c.eps)], 2)
+        q = F.rms_norm(qk[:, :, : c.heads], (c.dim,), w["q_norm"], c.eps)
+        return torch.cat([q, F.rms_norm(qk[:, :, c.heads :], (c.dim,), w["k_norm"], c.eps)], 2)
     qk = F.normalize(qk, dim=-1)
-    q = qk[:, :, : c.heads] * w.q_norm.clamp(max=4.6052).exp()
+    q = qk[:, :, : c.heads] * w["q_norm"].clamp(max=LOG_100).exp()
     return torch.cat([q, qk[:, :, c.heads :]], 2)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale: float | None) -> Tensor:
-    """Attention with shared key-value heads; `mask` is None (see all), "causal", or boolean (b, 1, q, k)."""
+    """Attention with shared key-value heads; `mask` is None (see all), "causal", or what `_placed` gives."""
     b, heads, n, d = q.shape
     groups = k.shape[1]
     if isinstance(mask, str):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=groups < heads)
     if groups == heads:
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-    share = heads // groups  # queries that share keys become rows of one head: no copy of the keys
-    q = q.reshape(b, groups, share * n, d)
-    if mask is not None:
-        mask = mask.repeat(1, 1, share, 1)
+    # queries that share keys become rows of one head: no copy of the keys
+    q = q.reshape(b, groups, heads // groups * n, d)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).reshape(b, heads, n, d)
+
+
+def _placed(mask: Tensor | str | None, c: TransformerConfig, x: Tensor) -> Tensor | str | None:
+    """The mask where the vectors are, with its rows repeated for the queries that share a key-value head."""
+    if not isinstance(mask, Tensor):
+        return mask
+    if mask.device != x.device:
+        mask = mask.to(x.device)
+    return mask if c.groups == c.heads else mask.repeat(1, 1, c.heads // c.groups, 1)
 
 
 def _rope(table: RotaryTable, plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,24 +325,18 @@ def _rope(table: RotaryTable, plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _partial(
-    mask: Tensor | str | None, plan: Plan, cache: KVCache | None, layer: int, x: Tensor
-) -> tuple[Tensor, Bool[Tensor, "s"] | None]:
+    mask: Tensor | str | None, plan: Plan, cache: KVCache | None, layer: int
+) -> tuple[Bool[Tensor, "b 1 q k"], Bool[Tensor, "s"] | None]:
     """The mask in a layer that some slots skip: their keys are not there; and which of the new slots run."""
     n = plan.size
     old = 0 if cache is None else cache.columns
-    ran = None if plan.layers is None else plan.layers[layer].to(x.device)
-    there = torch.ones(old + n, dtype=torch.bool, device=x.device)
-    if cache is not None and cache.computed(layer) is not None:
-        there[:old] = cache.computed(layer)
-    if ran is not None:
-        there[old:] = ran
+    ran = None if plan.layers is None else plan.layers[layer].cpu()
     if not isinstance(mask, Tensor):
-        full = torch.ones(n, old + n, dtype=torch.bool, device=x.device)
+        full = torch.ones(n, old + n, dtype=torch.bool)
         mask = (full if mask is None else full.tril(old))[None, None]
-    own = torch.eye(n, old + n, dtype=torch.bool, device=x.device).roll(old, 1)
-    return mask & there | own, ran
-
-
-def mixers_of(backbone: nn.Module) -> Mapping[str, str]:
-    """What each kind of layer honours: any, causal, scan or full."""
-    return getattr(backbone, "mixers", {"all": "any"})
+    known = None if cache is None else cache.computed(layer)
+    known = torch.ones(1, old, dtype=torch.bool) if known is None else known
+    new = torch.ones(n, dtype=torch.bool) if ran is None else ran
+    there = torch.cat([known, new.expand(len(known), -1)], 1)
+    own = torch.eye(n, old + n, dtype=torch.bool).roll(old, 1)
+    return mask.cpu() & there[:, None, None] | own, ran

@@ -21,8 +21,9 @@ from seriatim.random import Generator, Random
 class Step:
     """What one turn did; progress bars, films and meters read the stream of these.
 
-    edits: changes of the canvas; keep: pending cache entries worth keeping (None: as the plan says); select: rows
-    that go on (beams); drafted, accepted: nodes of the guess, plain integers at batch 1, else one a row.
+    select: rows that go on, perhaps several times (beams); edits: changes of the canvas, of the rows that go on; keep:
+    pending cache entries worth keeping, of the rows before the selection (None: as the plan says); drafted, accepted:
+    nodes of the guess, plain integers at batch 1, else one a row.
     """
 
     edits: tuple[Edit, ...]
@@ -37,12 +38,12 @@ class Step:
 class Proposer(Protocol):
     """Suggests content to be verified in one forward. May run models of its own; owns state for each row."""
 
-    def propose(self, canvas: Canvas, target: Target) -> Guess | None:
+    def propose(self, canvas: Canvas, target: Target, random: Random) -> Guess | None:
         """A guess of what follows; None: nothing to suggest this time."""
         ...
 
     def observe(self, canvas: Canvas, rows: Rows, step: Step) -> None:
-        """What came of it: recycle rows and hidden states, roll back, follow selected rows."""
+        """What came of it: recycle rows and hidden states, roll back, follow selected rows (`rows` are those before)."""
         ...
 
 
@@ -67,7 +68,7 @@ def decode(
     needs = getattr(decider, "needs", frozenset())
     while True:
         with nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode():
-            guess = None if proposer is None else proposer.propose(canvas, target)
+            guess = None if proposer is None else proposer.propose(canvas, target, random)
             plan = target.plan(canvas, guess)
             if plan is None:
                 return
@@ -77,16 +78,13 @@ def decode(
                 needs = frozenset()
             step = decider.decide(canvas, guess, rows, random)
             step.slots = plan.size
-            canvas.apply(step.edits)
             target.commit(step.keep, plan)
+            if step.select is not None:
+                target.select(step.select, canvas.batch)
+                canvas.become(canvas.select(step.select))
+            canvas.apply(step.edits)
             if proposer is not None:
                 proposer.observe(canvas, rows, step)
-        if step.select is not None:
-            before = canvas.batch
-            picked = canvas.select(step.select)
-            for name in Canvas.__slots__:
-                setattr(canvas, name, getattr(picked, name))
-            target.select(step.select, before)
         yield step
 
 

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from seriatim.canvas import Canvas
+from seriatim.canvas import DELETED, Canvas
 from seriatim.decoding.guess import Guess
+from seriatim.factorization.turns import Turns
 from seriatim.layout import Layout
 from seriatim.plan import OrderError, Plan
 from seriatim.random import Random
@@ -41,23 +42,20 @@ class Factorization:
             raise OrderError(f"{type(self).__name__} cannot verify a guess; decode it without a proposer")
         if canvas.done:
             return None
-        turns = self._turns(canvas)
-        open_ranks = torch.where(canvas.known | (canvas.status == 4), INF, canvas.rank)
-        return turns[int(open_ranks.min())]
+        open_ranks = torch.where(canvas.known | (canvas.status == DELETED), INF, canvas.rank)
+        return self._turns(canvas).at(int(open_ranks.min()), cached)
 
-    def _turns(self, canvas: Canvas) -> dict[int | None, Plan]:
-        """The decoding steps of a static order by the rank they decide, compiled once for each order and set of given
-        elements."""
-        memo: OrderedDict[bytes, dict[int | None, Plan]] = self.__dict__.setdefault("_memo", OrderedDict())
+    def _turns(self, canvas: Canvas) -> Turns:
+        """The decoding steps of a static order, compiled once for each layout, order and set of given elements."""
+        memo: OrderedDict[tuple[Layout, bytes], Turns] = self.__dict__.setdefault("_memo", OrderedDict())
         rank = canvas.rank
         shared = rank.shape[0] > 1 and bool((rank == rank[:1]).all())
-        key = (rank[:1] if shared else rank).numpy().tobytes() + bytes(str(canvas.layout.size), "ascii")
+        key = (canvas.layout, (rank[:1] if shared else rank).numpy().tobytes())
         if key not in memo:
-            one = canvas.select(torch.tensor([0])) if shared else canvas
-            plan = self.packed(one)
+            plan = self.packed(canvas.select(torch.tensor([0])) if shared else canvas)
             if plan is None:
                 raise OrderError(f"{type(self).__name__} has neither a packed form nor steps of its own")
-            memo[key] = {turn.decides: turn for turn in plan.steps()}
+            memo[key] = Turns(plan)
             while len(memo) > 8:
                 memo.popitem(last=False)
         memo.move_to_end(key)

@@ -46,9 +46,10 @@ class LineShape:
         tail = self._tail
         if tail is None or tail.shape[1] < base + self.size or tail.device != device:
             capacity = max(512, 2 * base)
-            tail = torch.ones(self.size, capacity + self.size, dtype=torch.bool)
-            tail[:, capacity:] = self.view.mask()[0]
-            tail = self._tail = tail.to(device)
+            with torch.inference_mode(False):  # shapes outlive the loop that first asks for them
+                tail = torch.ones(self.size, capacity + self.size, dtype=torch.bool)
+                tail[:, capacity:] = self.view.mask()[0]
+                tail = self._tail = tail.to(device)
         return tail[None, None, :, tail.shape[1] - self.size - base :]
 
 
@@ -58,10 +59,9 @@ class LinePlan(Plan):
     plain = True
 
     def __init__(self, shape: LineShape, base: int, prefix: int, elements: int):
-        # fields of the frozen base class that the hot path needs; the others are made on demand below
+        # what the hot path needs, past the frozen base class, whose fields are made on demand below
         d = self.__dict__
         d["shape"], d["base"], d["prefix"], d["elements"] = shape, base, prefix, elements
-        d["kept"] = d["retain"] = d["settled"] = d["layers"] = d["layout"] = None
 
     shape: LineShape
     base: int
@@ -101,14 +101,19 @@ class LinePlan(Plan):
         node = torch.arange(self.size)[None] - self.shape.known
         source = torch.where(element >= 0, VALUE, LEARNED)
         rank = element  # everything known counts as decided one by one: a draft is checked against its own path
+        coord = _within(place, self.prefix, self.elements)
         return Slots(
-            element.clamp(min=-1)[..., None], source, place[..., None], rank.clamp(min=-1), node.clamp(min=-1)
+            element.clamp(min=-1)[..., None], source, coord[..., None], rank.clamp(min=-1), node.clamp(min=-1)
         )
 
     @cached_property
     def views(self) -> Mapping[str, View]:  # type: ignore[override]
         v = self.shape.view
         return _Same(View(v.at + self.base, v.born + self.base, torch.where(v.dies < INF, v.dies + self.base, INF)))
+
+    @cached_property
+    def settled(self) -> Mapping[str, View]:  # type: ignore[override]
+        return _Same(timed(self._places))
 
     @cached_property
     def reads(self) -> Reads:  # type: ignore[override]
@@ -139,8 +144,16 @@ class _Same(Mapping):
         return 1
 
 
+def _within(place: Int[Tensor, "b s"], prefix: int, elements: int) -> Int[Tensor, "b s"]:
+    """Coordinates: a draft may reach past the end, where nothing is read; tables of positions end there."""
+    return place.clamp(max=max(prefix + elements - 2, 0))
+
+
+SHAPES = 256  # compiled shapes that are remembered; drafts of ever new shapes must not pile up
+
+
 class Line(Factorization):
-    """Elements one after another, each after all earlier ones. `window` limits how many slots back a slot sees."""
+    """Elements one after another, each after all earlier ones."""
 
     draftable = True
 
@@ -170,20 +183,22 @@ class Line(Factorization):
         return _Causal(slots, {"all": inclusive(range(size))}, Reads(slot, target), rank)
 
     def step(self, canvas: Canvas, guess: Guess | None, cached: int | Tensor) -> Plan | None:
-        length = canvas.length
-        if length is None or not isinstance(cached, int):
+        length, layout = canvas.length, canvas.layout
+        if length is None or not isinstance(cached, int) or len(layout.kinds) > 1:
             return self._ragged(canvas, guess, cached)
-        if length >= canvas.layout.size:
+        if length >= layout.size:
             return None
         known = self.prefix + length - cached
         key = (known, 0) if guess is None else (known, guess.size, guess.parent)
         shape = self._shapes.get(key)
         if shape is None:
             if known < 1:
-                raise OrderError("nothing to start from: give the first element, or use a prefix slot")
+                raise _nothing_new(self.prefix, length, cached)
             nodes, parent = (0, None) if guess is None else (guess.size, guess.parent)
             shape = self._shapes[key] = LineShape(known, nodes, parent)
-        return LinePlan(shape, cached, self.prefix, canvas.layout.size)
+            if len(self._shapes) > SHAPES:
+                del self._shapes[next(iter(self._shapes))]
+        return LinePlan(shape, cached, self.prefix, layout.size)
 
     def _ragged(self, canvas: Canvas, guess: Guess | None, cached: int | Tensor) -> Plan | None:
         """Rows of different lengths: labels by position, padding in lane -1."""
@@ -191,31 +206,33 @@ class Line(Factorization):
             return None
         size, batch = canvas.layout.size, canvas.batch
         alive = ((canvas.status != DELETED) & ~canvas.known).any(1)
-        lengths = canvas.lengths()
+        last = self.prefix + canvas.lengths()  # slots that stand for what is known
         cached = torch.full((batch,), cached) if isinstance(cached, int) else cached
-        known = torch.where(alive, self.prefix + lengths - cached, 0)
-        width = int(known.max())
-        offset = torch.arange(width)[None].expand(batch, -1)
+        known = torch.where(alive, last - cached, 0)
+        if bool((alive & (known < 1)).any()):
+            row = int((alive & (known < 1)).nonzero()[0, 0])
+            raise _nothing_new(self.prefix, int(last[row]) - self.prefix, int(cached[row]), row)
+        last = last[:, None]
+        offset = torch.arange(int(known.max()))[None].expand(batch, -1)
         live = offset < known[:, None]
         place = cached[:, None] + offset
         at, dies, node = place, torch.full_like(place, INF), torch.full_like(place, -1)
         if guess is not None:
-            deep = torch.tensor(guess.depths())[None]
-            last = (self.prefix + lengths)[:, None]
             shape = tree(guess.parents())
-            place = torch.cat([place, last - 1 + deep], 1)
+            place = torch.cat([place, last - 1 + torch.tensor(guess.depths())], 1)
             at = torch.cat([at, last + shape.at], 1)
             dies = torch.cat([dies, last + shape.dies], 1)
             node = torch.cat([node, torch.arange(guess.size)[None].expand(batch, -1)], 1)
-            live = torch.cat([live, alive[:, None] & (guess.value >= 0)], 1)
-        element = torch.where(live & (place >= self.prefix), place - self.prefix, -1)
+            live = torch.cat([live, alive[:, None] & (guess.value >= 0).cpu()], 1)
         lane = torch.where(live, 0, -1)
-        source = torch.where(element >= 0, VALUE, LEARNED)
-        slots = Slots(element[..., None], source, place[..., None], element, node)
-        reading = live & ((place + 1 == (self.prefix + lengths)[:, None]) | (node >= 0))
-        order = torch.where(reading, torch.arange(place.shape[1]), place.shape[1]).sort(1).values
-        order = order[:, : 1 + (0 if guess is None else guess.size)]
-        slot = torch.where(order < place.shape[1], order, -1)
+        element = torch.where(live & (place >= self.prefix), place - self.prefix, -1)
+        source = torch.where(live & (place < self.prefix), LEARNED, VALUE)
+        coord = _within(place, self.prefix, size)
+        slots = Slots(element.clamp(max=size - 1)[..., None], source, coord[..., None], element, node)
+        slot = torch.where(alive, known - 1, -1)[:, None]  # the last known slot; then the nodes, each in its column
+        if guess is not None:
+            nodes = torch.arange(place.shape[1] - guess.size, place.shape[1])
+            slot = torch.cat([slot, torch.where(live[:, nodes], nodes, -1)], 1)
         target = torch.where(slot >= 0, place.gather(1, slot.clamp(min=0)) - self.prefix + 1, -1)
         return Plan(
             slots,
@@ -224,6 +241,15 @@ class Line(Factorization):
             torch.arange(size)[None],
             settled=_Same(timed(place, place, torch.full_like(place, INF), lane=lane)),
         )
+
+
+def _nothing_new(prefix: int, known: int, cached: int, row: int = 0) -> OrderError:
+    if prefix + known == 0:
+        return OrderError(f"nothing to start from in row {row}: give its first element, or use a prefix slot")
+    return OrderError(
+        f"row {row} has {known} known elements and {prefix} prefix slots, but {cached} slots are cached: nothing is left "
+        "to compute; a step keeps no more than what was known before it and the accepted nodes of its draft"
+    )
 
 
 class _Causal(Plan):

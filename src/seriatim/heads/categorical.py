@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from seriatim.canvas import Canvas
 from seriatim.heads.dist import Categorical
 from seriatim.plan import Reads
+from seriatim.random import Key, Random
 
 
 class CategoricalHead(nn.Module):
@@ -17,9 +18,15 @@ class CategoricalHead(nn.Module):
     directions) have a matrix each; where several slots read one element their logits are averaged."""
 
     exact = True  # log_prob is the model's own
+    continuous = False
+    value_shape: tuple[int, ...] = ()
 
     def __init__(self, width: int, vocab: int, roles: int = 1, tied: nn.Parameter | None = None, bias: bool = False):
         super().__init__()
+        if vocab < 1 or roles < 1:
+            raise ValueError(f"a head predicts at least 1 id in at least 1 role, got {vocab} ids in {roles} roles")
+        if tied is not None and tuple(tied.shape) != (roles * vocab, width):
+            raise ValueError(f"a tied table must be ({roles * vocab}, {width}), got {tuple(tied.shape)}")
         self.vocab, self.roles = vocab, roles
         self.weight = tied if tied is not None else nn.Parameter(torch.randn(roles * vocab, width) * 0.02)
         self.bias = nn.Parameter(torch.zeros(roles * vocab)) if bias else None
@@ -29,7 +36,7 @@ class CategoricalHead(nn.Module):
         if self.roles > 1:
             if reads is None or reads.role is None:
                 raise ValueError(f"this head has {self.roles} roles; the plan's reads must say which one reads what")
-            role = reads.role.to(h.device).expand(x.shape[0], -1)[..., None, None]
+            role = reads.role.clamp(min=0).to(h.device).expand(x.shape[0], -1)[..., None, None]
             x = x.unflatten(-1, (self.roles, self.vocab))
             x = x.gather(2, role.expand(-1, -1, 1, self.vocab))[:, :, 0]
         return x
@@ -37,8 +44,15 @@ class CategoricalHead(nn.Module):
     def dist(self, h: Float[Tensor, "b m d"], reads: Reads | None, canvas: Canvas) -> Categorical:
         return Categorical(self.logits(h, reads))
 
-    def loss(self, h: Float[Tensor, "b m d"], reads: Reads, value: Int[Tensor, "b m"]) -> Float[Tensor, "b m"]:
-        """Cross-entropy of each read-out, in nats."""
+    def loss(
+        self,
+        h: Float[Tensor, "b m d"],
+        reads: Reads | None,
+        value: Int[Tensor, "b m"],
+        random: Random | None = None,
+        key: Key | None = None,
+    ) -> Float[Tensor, "b m"]:
+        """Cross-entropy of each read-out, in nats; involves no randomness."""
         x = self.logits(h, reads)
         x = x if x.dtype == torch.float64 else x.float()
         return F.cross_entropy(x.flatten(0, 1), value.flatten(), reduction="none").view(value.shape)

@@ -1,17 +1,20 @@
 """Distributions of what slots read out, as objects: sample, log_prob, mix, residual.
 
-A `Dist` covers the reads of one forward: batch x reads. Nothing here knows networks.
+A `Dist` covers the reads of one forward: batch x reads. Nothing here knows networks; a distribution whose law is a
+network's (`FromStates`) holds the hidden states and asks its head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from seriatim.canvas import Canvas
+from seriatim.plan import Reads
 from seriatim.random import Key, Random
 
 
@@ -32,6 +35,35 @@ class Dist(Protocol):
 
     def take(self, index: Int[Tensor, "b m"]) -> Dist:
         """The distributions of some read-outs only."""
+        ...
+
+
+class Head(Protocol):
+    """From hidden states to distributions.
+
+    exact: the loss is the negative log-probability under the head's own law; continuous: values are vectors, not ids;
+    value_shape: the shape of one value, () for an id.
+    """
+
+    exact: bool
+    continuous: bool
+    value_shape: tuple[int, ...]
+
+    def dist(self, h: Float[Tensor, "b m d"], reads: Reads | None, canvas: Canvas) -> Dist:
+        """The distribution of each read-out."""
+        ...
+
+    def loss(
+        self,
+        h: Float[Tensor, "b m d"],
+        reads: Reads | None,
+        value: Tensor,
+        random: Random | None = None,
+        key: Key | None = None,
+    ) -> Float[Tensor, "b m"]:
+        """What training minimises for each read-out; nats where `exact`.
+
+        Only heads whose loss is an expectation over noise draw from `random`, as `key`: they raise without it."""
         ...
 
 
@@ -95,3 +127,55 @@ class Greedy(Categorical):
         best = self.logits.argmax(-1, keepdim=True)
         lp = torch.full_like(self.logits, -torch.inf, dtype=torch.float64)
         return lp.scatter(-1, best, 0.0)
+
+
+class FromStates:
+    """A distribution that a head's own network computes from hidden states, when asked.
+
+    `states` (branches, b, m, d) are hidden states at the slots that are read. What the network says of the branches
+    (logits, noise, velocity) is combined with `weights`, ours first, wherever it is asked: guidance. `warper` changes
+    the law as temperature and filters do; what it can mean is each head's business.
+    """
+
+    __slots__ = ("head", "states", "warper", "weights")
+
+    def __init__(
+        self,
+        head: Any,
+        states: Float[Tensor, "k b m d"],
+        weights: Sequence[float] = (1.0,),
+        warper: Callable[[Any], Any] | None = None,
+    ):
+        if states.shape[0] != len(weights):
+            raise ValueError(f"{states.shape[0]} branches need as many weights, got {len(weights)}")
+        self.head, self.states, self.weights, self.warper = head, states, tuple(weights), warper
+
+    def combine(self, x: Float[Tensor, "k *rest"]) -> Float[Tensor, "*rest"]:
+        """What the branches say, weighted; alone and with weight 1 it is left as it is, bit for bit."""
+        if self.weights == (1.0,):
+            return x[0]
+        total = x[0] * self.weights[0]
+        for branch, weight in zip(x[1:], self.weights[1:], strict=True):
+            total = total + branch * weight
+        return total
+
+    def mix(self, others: Sequence[Self], weights: Sequence[float]) -> Self:
+        """Branches side by side: classifier-free guidance is mix([null], [1 + w, -w])."""
+        if len(weights) != 1 + len(others):
+            raise ValueError(f"{1 + len(others)} distributions need as many weights, got {len(weights)}")
+        parts = (self, *others)
+        if any(p.warper is not None for p in parts):
+            raise ValueError("mix first, then warp: temperature and filters apply to the guided law")
+        states = torch.cat([p.states for p in parts])
+        return type(self)(self.head, states, [v * w for p, w in zip(parts, weights, strict=True) for v in p.weights])
+
+    def take(self, index: Int[Tensor, "b m"]) -> Self:
+        k, b, _, d = self.states.shape
+        where = index.clamp(min=0).expand(b, -1)[None, ..., None].expand(k, -1, -1, d)
+        return type(self)(self.head, self.states.gather(2, where), self.weights, self.warper)
+
+    def warped(self, warper: Callable[[Any], Any]) -> Self:
+        """The same with temperature and filters."""
+        if self.warper is not None:
+            raise ValueError("this distribution is already warped; put all filters into one Warper")
+        return type(self)(self.head, self.states, self.weights, warper)

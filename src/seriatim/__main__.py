@@ -1,0 +1,5 @@
+"""`python -m seriatim` is the command line."""
+
+from seriatim.cli.main import main
+
+raise SystemExit(main())

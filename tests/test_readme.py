@@ -1,0 +1,28 @@
+"""The example of the README runs and does what its comments say."""
+
+import re
+from pathlib import Path
+
+import torch
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_example_learns_and_generates(capsys):
+    code = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    assert code is not None
+    lines = [line for line in code[1].splitlines() if line.strip()]
+    assert len(lines) <= 15, f"the README promises fifteen lines, the example has {len(lines)}"
+    names: dict = {}
+    torch.manual_seed(0)
+    exec(code[1], names)
+    assert "forwards=4" in capsys.readouterr().out
+    tokens = names["canvas"].value["token"]
+    assert tokens.shape == (4, 16)
+    assert names["losses"][-1] < 0.7 * names["losses"][0]
+    assert (tokens[:, 4:] == tokens[:, 3:4]).float().mean() > 0.9, "later blocks repeat what the first one says"
+
+
+def test_pictures_exist():
+    for path in re.findall(r"\]\((docs/images/[^)]+)\)", README.read_text(encoding="utf-8")):
+        assert (README.parent / path).is_file(), path
