@@ -157,11 +157,16 @@ class Canvas:
         return self.status <= DECIDED
 
     @property
+    def open(self) -> Bool[Tensor, "b E"]:
+        """Neither known nor deleted: still to be decided."""
+        return (self.status == UNKNOWN) | (self.status == GUESSED)
+
+    @property
     def done(self) -> bool:
         """No element is left unknown."""
         if self._length is not None:
             return self._length >= self.layout.size
-        return not bool(((self.status == UNKNOWN) | (self.status == GUESSED)).any())
+        return not bool(self.open.any())
 
     def lengths(self) -> Int[Tensor, "b"]:
         """Elements known from the front of each row."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
@@ -21,7 +21,8 @@ class Segment:
 
     `kind` routes embedding, head and loss. `coord` has one row an element (position, or scale/row/column, ...).
     `given` marks prompts and controls, which are never read out. `same_as` names the kind of another segment that
-    holds the same datum in another form (an action vector and its ids), so that neither may leak into the other.
+    holds the same datum and that this one is made from (the ids of an action vector): neither may leak into the other,
+    but once the other is decided, this one may see its value.
     """
 
     kind: str
@@ -94,6 +95,13 @@ class Layout:
             mine, other = number[s.kind], number[s.same_as]
             number = {kind: other if n == mine else n for kind, n in number.items()}
         return torch.cat([torch.full((len(s),), number[s.kind]) for s in self.segments])
+
+    @cached_property
+    def follows(self) -> Bool[Tensor, "E E"]:
+        """follows[e, f]: the segment of e says that it is the same datum as that of f (`same_as`)."""
+        says = torch.tensor([[s.same_as == other.kind for other in self.segments] for s in self.segments])
+        sizes = torch.tensor([len(s) for s in self.segments])
+        return says.repeat_interleave(sizes, 0).repeat_interleave(sizes, 1)
 
     def count(self, kind: str) -> int:
         """Number of elements of a kind."""

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from seriatim.canvas import Canvas
+from seriatim.canvas import Canvas, given_elements
 from seriatim.conditions.condition import Condition
 from seriatim.decoding.guess import Guess
 from seriatim.factorization.base import Factorization
@@ -20,6 +20,9 @@ from seriatim.heads.dist import Dist
 from seriatim.layout import Layout
 from seriatim.plan import Plan, Reads
 from seriatim.random import Key, Random
+
+
+NO_CONDITION = Condition()
 
 
 class Rows(NamedTuple):
@@ -79,11 +82,32 @@ class Model(nn.Module):
         row: Tensor | None = None,
         layout: Layout | None = None,
     ) -> Canvas:
-        """A canvas in this model's order. `known`: how many first elements are given, or which (boolean)."""
+        """A canvas in this model's order. `known`: how many first elements are given, in all rows or (batch,) in each,
+        or which (boolean)."""
         layout = layout or self.layout
+        value = {kind: self._checked(kind, x) for kind, x in value.items()}
+        if not isinstance(known, int):
+            known = given_elements(layout, known, next(iter(value.values())).shape[0])
         rank = self.factorization.order(layout, random)
         plain = rank.shape[0] == 1 and bool((rank[0] == torch.arange(layout.size)).all())
         return Canvas(layout, value, known, None if plain else _dense(rank, known, layout), row)
+
+    def _checked(self, kind: str, value: Tensor) -> Tensor:
+        """Ids of a kind as int64, inside its vocabulary; vectors as they are."""
+        head = self.heads[kind] if kind in self.heads else None
+        if not isinstance(value, Tensor):
+            raise TypeError(f"values of {kind!r} are a tensor, got {type(value).__name__}")
+        if getattr(head, "continuous", False) or (head is None and value.is_floating_point()):
+            return value
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"values of {kind!r} are ids, integers, got {value.dtype}")
+        vocab = getattr(head, "vocab", None)
+        if value.numel() and vocab is not None and not 0 <= int(value.min()) <= int(value.max()) < vocab:
+            raise ValueError(
+                f"ids of {kind!r} lie in 0..{vocab - 1}, got {int(value.min())}..{int(value.max())}: the tokenizer and the "
+                "model belong to different vocabularies, or unknown elements hold something else than 0"
+            )
+        return value.long()
 
     def blank(self, batch: int, random: Random | None = None, layout: Layout | None = None) -> Canvas:
         """A canvas with nothing known."""
@@ -96,23 +120,40 @@ class Model(nn.Module):
             value[kind] = torch.zeros(batch, layout.count(kind), *shape, dtype=dtype)
         return self.canvas(value, 0, random, layout=layout)
 
-    def encode(self, raw: Mapping[str, Tensor] | None, drop: Bool[Tensor, "b"] | None = None) -> Condition:
-        """Encode raw conditions; rows in `drop` get the null."""
+    def encode(
+        self,
+        raw: Mapping[str, Tensor] | None,
+        drop: Bool[Tensor, "b"] | Mapping[str, Bool[Tensor, "b"]] | None = None,
+    ) -> Condition:
+        """Encode raw conditions; rows in `drop` get the null, of all conditions or of those that it names."""
         raw = raw or {}
         if set(raw) != set(self.conditions):
             wants = ", ".join(self.conditions) or "none"
             raise ValueError(f"this model takes the conditions: {wants}; got: {', '.join(raw) or 'none'}")
         out = Condition()
         for name, encoder in self.conditions.items():
-            if drop is not None and not encoder.has_null:
+            gone = drop.get(name) if isinstance(drop, Mapping) else drop
+            if gone is not None and not encoder.has_null:
                 raise ValueError(
                     f"condition {name!r} has no null, so it cannot be dropped or guided; "
                     "train with a null (has_null) or decode without guidance"
                 )
-            out = out.merge(encoder(raw[name], drop))
+            out = out.merge(encoder(raw[name], gone))
         return out
 
     # ---- forward ----------------------------------------------------------------------------------------------------
+
+    def vectors(
+        self, plan: Plan, canvas: Canvas, condition: Condition | None = None, guess: Guess | None = None
+    ) -> Float[Tensor, "b s d"]:
+        """What stands in the slots of a plan, conditions of single elements included."""
+        c = condition or NO_CONDITION
+        if c.rows is not None and c.rows != canvas.batch:
+            raise ValueError(f"conditions of {c.rows} samples were given for a canvas of {canvas.batch}")
+        x = self.embed(canvas, plan, guess, c.prefix)
+        if c.per_element is not None:
+            x = x + _at_readers(c.per_element, plan, canvas, x)
+        return x
 
     def hidden(
         self,
@@ -121,24 +162,10 @@ class Model(nn.Module):
         cache=None,
         condition: Condition | None = None,
         guess: Guess | None = None,
-        copies: int = 1,
     ) -> Float[Tensor, "b s d"]:
-        """Embed the slots of a plan and contextualise them. With `copies` the canvas stands for as many branches, which
-        differ only in their condition (copies x batch rows)."""
-        c = condition or Condition()
-        if c.rows is not None and c.rows != copies * canvas.batch:
-            raise ValueError(f"conditions of {c.rows // copies} samples were given for a canvas of {canvas.batch}")
-        if copies == 1:
-            x = self.embed(canvas, plan, guess, c.prefix)
-        elif c.prefix is None:
-            x = self.embed(canvas, plan, guess, None)
-            x = x.expand(canvas.batch, -1, -1).repeat(copies, 1, 1)
-        else:
-            parts = c.prefix.chunk(copies)
-            x = torch.cat([self.embed(canvas, plan, guess, p) for p in parts])
-        if c.per_element is not None:
-            x = x + _at_readers(c.per_element, plan, canvas, x)
-        return self.backbone(x, plan, cache, c.vector, c.memory)
+        """Embed the slots of a plan and contextualise them."""
+        c = condition or NO_CONDITION
+        return self.backbone(self.vectors(plan, canvas, c, guess), plan, cache, c.vector, c.memory)
 
     def dist(self, h: Float[Tensor, "b s d"], plan: Plan, canvas: Canvas) -> tuple[Dist, Tensor | int, Any]:
         """The distribution of everything the plan reads, the elements, and the slots read."""
@@ -195,6 +222,8 @@ class Model(nn.Module):
             picked = pick_slots(h, part.slot)
             if reads is not part:
                 loss = -average(head.dist(picked, part, canvas), part, reads).log_prob(target)  # type: ignore[operator]
+            elif getattr(head, "in_place", False):
+                loss = head.dist(picked, part, canvas).loss(target)  # type: ignore[operator]
             else:
                 noise = () if random is None else (random, Key(canvas.row, part.element))
                 loss = head.loss(picked, part, target, *noise)  # type: ignore[operator]

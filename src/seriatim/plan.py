@@ -17,6 +17,7 @@ from torch import Tensor
 
 from seriatim.layout import Layout
 from seriatim.reach import closure, last_look, nearest, transitive
+from seriatim.scan import CHAIN, Scan, scan_of
 from seriatim.slots import (
     DERIVED,
     LEARNED,
@@ -172,6 +173,25 @@ class Plan:
                 keys = View(start, start, torch.full_like(start, INF))
         return self.views[view].over(keys)[:, None]
 
+    def scan(self, view: str) -> Scan:
+        """Whose state each slot goes on from in a recurrent kind of layer; `OrderError` where none can honour the view.
+
+        Made once a plan; once a shape for runs along a line, whose chains cost nothing.
+        """
+        run = self.run
+        if run is not None and run[1] is None:
+            return CHAIN
+        owner = self if run is None else self.shape  # type: ignore[attr-defined]
+        memo: dict[str, Scan] = owner.__dict__.setdefault("_scans", {})
+        if view not in memo:
+            if view not in self.views:
+                raise OrderError(f"the backbone has layers of kind {view!r}, the plan has {', '.join(self.views)}")
+            try:
+                memo[view] = scan_of(self.views[view] if run is None else owner.view)
+            except ValueError as error:
+                raise OrderError(f"layers of kind {view!r}: {error}") from None
+        return memo[view]
+
     @cached_property
     def batch(self) -> int:
         """Number of rows; 1 when the batch shares all labels."""
@@ -184,15 +204,18 @@ class Plan:
     def seen(self, mixers: Mapping[str, str] | None = None) -> Bool[Tensor, "b s s"]:
         """Who influences whom directly in at least one kind of layer.
 
-        `mixers` says what a kind of layer can honour: "any" mask (the default); "causal" and "scan" let a slot see all
-        earlier slots of its lane, whatever the view says; "full" has no mask but the lane.
+        `mixers` says what a kind of layer can honour: "any" mask (the default); "causal" lets a slot see all earlier
+        slots of its lane, whatever the view says; "full" has no mask but the lane; "scan" honours all earlier slots of
+        a lane, or the paths of a draft tree, and refuses any other view (`OrderError`).
         """
         total = torch.eye(self.size, dtype=torch.bool)[None]
         for name, view in self.views.items():
             honour = (mixers or {}).get(name, "any")
             if honour not in MIXERS:
                 raise ValueError(f"layers {name!r} honour {honour!r}; a mixer is one of {', '.join(MIXERS)}")
-            if honour == "any":
+            if honour == "scan":
+                self.scan(name)
+            if honour in ("any", "scan"):
                 total = total | view.mask()
                 continue
             wide = torch.ones(1, self.size, self.size, dtype=torch.bool)
@@ -252,14 +275,18 @@ class Plan:
 
     def _datum_leaks(self, graph: Bool[Tensor, "s s"], twins: Bool[Tensor, "E E"], row: int) -> list[Leak]:
         """In a plan of one row: read-outs that see the same datum in another form, its noise or its value. (Its own
-        noise may reach an element's read-out: that is what denoising is.)"""
+        noise may reach an element's read-out: that is what denoising is. And a form that is made from another may see
+        the value of that one, which `needs` puts before it.)"""
+        assert self.layout is not None
         source, carried = self.slots.source[0], self.slots.element[0]
-        tells = ((source == VALUE) | (source == NOISE) | (source == DERIVED))[:, None] & (carried >= 0)
+        noise = (source == NOISE)[:, None]
+        tells = (noise | ((source == VALUE) | (source == DERIVED))[:, None]) & (carried >= 0)
         found = []
         for slot, element in zip(self.reads.slot[0].tolist(), self.reads.element[0].tolist(), strict=True):
             if slot < 0 or element < 0:
                 continue
-            guilty = tells & twins[element][carried.clamp(min=0)] & graph[slot][:, None]
+            secret = twins[element] & ~self.layout.follows[element]
+            guilty = tells & torch.where(noise, twins[element][carried], secret[carried]) & graph[slot][:, None]
             for through, c in guilty.nonzero()[:1].tolist():
                 rank, needs = int(self.rank[0, element]), int(self.slots.needs[0, through])
                 found.append(Leak(row, slot, element, through, int(carried[through, c]), "same datum", rank, needs))

@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 
 class Key(NamedTuple):
-    """What is drawn: rows (batch,), elements (batch or 1, n; -1: nothing is drawn) or the first of a run, and which draw
-    of that element: one number, or one for each of the n. Draw 0 is the value itself in plain sampling; the numbers of
-    all others come from `numbered`, so that no noise is used twice."""
+    """What is drawn: rows (batch,), elements (batch or 1, n; -1: nothing is drawn) or the first of a run, and which
+    draw of that element: one number, or one for each of the n. Draw 0 is the value itself in plain sampling; the
+    numbers of all others come from `numbered`, so that no noise is used twice."""
 
     row: Int[Tensor, "b"]
     element: Int[Tensor, "b n"] | int
@@ -88,17 +88,18 @@ class Keyed:
     """
 
     def __init__(self, seed: int = 0):
-        self.seed = _mix(torch.tensor([seed & (2**62 - 1)]))
+        self.seed = mix(torch.tensor([seed & (2**62 - 1)]))
 
     def _unit(self, shape: Sequence[int], key: Key, device: torch.device | str) -> Tensor:
         batch, n = shape[0], shape[1]
         element = torch.arange(key.element, key.element + n)[None] if isinstance(key.element, int) else key.element
-        h = _mix(self.seed + key.row.cpu()[:, None] * 0x632BE59BD9B4E019)
-        h = _mix(h + element.cpu() * 0x1E3779B97F4A7C15 + torch.as_tensor(key.draw) * 0x3C6EF372FE94F82B).expand(batch, n)
+        h = mix(self.seed + key.row.cpu()[:, None] * 0x632BE59BD9B4E019)
+        draw = torch.as_tensor(key.draw)
+        h = mix(h + element.cpu() * 0x1E3779B97F4A7C15 + draw * 0x3C6EF372FE94F82B).expand(batch, n)
         extra = 1
         for size in shape[2:]:
             extra *= size
-        h = _mix(h[..., None] + torch.arange(extra) * 0x2545F4914F6CDD1D)
+        h = mix(h[..., None] + torch.arange(extra) * 0x2545F4914F6CDD1D)
         unit = ((h >> 11) & ((1 << 52) - 1)).double() / float(1 << 52)
         return unit.reshape(*shape).to(device)
 
@@ -121,7 +122,7 @@ class Keyed:
         return (torch.erfinv(2 * u - 1) * 2**0.5).clamp(-8, 8).float()
 
 
-def _mix(x: Tensor) -> Tensor:
+def mix(x: Tensor) -> Tensor:
     """A 64-bit step and finaliser (SplitMix64, Steele et al. 2014), in wrapping int64 arithmetic."""
     x = x - 7046029254386353131  # the golden ratio; without it zero would stay zero
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687

@@ -29,7 +29,7 @@ def pairs(mask: torch.Tensor) -> set[tuple[int, int]]:
     return {(q, k) for q, k in mask[0].nonzero().tolist() if q != k}
 
 
-# ---- then: one after the other ----------------------------------------------------------------------------------------
+# ---- then: one after the other ---------------------------------------------------------------------------------------
 
 
 def test_then_sees_everything_of_the_first_that_is_still_alive():
@@ -65,7 +65,7 @@ def test_nothing_before_or_behind_changes_nothing():
     assert torch.equal(nothing.then(view).mask(), view.mask())
 
 
-# ---- narrow -------------------------------------------------------------------------------------------------------------
+# ---- narrow ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_window_keeps_the_last_clock_times():
@@ -100,7 +100,7 @@ def test_narrowing_never_shows_more():
         assert not (narrow.mask() & ~view.mask()).any()
 
 
-# ---- relations between groups -------------------------------------------------------------------------------------------
+# ---- relations between groups ----------------------------------------------------------------------------------------
 
 
 def test_relations_overrule_the_clock():
@@ -125,7 +125,7 @@ def test_equal_relations_can_be_joined_and_different_ones_cannot():
         join([one, other])
 
 
-# ---- rows of a decoding step --------------------------------------------------------------------------------------------
+# ---- rows of a decoding step -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_the_cache_may_have_lanes_that_the_new_slots_do_not_have():
     assert inclusive([3]).over(cached)[0].tolist() == [[True, False, True, True]]
 
 
-# ---- take ---------------------------------------------------------------------------------------------------------------
+# ---- take ------------------------------------------------------------------------------------------------------------
 
 
 def test_take_permutes_the_mask():
@@ -183,7 +183,7 @@ def test_one_row_of_a_batch():
     assert view.row(1).batch == 1
 
 
-# ---- batches ------------------------------------------------------------------------------------------------------------
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
 def test_rows_have_labels_of_their_own():
@@ -205,7 +205,7 @@ def test_visible_leaves_out_that_a_slot_sees_itself():
     assert visible(strictly, strictly)[0].tolist() == [[False, False], [True, False]]
 
 
-# ---- errors -------------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from seriatim.scan import samples
+
 # ---- the state -------------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +141,7 @@ def ssd_chunked(
     from_start = log.cumsum(-1).exp()  # b z g r l
     through = from_start[..., -1]  # b z g r
     if lane is not None:
-        sample = _samples(F.pad(lane, (0, pad), value=-1))[0].reshape(b, count, size)
+        sample = samples(F.pad(lane, (0, pad), value=-1))[0].reshape(b, count, size)
         end = sample[:, :, -1]
         before = F.pad(end[:, :-1], (1, 0))  # the incoming state is of the sample that the last chunk ended in
         score = score * (sample[:, :, :, None] == sample[:, :, None]).unsqueeze(2)
@@ -360,18 +362,9 @@ def tree_taps(parent: Int[Tensor, "b s"], width: int) -> Int[Tensor, "b s k"]:
     return torch.stack(taps, -1)
 
 
-def _samples(lane: Int[Tensor, "b s"]) -> tuple[Int[Tensor, "b s"], Int[Tensor, "b s"]]:
-    """The number of each slot's sample (padding: that of the sample before), and the last live slot before it or -1."""
-    slot = torch.arange(lane.shape[1], device=lane.device)
-    last = torch.where(lane >= 0, slot, -1).cummax(1).values
-    before = F.pad(last[:, :-1], (1, 0), value=-1)
-    changed = (lane >= 0) & (before >= 0) & (lane != lane.gather(1, before.clamp(min=0)))
-    return changed.long().cumsum(1), before
-
-
 def _lane_taps(lane: Int[Tensor, "b s"], width: int) -> Int[Tensor, "b s+1 k"]:
     """`tree_taps` of packed samples, and of the slot that would come next in the last of them; -1: before it."""
-    sample, before = _samples(F.pad(lane, (0, 1), value=-1))
+    sample, before = samples(F.pad(lane, (0, 1), value=-1))
     old = F.pad(sample[:, :-1], (1, 0))
     return tree_taps(torch.where(sample != old, -2, before), width)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -14,14 +15,30 @@ from torch import Tensor, nn
 class Condition:
     """Encoded conditions of a batch.
 
-    prefix (b, n, d) stands in the learned slots in front; vector (b, e) drives adaptive layer norm; memory (b, m, e) is
-    attended to; per_element (b, E, d) is added at the slots that READ each element (a control image).
+    prefix (b, n, d) stands in the learned slots in front; vector (b, e) drives adaptive layer norm, or (b, s, e) of
+    each slot where every forward has the same slots; memory (b, m, e) is attended to; per_element (b, E, d) is added at
+    the slots that READ each element (a control image).
     """
 
     prefix: Float[Tensor, "b n d"] | None = None
-    vector: Float[Tensor, "b e"] | None = None
+    vector: Float[Tensor, "b e"] | Float[Tensor, "b s e"] | None = None
     memory: Float[Tensor, "b m e"] | None = None
     per_element: Float[Tensor, "b E d"] | None = None
+
+    def __post_init__(self) -> None:
+        forms = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
+        for name, x in forms.items():
+            if x.dim() != 3 and not (name == "vector" and x.dim() == 2):
+                raise ValueError(f"a condition's {name} has {'2 or ' if name == 'vector' else ''}3 axes, got {x.dim()}")
+        if len({x.shape[0] for x in forms.values()}) > 1:
+            rows = ", ".join(f"{name} of {x.shape[0]}" for name, x in forms.items())
+            raise ValueError(f"conditions of different numbers of samples: {rows}")
+
+    @cached_property
+    def rows(self) -> int | None:
+        """How many samples it is of; None where there is no condition."""
+        forms = (self.prefix, self.vector, self.memory, self.per_element)
+        return next((x.shape[0] for x in forms if x is not None), None)
 
     def merge(self, other: Condition) -> Condition:
         """Both; each form may come from one encoder only, but vectors add up."""
@@ -31,6 +48,8 @@ class Condition:
             if a is not None and b is not None:
                 if f.name != "vector":
                     raise ValueError(f"two conditions give a {f.name}; combine them in one encoder")
+                if a.shape != b.shape:
+                    raise ValueError(f"vectors add up, so they have one shape: got {tuple(a.shape)}, {tuple(b.shape)}")
                 out[f.name] = a + b
             else:
                 out[f.name] = a if a is not None else b
@@ -38,7 +57,7 @@ class Condition:
 
     def select(self, rows: Int[Tensor, "b2"]) -> Condition:
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Condition(**{k: None if v is None else v[rows] for k, v in parts.items()})
+        return Condition(**{k: None if v is None else v[rows.to(v.device)] for k, v in parts.items()})
 
 
 class Encoder(Protocol):
@@ -53,24 +72,30 @@ class Encoder(Protocol):
 
 
 class ClassCondition(nn.Module):
-    """A class label as an AdaLN vector, a prefix slot, or both, from one table with one more row for the null."""
+    """A class label as an AdaLN vector, a prefix slot, or both, from one table with one more row for the null.
 
-    has_null = True
+    Without `null` the table has no such row, and the condition can be neither dropped nor guided.
+    """
 
-    def __init__(self, classes: int, width: int, forms: tuple[str, ...] = ("vector",), std: float = 0.02):
+    def __init__(
+        self, classes: int, width: int, forms: tuple[str, ...] = ("vector",), std: float = 0.02, null: bool = True
+    ):
         super().__init__()
-        unknown = set(forms) - {"vector", "prefix"}
-        if unknown or not forms:
-            raise ValueError(f"a class is given as vector or prefix, not {sorted(unknown)}")
-        self.classes, self.forms = classes, forms
-        self.table = nn.Parameter(torch.randn(classes + 1, width) * std)
+        if not forms or set(forms) - {"vector", "prefix"}:
+            raise ValueError(f"a class is given in the forms vector, prefix, or both; got {tuple(forms)}")
+        if classes < 1:
+            raise ValueError(f"there is at least 1 class, got {classes}")
+        self.classes, self.forms, self.has_null = classes, forms, null
+        self.table = nn.Parameter(torch.randn(classes + null, width) * std)
 
     def forward(self, raw: Int[Tensor, "b"], drop: Bool[Tensor, "b"] | None = None) -> Condition:
-        if raw.dim() != 1 or raw.is_floating_point():
+        if raw.dim() != 1 or raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool:
             raise ValueError(f"class labels are integers of shape (batch,), got {tuple(raw.shape)} {raw.dtype}")
         if raw.numel() and not 0 <= int(raw.min()) <= int(raw.max()) < self.classes:
             raise ValueError(f"class labels lie in 0..{self.classes - 1}, got {int(raw.min())}..{int(raw.max())}")
-        label = raw if drop is None else torch.where(drop, self.classes, raw)
+        label = raw.long()
+        if (dropped := _dropped(drop, self, raw)) is not None:
+            label = torch.where(dropped, self.classes, label)
         x = self.table[label.to(self.table.device)]
         return Condition(
             prefix=x[:, None] if "prefix" in self.forms else None, vector=x if "vector" in self.forms else None
@@ -87,11 +112,10 @@ class MemoryCondition(nn.Module):
         self.null = nn.Parameter(torch.zeros(width))
 
     def forward(self, raw: Float[Tensor, "b m e"], drop: Bool[Tensor, "b"] | None = None) -> Condition:
-        if raw.dim() != 3 or raw.shape[-1] != self.null.shape[0]:
-            raise ValueError(f"a memory is (batch, places, {self.null.shape[0]}), got {tuple(raw.shape)}")
-        if drop is not None:
-            raw = torch.where(drop[:, None, None], self.null, raw)
-        return Condition(memory=raw)
+        x = _features(raw, self.null, self.null.shape[0], "a memory is (batch, places, {})")
+        if (dropped := _dropped(drop, self, x)) is not None:
+            x = torch.where(dropped[:, None, None], self.null, x)
+        return Condition(memory=x)
 
 
 class PerElementCondition(nn.Module):
@@ -104,7 +128,28 @@ class PerElementCondition(nn.Module):
         self.project = nn.Linear(features, width)
 
     def forward(self, raw: Float[Tensor, "b E e"], drop: Bool[Tensor, "b"] | None = None) -> Condition:
-        if raw.dim() != 3 or raw.shape[-1] != self.project.in_features:
-            raise ValueError(f"per-element features are (batch, E, {self.project.in_features}), got {tuple(raw.shape)}")
-        x = self.project(raw)
-        return Condition(per_element=x if drop is None else x.masked_fill(drop[:, None, None], 0.0))
+        p = self.project
+        x = p(_features(raw, p.weight, p.in_features, "per-element features are (batch, elements, {})"))
+        if (dropped := _dropped(drop, self, x)) is not None:
+            x = x.masked_fill(dropped[:, None, None], 0.0)
+        return Condition(per_element=x)
+
+
+def _features(raw: Tensor, like: Tensor, width: int, what: str) -> Float[Tensor, "b n e"]:
+    """Features in the format of the encoder's weights; refuses wrong shapes, NaN and infinity."""
+    if raw.dim() != 3 or raw.shape[-1] != width:
+        raise ValueError(f"{what.format(width)}, got {tuple(raw.shape)}")
+    if not bool(torch.isfinite(raw).all()):
+        raise ValueError(f"{what.format(width)}; these contain NaN or infinity")
+    return raw.to(like)
+
+
+def _dropped(drop: Tensor | None, encoder: Encoder, rows: Tensor) -> Bool[Tensor, "b"] | None:
+    """Which rows take the null; refuses what is no such choice."""
+    if drop is None:
+        return None
+    if not encoder.has_null:
+        raise ValueError(f"this {type(encoder).__name__} was made without a null: no row can be dropped")
+    if drop.dtype != torch.bool or tuple(drop.shape) != (rows.shape[0],):
+        raise ValueError(f"`drop` is boolean ({rows.shape[0]},), got {tuple(drop.shape)} {drop.dtype}")
+    return drop.to(rows.device)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from seriatim.canvas import UNKNOWN, Canvas
 from seriatim.heads.dist import Categorical
 
 
@@ -17,7 +20,8 @@ class Guess:
 
     value (batch, nodes): token of each node, -1 where a row has fewer. `parent` holds the parent's index (-1: the last
     known element), the same for all rows; None is a chain. `q` is the law each node was drawn from, given everything
-    before it (None: the draft involves no randomness). `siblings` says how children of one node were drawn:
+    drawn before it: for siblings drawn without replacement, without the earlier ones (None: the draft involves no
+    randomness, so each node's law is all on its token). `siblings` says how children of one node were drawn:
     "independent" (with replacement) or "distinct" (without).
     """
 
@@ -37,22 +41,58 @@ class Guess:
     def parents(self) -> tuple[int, ...]:
         return self.parent if self.parent is not None else tuple(range(-1, self.size - 1))
 
-    def depths(self) -> list[int]:
+    def depths(self) -> tuple[int, ...]:
         """How many elements behind the last known one each node stands (from 1)."""
-        depth: list[int] = []
-        for p in self.parents():
-            depth.append(1 if p < 0 else depth[p] + 1)
-        return depth
+        return depths(self.parents())
 
-    def children(self) -> dict[int, list[int]]:
+    def children(self) -> dict[int, tuple[int, ...]]:
         """Nodes below each node (-1: the root), in order."""
-        below: dict[int, list[int]] = {i: [] for i in range(-1, self.size)}
-        for i, p in enumerate(self.parents()):
-            below[p].append(i)
-        return below
+        return children(self.parents())
 
-    def row_probs(self, row: int) -> Float[Tensor, "n v"]:
-        """The proposal's probabilities of each node of a row."""
+    def law(self, row: int, node: int, like: Float[Tensor, "v"]) -> Float[Tensor, "v"]:
+        """The probabilities from which a node of a row was drawn, in the number format of `like`."""
         if self.q is None:
-            raise ValueError("this draft has no proposal law: it was made without randomness")
-        return torch.exp(self.q.log_probs()[row])
+            return torch.zeros_like(like).index_fill(0, self.value[row, node], 1.0)
+        q = type(self.q)(self.q.logits[row : row + 1, node : node + 1])
+        return q.probs()[0, 0].to(like.dtype)
+
+
+@lru_cache(maxsize=512)
+def depths(parent: tuple[int, ...]) -> tuple[int, ...]:
+    """How many steps below the root (from 1) each node stands."""
+    depth: list[int] = []
+    for p in parent:
+        depth.append(1 if p < 0 else depth[p] + 1)
+    return tuple(depth)
+
+
+@lru_cache(maxsize=512)
+def children(parent: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+    """Nodes below each node (-1: the root), in order. Shared: not to be changed."""
+    below: dict[int, list[int]] = {i: [] for i in range(-1, len(parent))}
+    for i, p in enumerate(parent):
+        if not -1 <= p < i:
+            raise ValueError(f"node {i} has parent {p}; parents come before their children (or -1 for the root)")
+        below[p].append(i)
+    return {node: tuple(nodes) for node, nodes in below.items()}
+
+
+def branching(widths: Sequence[int]) -> tuple[int, ...]:
+    """Parents of a tree in which every node at depth i has widths[i] children, depth by depth. (1, 1, 1) is a chain of
+    three, (4, 1, 1) four chains of three."""
+    if any(w < 1 for w in widths):
+        raise ValueError(f"every depth of a tree has a width of at least 1, got {tuple(widths)}")
+    parent: list[int] = []
+    level = [-1]
+    for width in widths:
+        below = [p for p in level for _ in range(width)]
+        level = list(range(len(parent), len(parent) + len(below)))
+        parent += below
+    return tuple(parent)
+
+
+def room(canvas: Canvas) -> list[int]:
+    """How many elements each row of a line has still to decide. A draft is worth one less: the verifier adds one."""
+    if canvas.length is not None:
+        return [canvas.layout.size - canvas.length] * canvas.batch
+    return (canvas.status == UNKNOWN).sum(1).tolist()

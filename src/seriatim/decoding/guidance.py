@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """logits = (1 + w) conditional - w null, with w = `scale` shaped by progress from 0 to 1.
+    """What the head says = (1 + w) conditional - w null, with w = `scale` shaped by progress from 0 to 1.
 
-    "constant": w = scale throughout; "linear": from 0 to scale (VAR); "cosine": from 0 to scale, slowly at first.
+    "constant": w = scale throughout; "linear": from 0 to scale (VAR); "cosine": from 0 to scale, slowly at first. Of
+    logits, noise or velocity, as the head defines it. Papers that write null + s (conditional - null) mean s = 1 + w.
     """
 
     scale: float
-    schedule: str = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
 
     def __post_init__(self) -> None:
         if self.schedule not in ("constant", "linear", "cosine"):
@@ -23,6 +25,7 @@ class Guidance:
             raise ValueError(f"the guidance scale must be finite, got {self.scale}")
 
     def weight(self, progress: float) -> float:
+        """w, when this share (0 to 1) of the steps is done."""
         if self.schedule == "constant":
             return self.scale
         if self.schedule == "linear":

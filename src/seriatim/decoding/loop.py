@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from seriatim.canvas import Canvas, Edit
@@ -43,7 +44,7 @@ class Proposer(Protocol):
         ...
 
     def observe(self, canvas: Canvas, rows: Rows, step: Step) -> None:
-        """What came of it: recycle rows and hidden states, roll back, follow selected rows (`rows` are those before)."""
+        """What came of it: recycle rows and hidden states, follow selected rows (`rows` are those before)."""
         ...
 
 
@@ -80,12 +81,29 @@ def decode(
             step.slots = plan.size
             target.commit(step.keep, plan)
             if step.select is not None:
-                target.select(step.select, canvas.batch)
-                canvas.become(canvas.select(step.select))
+                select_rows(target, canvas, step.select)
             canvas.apply(step.edits)
             if proposer is not None:
                 proposer.observe(canvas, rows, step)
         yield step
+
+
+def select_rows(
+    target: Target,
+    canvas: Canvas,
+    rows: Int[Tensor, "b2"],
+    new: Canvas | None = None,
+    condition: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Keep, copy, drop or admit rows between two steps, in place: a running `decode` goes on with them.
+
+    rows: which rows, in which order; -1 is the next row of `new`, whose raw conditions are in `condition`. Proposers
+    and deciders that remember rows know them by `canvas.row`. A stream that has ended is started again by `decode` on
+    the same target and canvas.
+    """
+    picked = canvas.select(rows, new)
+    target.select(rows, canvas.batch, condition)
+    canvas.become(picked)
 
 
 def generate(

@@ -7,63 +7,96 @@ remasking) is a `Proposer` or a `Decider`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from seriatim.backbones.cache import Keep
 from seriatim.canvas import Canvas
+from seriatim.conditions.condition import Condition
 from seriatim.decoding.filters import Warper
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.guidance import Guidance
 from seriatim.model import Model, Rows
-from seriatim.plan import Plan
+from seriatim.plan import DERIVED, MASK, VALUE, Plan
+from seriatim.slots import Reads, Slots
+from seriatim.view import INF, View
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """A second opinion to move away from: the same step with something taken away.
+
+    What is sampled is (1 + sum of w_i) times the full branch minus w_i times each of these. drop: names of conditions
+    that are replaced by their null (None: all). hide: known elements shown as masks, "given" ones (a prompt), those
+    "earlier" than the present step (a fully masked history), or the ones that a boolean (elements,) marks.
+    """
+
+    guidance: Guidance
+    drop: frozenset[str] | None = None
+    hide: Literal["given", "earlier"] | Bool[Tensor, "E"] | None = None
 
 
 class Target:
     """What is sampled.
 
-    condition: raw conditions by name; guidance: how strongly they are followed (needs conditions with a null);
-    warp: temperature and filters; cached: use the exact cache (False recomputes everything, for tests).
+    condition: raw conditions by name; guidance: how strongly they are followed (needs conditions with a null), or
+    the branches to move away from; warp: temperature and filters; cached: use the exact cache (False recomputes
+    everything, for tests). The cache belongs to one canvas: another one starts anew.
     """
 
     def __init__(
         self,
         model: Model,
         condition: Mapping[str, Tensor] | None = None,
-        guidance: Guidance | None = None,
+        guidance: Guidance | Sequence[Branch] | None = None,
         warp: Warper | None = None,
         cached: bool = True,
     ):
-        self.model, self.guidance = model, guidance
+        if isinstance(guidance, Guidance):
+            if not model.conditions:
+                raise ValueError("guidance needs a condition with a null; this model is unconditional")
+            guidance = (Branch(guidance),)
+        self.model = model
+        self.branches = tuple(guidance or ())
+        for branch in self.branches:
+            _check_branch(branch, model)
         self.warp = None if warp is None or warp.neutral else warp
-        self.copies = 1 if guidance is None else 2
-        if guidance is not None and not model.conditions:
-            raise ValueError("guidance needs a condition with a null; this model is unconditional")
-        self.condition = self._encode(condition)
+        self.conditions = self._encode(condition)  # of the full branch, then of the others
         self.cached = cached
-        self.cache = None
+        self.cache: Any = None
+        self._canvas: Canvas | None = None
+        self._repeated: tuple[Plan, Plan] | None = None  # the present plan, and the same for the rows of all branches
         self._checked = False
 
-    def _encode(self, raw: Mapping[str, Tensor] | None):
-        if self.guidance is None:
-            return self.model.encode(raw)
-        assert raw is not None
-        batch = next(iter(raw.values())).shape[0]
-        both = {k: torch.cat([v, v]) for k, v in raw.items()}
-        return self.model.encode(both, torch.arange(2 * batch) >= batch)
+    @property
+    def copies(self) -> int:
+        """Rows of the model for each row of the canvas: one a branch."""
+        return 1 + len(self.branches)
+
+    def _encode(self, raw: Mapping[str, Tensor] | None) -> list[Condition]:
+        out = [self.model.encode(raw)]
+        for branch in self.branches:
+            names = self.model.conditions.keys() if branch.drop is None else branch.drop
+            rows = out[0].rows or 0
+            out.append(self.model.encode(raw, {name: torch.ones(rows, dtype=torch.bool) for name in names}))
+        return out
 
     def plan(self, canvas: Canvas, guess: Guess | None = None) -> Plan | None:
         """The next forward; None when everything is decided."""
         if guess is not None and not self.model.factorization.draftable:
             name = type(self.model.factorization).__name__
             raise ValueError(f"{name} cannot verify drafts; use a decider without a proposer")
+        if canvas is not self._canvas:
+            self._canvas, self.cache, self._checked = canvas, None, False
         cache = self.cache
         plan = self.model.factorization.step(canvas, guess, 0 if cache is None else cache.length)
         if not self._checked and plan is not None:
             plan.check(self.model.mixers)
-            self._checked = True
         return plan
 
     def forward(self, plan: Plan, canvas: Canvas, guess: Guess | None = None) -> Rows:
@@ -71,62 +104,165 @@ class Target:
         model = self.model
         if self.cache is None and self.cached:
             self.cache = model.new_cache(canvas.batch * self.copies)
-        h = model.hidden(plan, canvas, self.cache, self.condition, guess, self.copies)
-        if self.guidance is None:
-            dist, element, slot = model.dist(h, plan, canvas)
+        if self.branches:
+            dist, element, h, slot = self._guided(plan, canvas, guess)
         else:
-            dist, element, slot = self._guided(h, plan, canvas)
-        logits = getattr(dist, "logits", None)
-        if logits is not None and not math.isfinite(float(logits.sum())):
+            h = model.hidden(plan, canvas, self.cache, self.conditions[0], guess)
+            dist, element, slot = model.dist(h, plan, canvas)
+        if not math.isfinite(h.sum(dtype=torch.float32).item()) or not (self._checked or _sound(dist)):
             raise FloatingPointError(
-                "the model returned NaN or infinite logits: its weights or inputs are broken (check the checkpoint "
-                "and the number format; bfloat16 needs no loss scaling, float16 does)"
+                "the model returned NaN or infinity: its weights or inputs are broken (check the checkpoint and the "
+                "number format; bfloat16 needs no loss scaling, float16 does)"
             )
+        self._checked = True
         if self.warp is not None:
             dist = self.warp(dist)
-        return Rows(dist, element, h, slot)
+        return Rows(dist, element, h if not self.branches else h[: canvas.batch], slot)
 
-    def _guided(self, h: Tensor, plan: Plan, canvas: Canvas):
-        """Mix the two branches: logits of the condition, away from those of the null."""
-        assert self.guidance is not None
-        b = canvas.batch
-        yes, element, slot = self.model.dist(h[:b], plan, canvas)
-        no, _, _ = self.model.dist(h[b:], plan, canvas)
-        weight = self.guidance.weight(progress(plan, canvas))
-        return yes.mix([no], [1 + weight, -weight]), element, slot
+    def _guided(self, plan: Plan, canvas: Canvas, guess: Guess | None) -> tuple[Any, Any, Tensor, Any]:
+        """All branches in one forward, each in its own rows of the cache; mixed as the head defines it."""
+        model, batch = self.model, canvas.batch
+        hides = [None, *(branch.hide for branch in self.branches)]
+        parts = [
+            model.vectors(hidden(plan, canvas, hide), canvas, c, guess).expand(batch, -1, -1)
+            for hide, c in zip(hides, self.conditions, strict=True)
+        ]
+        both = joined(self.conditions)
+        self._repeated = (plan, repeated(plan, self.copies))
+        h = model.backbone(torch.cat(parts), self._repeated[1], self.cache, both.vector, both.memory)
+        (full, element, slot), *others = [model.dist(part, plan, canvas) for part in h.chunk(self.copies)]
+        done = progress(canvas)
+        weights = [_weight(branch.guidance, done, h) for branch in self.branches]
+        dist = full.mix([other[0] for other in others], [1 + sum(weights), *(-w for w in weights)])
+        return dist, element, h, slot
 
     def commit(self, keep: Keep | None, plan: Plan) -> None:
         """Keep pending entries: what the decider names, or (None) what the plan says is worth keeping."""
         cache = self.cache
         if cache is None:
             return
+        if self.branches:
+            if isinstance(keep, Tensor) and keep.shape[0] > 1:
+                keep = keep.repeat(self.copies, 1)
+            if self._repeated is not None and self._repeated[0] is plan:
+                plan = self._repeated[1]
         if keep is None:
             keep = plan.size if plan.kept is None else _plain_keep(plan.kept)
-        elif isinstance(keep, Tensor) and self.copies > 1:
-            keep = keep.repeat(self.copies, 1)
         cache.commit(keep, plan)
         if plan.retain is not None:
             cache.evict(plan.retain)
 
-    def select(self, rows: Tensor, batch: int) -> None:
-        """Follow the canvas: keep, copy or drop rows."""
-        copies = torch.cat([rows + i * batch for i in range(self.copies)])
+    def select(self, rows: Int[Tensor, "b2"], batch: int, condition: Mapping[str, Tensor] | None = None) -> None:
+        """Follow a canvas of `batch` rows: keep, copy or drop rows. -1 is a new row, for which the cache holds nothing;
+        `condition` holds the raw conditions of the new rows."""
+        fresh = rows < 0
+        if bool(fresh.any()):
+            new = self._encode(condition)
+            where = torch.where(fresh, batch + fresh.long().cumsum(0) - 1, rows)
+            self.conditions = [joined(pair).select(where) for pair in zip(self.conditions, new, strict=True)]
+        else:
+            self.conditions = [c.select(rows) for c in self.conditions]
         if self.cache is not None:
-            self.cache.select(copies)
-        self.condition = self.condition.select(copies)
+            self.cache.select(torch.cat([torch.where(fresh, -1, rows + i * batch) for i in range(self.copies)]))
 
 
-def progress(plan: Plan, canvas: Canvas) -> float:
-    """How far generation is before this step: the share of steps done, from 0 to 1."""
+def progress(canvas: Canvas) -> float | list[float]:
+    """How far generation is before this step: the share of steps done, from 0 to 1; one a row where rows may differ."""
     if canvas.length is not None:
         done, total = canvas.length - canvas.given_length, canvas.layout.size - canvas.given_length
         return done / max(total - 1, 1)
-    ranks = canvas.rank[~canvas.known]
-    last = int(canvas.rank.max())
-    return 0.0 if last <= 0 or not ranks.numel() else int(ranks.min()) / last
+    last = canvas.rank.amax(1).clamp(min=1)
+    now = torch.where(canvas.open, canvas.rank, INF).amin(1)
+    return (torch.minimum(now, last).double() / last).tolist()
 
 
-def _plain_keep(kept: Tensor) -> Keep:
+def _weight(guidance: Guidance, done: float | list[float], like: Tensor) -> float | Tensor:
+    if isinstance(done, float):
+        return guidance.weight(done)
+    weights = [guidance.weight(d) for d in done]
+    if len(set(weights)) == 1:
+        return weights[0]
+    kind = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.tensor(weights, dtype=kind, device=like.device)[:, None, None]
+
+
+def hidden(plan: Plan, canvas: Canvas, hide: str | Tensor | None) -> Plan:
+    """The plan as a branch embeds it: elements that it may not see stand as masks."""
+    if hide is None:
+        return plan
+    if isinstance(hide, Tensor):
+        gone = hide.expand(canvas.batch, -1)
+    else:
+        now = torch.where(canvas.open, canvas.rank, INF).amin(1, keepdim=True)
+        gone = canvas.rank < (0 if hide == "given" else now)
+    slots = plan.slots
+    if bool((slots.source == DERIVED).any()):
+        raise ValueError("elements cannot be hidden where slots hold what is derived from them")
+    element = slots.element.expand(canvas.batch, -1, -1)
+    index = element.clamp(min=0, max=canvas.layout.size - 1)
+    carries = (gone.gather(1, index.flatten(1)).view_as(index) & (element >= 0)).any(2)
+    if slots.node is not None:  # a draft is earlier than what it leads to, and was not given
+        drafted = slots.node >= 0
+        carries = carries | drafted if isinstance(hide, str) and hide == "earlier" else carries & ~drafted
+    source = torch.where(carries & (slots.source == VALUE), MASK, slots.source)
+    masked = Slots(slots.element, source, slots.coord, slots.needs, slots.node)
+    return Plan(masked, plan.views, plan.reads, plan.rank, plan.layers, plan.layout)
+
+
+def repeated(plan: Plan, copies: int) -> Plan:
+    """The plan of a batch that stands `copies` times one below the other; labels that the batch shares stay shared."""
+    if plan.run is not None or plan.batch == 1:
+        return plan
+
+    def times(x: Any) -> Any:
+        return x if x is None or x.shape[0] == 1 else x.repeat(copies, *[1] * (x.dim() - 1))
+
+    def view(v: View) -> View:
+        return View(times(v.at), times(v.born), times(v.dies), times(v.lane), times(v.group), v.relation)
+
+    s, r = plan.slots, plan.reads
+    return replace(
+        plan,
+        slots=Slots(times(s.element), times(s.source), times(s.coord), times(s.needs), times(s.node)),
+        views={name: view(v) for name, v in plan.views.items()},
+        reads=Reads(times(r.slot), times(r.element), times(r.role)),
+        rank=times(plan.rank),
+        settled=None if plan.settled is None else {name: view(v) for name, v in plan.settled.items()},
+        kept=times(plan.kept),
+        retain=times(plan.retain),
+    )
+
+
+def joined(conditions: Sequence[Condition]) -> Condition:
+    """The rows of all, one below the other."""
+    out = {}
+    for f in fields(Condition):
+        parts = [x for c in conditions if (x := getattr(c, f.name)) is not None]
+        if len({x.shape[1:] for x in parts}) > 1:
+            shapes = ", ".join(str(tuple(x.shape[1:])) for x in parts)
+            raise ValueError(f"conditions of different sizes cannot stand in one batch: {f.name} of {shapes}; pad them")
+        out[f.name] = torch.cat(parts) if parts else None
+    return Condition(**out)
+
+
+def _check_branch(branch: Branch, model: Model) -> None:
+    unknown = (branch.drop or frozenset()) - model.conditions.keys()
+    if unknown:
+        raise ValueError(f"there is no condition {', '.join(sorted(unknown))} to drop; got {', '.join(model.conditions)}")
+    if isinstance(branch.hide, Tensor):
+        if branch.hide.dtype != torch.bool or branch.hide.dim() != 1:
+            raise ValueError(f"elements to hide are marked by a boolean (elements,), got {branch.hide.dtype}")
+    elif branch.hide not in (None, "given", "earlier"):
+        raise ValueError(f"a branch hides 'given' or 'earlier' elements or marked ones, not {branch.hide!r}")
+
+
+def _sound(dist: Any) -> bool:
+    """No NaN and nothing infinitely likely; -inf is what is impossible."""
+    logits = getattr(dist, "logits", None)
+    return logits is None or math.isfinite(logits.amax().item())
+
+
+def _plain_keep(kept: Int[Tensor, "b m"]) -> Keep:
     """A row shared by the batch as a list, which costs no ragged commit."""
     if kept.shape[0] == 1:
         row = kept[0].tolist()

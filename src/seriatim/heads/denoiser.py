@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from seriatim.heads.dist import FromStates
+from seriatim.heads.dist import FromStates, drawn
 from seriatim.random import Key, Random
 
 FREQUENCIES = 128
@@ -67,11 +67,11 @@ class Denoiser(nn.Module):
             if isinstance(part, nn.Linear):
                 nn.init.xavier_uniform_(part.weight)
                 nn.init.zeros_(part.bias)
-        for part in self.time:
-            if isinstance(part, nn.Linear):
-                nn.init.normal_(part.weight, std=0.02)
-        for zero in (*(block.modulation for block in self.blocks), self.modulation, self.out):
-            nn.init.zeros_(zero.weight)  # type: ignore[arg-type]
+        for name, weight in self.named_parameters():
+            if name.startswith("time.") and weight.dim() == 2:
+                nn.init.normal_(weight, std=0.02)
+            elif name.startswith("out.") or "modulation." in name:
+                nn.init.zeros_(weight)
 
     def clock(self, t: Float[Tensor, "*rest"]) -> Float[Tensor, "*rest w"]:
         """The vector of times, which run to about 1,000. Add `state(h)` to it for the modulation of `forward`."""
@@ -111,7 +111,7 @@ class Continuous(FromStates):
         """Standard normal vectors for the read-outs, as the given draw; float32 or better, whatever the network's
         format, since a sampler adds up many small steps."""
         _, b, m, _ = self.states.shape
-        x = random.normal((b, m, dim), key._replace(draw=key.draw + draw), self.states.device)
+        x = random.normal((b, m, dim), drawn(key, draw), self.states.device)
         return x.to(precise(self.states))
 
 
@@ -140,7 +140,7 @@ class ContinuousHead(nn.Module):
         if tuple(value.shape) != (b, m, self.dim):
             raise ValueError(f"values are ({b}, {m}, {self.dim}) vectors, got {tuple(value.shape)}")
         unit = random.uniform((b, m, self.draws), key, h.device)
-        noise = random.normal((b, m, self.draws, self.dim), key._replace(draw=key.draw + 1), h.device)
+        noise = random.normal((b, m, self.draws, self.dim), drawn(key, 1), h.device)
         kind = precise(h)
         return value[:, :, None].to(h.device, kind), unit.to(kind), noise.to(kind)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.canvas import Canvas, Set
 from seriatim.factorization.line import Line
-from seriatim.heads.dist import Categorical, FromStates
+from seriatim.heads.dist import Categorical, FromStates, drawn
 from seriatim.layout import line
 from seriatim.plan import Plan, Reads
 from seriatim.random import Key, Random
@@ -27,7 +27,7 @@ Feed = Literal["sum", "last"]
 
 
 class Depthwise(FromStates):
-    """The joint distribution of D codes an element. Draw j of an element is its code j; branches are mixed, and filters
+    """The joint distribution of D codes an element. The j-th draw of an element is its code j; branches are mixed, and filters
     applied, at every depth."""
 
     __slots__ = ()
@@ -35,7 +35,8 @@ class Depthwise(FromStates):
     def sample(self, random: Random, key: Key) -> Int[Tensor, "b m D"]:
         head: DepthwiseHead = self.head
         k, b, m, _ = self.states.shape
-        canvas = Canvas(head.line, {"code": torch.zeros(b * m, head.depth, dtype=torch.long, device=self.states.device)})
+        blank = torch.zeros(b * m, head.depth, dtype=torch.long, device=self.states.device)
+        canvas = Canvas(head.line, {"code": blank})
         cache = head.backbone.new_cache(k * b * m, head.depth)
         prefix, vector = head.condition(self.states)
         while (plan := head.order.step(canvas, None, cache.length)) is not None:
@@ -43,7 +44,7 @@ class Depthwise(FromStates):
             x = head.feed(prefix, codes, slice(depth, depth + plan.size))
             h = head.backbone(x.flatten(0, 2), plan, cache, vector)
             rule = self._rule(head.logits(h.view(k, b, m, *h.shape[1:]), slice(depth, depth + plan.size))[..., 0, :])
-            code = rule.sample(random, key._replace(draw=key.draw + depth))
+            code = rule.sample(random, drawn(key, depth))
             canvas.apply([Set(code.reshape(b * m, 1))])
             cache.commit(plan.size, plan)
         return canvas.value["code"].view(b, m, head.depth)
@@ -96,7 +97,7 @@ class DepthwiseHead(nn.Module):
         self.vector = None if config.vector is None else nn.Linear(width, config.vector)
         self.place = nn.Parameter(torch.randn(depth, config.width) * 0.02)
         above = torch.randn(depth - 1, vocab, config.width) * 0.02  # the last code is fed to nobody
-        self.register_parameter("table", nn.Parameter(above) if depth > 1 else None)
+        self.table = nn.Parameter(above) if depth > 1 else None
         self.weight = nn.Parameter(torch.randn(depth, vocab, config.width) * 0.02)
         self.order, self.line = Line(prefix=1), line(depth, "code")
         self.plan: Plan = self.order.packed(Canvas(self.line, {"code": torch.zeros(1, depth, dtype=torch.long)}))
@@ -127,6 +128,7 @@ class DepthwiseHead(nn.Module):
         """What slots of the line carry; they look at codes above their own only."""
         parts = [prefix[..., None, :]] if slots.start == 0 else []
         if slots.stop > 1:
+            assert self.table is not None
             first = 0 if self.feeds == "sum" else max(slots.start - 1, 0)
             level = torch.arange(first, slots.stop - 1, device=codes.device)
             above = self.table[level, codes[..., first : slots.stop - 1]]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -72,7 +73,7 @@ def process(train_steps: int, steps: int) -> Process:
     """The cosine schedule (Nichol & Dhariwal 2021, equation 17; beta at most 0.999), visited at `steps` evenly spaced
     steps, the first and the last among them; a single one is the last."""
     level = [math.cos((i / train_steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(train_steps + 1)]
-    beta = torch.tensor([min(1 - b / a, 0.999) for a, b in zip(level, level[1:], strict=False)], dtype=torch.float64)
+    beta = torch.tensor([min(1 - b / a, 0.999) for a, b in pairwise(level)], dtype=torch.float64)
     stride = (train_steps - 1) / max(steps - 1, 1)
     time = torch.tensor([round(i * stride) for i in range(steps)] if steps > 1 else [train_steps - 1])
     signal = (1 - beta).cumprod(0)[time]
@@ -152,9 +153,7 @@ class DiffusionHead(ContinuousHead):
             loss = loss + self._bound(p, step, error.detach(), said[..., self.dim :])
         return loss.mean(-1)
 
-    def _bound(
-        self, p: Process, step: Int[Tensor, "b m n"], error: Tensor, placed: Tensor
-    ) -> Float[Tensor, "b m n"]:
+    def _bound(self, p: Process, step: Int[Tensor, "b m n"], error: Tensor, placed: Tensor) -> Float[Tensor, "b m n"]:
         """The variational bound of a step, in bits a number as in the official code: the divergence of the step back
         from the posterior, at the first step the surprise at the value. The error of the mean is held fixed, so that
         this trains the variance alone."""

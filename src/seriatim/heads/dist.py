@@ -6,7 +6,7 @@ network's (`FromStates`) holds the hidden states and asks its head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, Self
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seriatim.canvas import Canvas
 from seriatim.plan import Reads
-from seriatim.random import Key, Random
+from seriatim.random import VALUE, Key, Random, numbered
 
 
 class Dist(Protocol):
@@ -129,6 +129,11 @@ class Greedy(Categorical):
         return lp.scatter(-1, best, 0.0)
 
 
+def drawn(key: Key, index: int) -> Key:
+    """The key of the index-th of several draws that make up one value: a code of several, the noise of a step."""
+    return key._replace(draw=key.draw + numbered(VALUE, index=index))
+
+
 class FromStates:
     """A distribution that a head's own network computes from hidden states, when asked.
 
@@ -144,7 +149,7 @@ class FromStates:
         head: Any,
         states: Float[Tensor, "k b m d"],
         weights: Sequence[float] = (1.0,),
-        warper: Callable[[Any], Any] | None = None,
+        warper: Any = None,
     ):
         if states.shape[0] != len(weights):
             raise ValueError(f"{states.shape[0]} branches need as many weights, got {len(weights)}")
@@ -174,8 +179,8 @@ class FromStates:
         where = index.clamp(min=0).expand(b, -1)[None, ..., None].expand(k, -1, -1, d)
         return type(self)(self.head, self.states.gather(2, where), self.weights, self.warper)
 
-    def warped(self, warper: Callable[[Any], Any]) -> Self:
-        """The same with temperature and filters."""
+    def warped(self, warper: Any) -> Self:
+        """The same with temperature and filters (a `Warper`)."""
         if self.warper is not None:
             raise ValueError("this distribution is already warped; put all filters into one Warper")
         return type(self)(self.head, self.states, self.weights, warper)

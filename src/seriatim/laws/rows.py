@@ -28,4 +28,4 @@ def step_rows(case: Case, x: Tensor, cached: bool) -> tuple[dict[int, Tensor], T
     """The same met when decoding, forced to the sample; and the sample's log-probability (batch,)."""
     forced = Forced(x)
     generate(Target(case.model, case.rows(len(x)), cached=cached), case.blank(x), case.decider(), random=forced)
-    return forced.met, forced.log_prob
+    return {e: row for e, row in forced.met.items() if e >= 0}, forced.log_prob

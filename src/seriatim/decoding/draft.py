@@ -1,0 +1,186 @@
+"""Proposers of drafts: a small model that drafts chains and trees, and lookup of what followed before.
+
+Each follows one canvas at a time and starts afresh with another. Drafts end one element before the end of the layout:
+the verifier adds an element of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from seriatim.canvas import Canvas
+from seriatim.decoding.guess import Guess, branching, depths, room
+from seriatim.decoding.loop import Step
+from seriatim.decoding.target import Target
+from seriatim.heads.dist import Categorical
+from seriatim.model import Rows
+from seriatim.random import DRAFT, Key, Random, numbered
+
+Siblings = Literal["independent", "distinct", "top"]
+
+
+class DraftModel:
+    """A small model drafts a chain or a tree (Leviathan et al. 2023; SpecInfer, Miao et al. 2023).
+
+    draft: the small model with its own filters (best those of the target) and its own cache; shape: the length of a
+    chain, or the parents of a tree, depth by depth (`branching`); siblings: children of a node are drawn
+    independently, drawn without replacement ("distinct"), or are the likeliest tokens, without randomness ("top").
+
+    The cache of the draft holds known elements only, and as many as it has seen: after a fully accepted draft the last
+    token is new to it, and is fed with the next. Drafted tokens are fed again with each new depth, so that caches
+    which keep paths only will do; a few rows more cost next to nothing beside the weights.
+    """
+
+    def __init__(self, draft: Target, shape: int | Sequence[int], siblings: Siblings = "independent"):
+        if siblings not in ("independent", "distinct", "top"):
+            raise ValueError(f"siblings are independent, distinct or top, not {siblings!r}")
+        parent = branching((1,) * shape) if isinstance(shape, int) else tuple(shape)
+        depth = depths(parent)
+        if list(depth) != sorted(depth):
+            raise ValueError(f"a draft tree is listed depth by depth, got parents {parent} at depths {depth}")
+        self.draft, self.parent, self.siblings = draft, parent, siblings
+        self._canvas: Canvas | None = None
+        self._batch = 0
+
+    def propose(self, canvas: Canvas, target: Target, random: Random) -> Guess | None:
+        if canvas is not self._canvas:
+            self._canvas, self.draft.cache = canvas, None
+        self._batch = canvas.batch
+        left = torch.tensor(room(canvas))[:, None]
+        depth = depths(self.parent)
+        size = sum(d < int(left.max()) for d in depth)
+        if size == 0:
+            return None
+        parent = self.parent[:size]
+        value = torch.full((canvas.batch, size), -1)
+        laws: list[Float[Tensor, "b n v"]] = []
+        for first, end in _levels(parent):
+            p = self._behind(canvas, value[:, :first], parent[first:end])
+            there = left > depth[first]  # rows that have room for this depth
+            above = torch.tensor(parent[first:end])
+            live = there & ((above < 0) | (value[:, above.clamp(min=0)] >= 0))
+            value[:, first:end] = self._children(canvas, p, live, first, depth[first], random)
+            laws.append(p)
+        q = None if self.siblings == "top" else Categorical(torch.cat(laws, 1))
+        chain = parent == tuple(range(-1, size - 1))
+        return Guess(value, None if chain else parent, q, self.siblings)
+
+    def observe(self, canvas: Canvas, rows: Rows, step: Step) -> None:
+        if step.select is not None and self.draft.cache is not None:
+            self.draft.select(step.select, self._batch)
+
+    def _behind(self, canvas: Canvas, drafted: Int[Tensor, "b n"], nodes: Sequence[int]) -> Float[Tensor, "b m v"]:
+        """Log-probabilities of what follows each of these nodes (-1: the last known element)."""
+        n = drafted.shape[1]
+        parent = self.parent[:n]
+        guess = Guess(drafted, None if parent == tuple(range(-1, n - 1)) else parent) if n else None
+        plan = self.draft.plan(canvas, guess)
+        assert plan is not None
+        rows = self.draft.forward(plan, canvas, guess)
+        if guess is None:  # known elements enter the cache, but for the last one, from which drafts start
+            keep: int | Tensor = plan.size - 1
+            if isinstance(rows.slot, Tensor):
+                slots = torch.arange(plan.size)[None]
+                keep = torch.where(slots < rows.slot[:, :1], slots, -1)
+            self.draft.commit(keep, plan)
+        return rows.dist.take(torch.tensor([nodes]) + 1).log_probs()
+
+    def _children(
+        self, canvas: Canvas, p: Float[Tensor, "b n v"], live: Tensor, first: int, depth: int, random: Random
+    ) -> Int[Tensor, "b n"]:
+        """Tokens for nodes `first`, ... of one depth, given the laws behind their parents; -1 where there is no node.
+        On return `p` holds what each was drawn from."""
+        parent = self.parent[first : first + p.shape[1]]
+        birth = [parent[:j].count(parent[j]) for j in range(len(parent))]
+        start = torch.full((1, 1), canvas.length) if canvas.length is not None else canvas.lengths()[:, None]
+        value = torch.full(live.shape, -1)
+        for turn in range(max(birth) + 1):  # eldest siblings first
+            now = [j for j, b in enumerate(birth) if b == turn]
+            possible = live[:, now] & (p[:, now] > -torch.inf).any(-1)
+            law = p[:, now].masked_fill(~possible[..., None], 0.0)
+            if self.siblings == "top":
+                x = law.argmax(-1)
+            else:
+                element = torch.where(possible, start + depth - 1, -1)
+                draw = torch.tensor([numbered(DRAFT, depth, first + j) for j in now])
+                x = random.categorical(law, Key(canvas.row, element, draw))
+            value[:, now] = torch.where(possible, x, -1)
+            if self.siblings != "independent":
+                for i, j in enumerate(now):
+                    later = [k for k in range(j + 1, len(parent)) if parent[k] == parent[j]]
+                    p[:, later] = p[:, later].scatter(-1, x[:, i, None, None].expand(-1, len(later), 1), -torch.inf)
+        return value
+
+
+@lru_cache(maxsize=64)
+def _levels(parent: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """The nodes of each depth as (first, end), for a tree listed depth by depth."""
+    depth = depths(parent)
+    first = [i for i in range(len(depth)) if i == 0 or depth[i] > depth[i - 1]]
+    return tuple(zip(first, [*first[1:], len(depth)], strict=True))
+
+
+class NGram:
+    """Prompt lookup (Saxena 2023): the last n tokens stood here before, so draft what followed then.
+
+    The longest n of `sizes` that occurs before decides; of several occurrences the most recent. A copy may run into
+    itself: a text of period P is drafted without end. `earliest` and `whole` (only where all `length` tokens followed)
+    give the choice of the Spec-Bench implementation. An index of n-grams costs O(1) a token.
+    """
+
+    def __init__(self, length: int = 10, sizes: Sequence[int] = (3, 2, 1), earliest: bool = False, whole: bool = False):
+        if length < 0 or not sizes or min(sizes) < 1:
+            raise ValueError(f"a draft has 0 or more tokens, an n-gram 1 or more; got {length} and {tuple(sizes)}")
+        self.length, self.sizes = length, tuple(sorted(sizes, reverse=True))
+        self.earliest, self.whole = earliest, whole
+        self._canvas: Canvas | None = None
+        self._text: list[list[int]] = []
+        self._index: list[dict[tuple[int, ...], int]] = []  # n-gram -> where what followed it stands
+
+    def propose(self, canvas: Canvas, target: Target, random: Random) -> Guess | None:
+        if canvas is not self._canvas:
+            self._canvas = canvas
+            self._text, self._index = [[] for _ in range(canvas.batch)], [{} for _ in range(canvas.batch)]
+        drafts = [self._draft(row, canvas, left - 1) for row, left in enumerate(room(canvas))]
+        width = max(len(d) for d in drafts)
+        return Guess(torch.tensor([d + [-1] * (width - len(d)) for d in drafts])) if width else None
+
+    def observe(self, canvas: Canvas, rows: Rows, step: Step) -> None:
+        if step.select is not None:
+            kept = step.select.tolist()
+            self._text = [list(self._text[r]) for r in kept]
+            self._index = [dict(self._index[r]) for r in kept]
+
+    def _draft(self, row: int, canvas: Canvas, most: int) -> list[int]:
+        text, index = self._text[row], self._index[row]
+        self._read(text, index, canvas, row)
+        most = min(most, self.length)
+        if most < 1:
+            return []
+        for n in self.sizes:
+            at = index.get(tuple(text[-n:])) if n <= len(text) else None
+            if at is None or (self.whole and (at + self.length > len(text) or at >= len(text) - n)):
+                continue
+            draft: list[int] = []
+            for i in range(at, at + most):
+                draft.append(text[i] if i < len(text) else draft[i - len(text)])
+            return draft
+        return []
+
+    def _read(self, text: list[int], index: dict[tuple[int, ...], int], canvas: Canvas, row: int) -> None:
+        """Take in what is new: the n-grams that end before each new token are followed by it."""
+        kind = canvas.layout.kinds[0]
+        known = canvas.length if canvas.length is not None else int(canvas.lengths()[row])
+        for token in canvas.value[kind][row, len(text) : known].tolist():
+            for n in self.sizes:
+                if n <= len(text):
+                    gram = tuple(text[-n:])
+                    if not (self.earliest and gram in index):
+                        index[gram] = len(text)
+            text.append(token)

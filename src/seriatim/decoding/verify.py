@@ -1,0 +1,338 @@
+"""Verifiers: deciders that keep part of a draft and add one token of their own, so that the law stays the target's.
+
+The lemma behind all ratio verifiers (Leviathan et al. 2023, appendix A.1; Chen et al. 2023, theorem 1): where X ~ q
+given everything before, accepting X with probability min(1, p(X) / q(X)) and otherwise drawing from
+norm(max(0, p - q)) gives exactly p. q may be any function of the past, a point mass included, so every verifier takes
+every draft; only the number of accepted tokens differs.
+
+Tokens that a verifier draws itself are draw 0 of their element: under keyed noise a `Walk` emits the very string of
+plain sampling, whatever the draft. Verified so: the first tokens of all of them have the target's law by enumeration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from seriatim.canvas import Canvas, Set, Truncate
+from seriatim.decoding.guess import Guess, children, room
+from seriatim.decoding.loop import Step
+from seriatim.heads.dist import Categorical
+from seriatim.model import Rows
+from seriatim.random import COIN, Key, Random, numbered
+
+
+class Round:
+    """One verification: where each row stands in the draft and what it has emitted.
+
+    The read-outs of the forward are that of the last known element, then those of the nodes.
+    """
+
+    def __init__(self, canvas: Canvas, guess: Guess | None, rows: Rows, stop: frozenset[int]):
+        self.canvas, self.guess, self.dist, self.stop = canvas, guess, rows.dist, stop
+        self.batch = canvas.batch
+        self.value: list[list[int]] = [[]] * self.batch if guess is None else guess.value.tolist()
+        self.below = children(() if guess is None else guess.parents())
+        self.before = rows.hidden.shape[1] - len(self.value[0])  # slots in front of the nodes
+        self.tokens: list[list[int]] = [[] for _ in range(self.batch)]
+        self.node = [-1] * self.batch  # the deepest accepted one
+        self.room = room(canvas)
+        self.known = [self.before] * self.batch  # slots of known elements
+        self.ragged = isinstance(rows.slot, Tensor)
+        if self.ragged:
+            self.known = (rows.slot[:, 0] + 1).expand(self.batch).tolist()
+        if canvas.length is not None:
+            self.start = [canvas.length] * self.batch
+        else:
+            self.start = canvas.lengths().tolist()
+
+    @property
+    def alive(self) -> list[int]:
+        """Rows that have something left to decide."""
+        return [r for r in range(self.batch) if self.room[r] > 0]
+
+    # ---- asking ------------------------------------------------------------------------------------------------------
+
+    def at(self, rows: Sequence[int]) -> Categorical:
+        """The target's law where each of these rows stands, (rows, 1, v)."""
+        logits = self.dist.logits
+        if self.batch == 1:
+            j = self.node[0] + 1
+            return type(self.dist)(logits[:, j : j + 1])
+        where = torch.tensor([[r, self.node[r] + 1] for r in rows])
+        return type(self.dist)(logits[where[:, 0], where[:, 1]][:, None])
+
+    def probs(self, row: int) -> Float[Tensor, "v"]:
+        """The target's probabilities where a row stands."""
+        return self.at([row]).probs()[0, 0]
+
+    def key(self, rows: Sequence[int], draw: int = 0) -> Key:
+        """Names a draw of the element that each of these rows decides next."""
+        if self.batch == 1:
+            return Key(self.canvas.row, self.start[0] + len(self.tokens[0]), draw)
+        element = torch.tensor([[self.start[r] + len(self.tokens[r])] for r in rows])
+        return Key(self.canvas.row[torch.tensor(rows)], element, draw)
+
+    def drafted(self, row: int, node: int) -> list[int]:
+        """The nodes that a row has below a node."""
+        return [c for c in self.below[node] if self.value[row][c] >= 0]
+
+    def child(self, row: int, token: int) -> int:
+        """The node below where a row stands that carries a token, or -1."""
+        return next((c for c in self.below[self.node[row]] if self.value[row][c] == token), -1)
+
+    def accepts(self, row: int, probability: Float[Tensor, ""], random: Random, index: int) -> bool:
+        """Toss the coin of the `index`-th node that is tried here."""
+        key = self.key([row], numbered(COIN, len(self.tokens[row]), index))
+        return bool(random.heads(probability.reshape(1, 1), key))
+
+    def draw(self, row: int, p: Float[Tensor, "v"], random: Random) -> int:
+        """A token of the verifier's own."""
+        return int(random.categorical(p.log().reshape(1, 1, -1), self.key([row])))
+
+    # ---- answering ---------------------------------------------------------------------------------------------------
+
+    def emit(self, row: int, token: int, node: int = -1) -> bool:
+        """A row emits a token, the one that `node` carries or (-1) its own. Does it go on from there?"""
+        self.tokens[row].append(token)
+        if node < 0:
+            return False
+        self.node[row] = node
+        return len(self.tokens[row]) < self.room[row] and token not in self.stop
+
+    def path(self, row: int) -> list[int]:
+        """The accepted nodes of a row, from the root."""
+        parent = () if self.guess is None else self.guess.parents()
+        nodes: list[int] = []
+        node = self.node[row]
+        while node >= 0:
+            nodes.append(node)
+            node = parent[node]
+        return nodes[::-1]
+
+    def step(self) -> Step:
+        """What the loop is told: tokens as edits, the path to keep in the cache, counts."""
+        paths = [self.path(r) for r in range(self.batch)]
+        step = Step(self._edits(), self._keep(paths))
+        if self.batch == 1:
+            step.drafted, step.accepted = sum(v >= 0 for v in self.value[0]), len(paths[0])
+        else:
+            step.drafted = torch.tensor([sum(v >= 0 for v in row) for row in self.value])
+            step.accepted = torch.tensor([len(path) for path in paths])
+        return step
+
+    def _edits(self) -> tuple:
+        lengths = [len(t) for t in self.tokens]
+        ended = [bool(t) and t[-1] in self.stop for t in self.tokens]
+        if self.canvas.length is not None and not any(ended) and min(lengths) == max(lengths):
+            return (Set(torch.tensor(self.tokens)),)
+        width = max(lengths)
+        value = torch.tensor([t + [0] * (width - len(t)) for t in self.tokens])
+        element = torch.tensor([_run(s, n, width) for s, n in zip(self.start, lengths, strict=True)])
+        if not any(ended):
+            return (Set(value, element),)
+        size = self.canvas.layout.size
+        cut = [s + n if e else size for s, n, e in zip(self.start, lengths, ended, strict=True)]
+        return (Set(value, element), Truncate(torch.tensor(cut)))
+
+    def _keep(self, paths: list[list[int]]) -> int | list[int] | Tensor:
+        """The slots of known elements, then the path: a number where they are one behind another."""
+        first = paths[0]
+        if not self.ragged and all(path == first for path in paths):
+            if first == list(range(len(first))):
+                return self.before + len(first)
+            return list(range(self.before)) + [self.before + i for i in first]
+        kept = [
+            list(range(known)) + [self.before + i for i in path] for known, path in zip(self.known, paths, strict=True)
+        ]
+        width = max(len(k) for k in kept)
+        return torch.tensor([k + [-1] * (width - len(k)) for k in kept]).reshape(self.batch, width)
+
+
+def _run(start: int, n: int, width: int) -> list[int]:
+    """n elements from `start`, then -1."""
+    return list(range(start, start + n)) + [-1] * (width - n)
+
+
+class Verifier:
+    """A decider that verifies drafts along a line. `stop` ids end a row, also inside an accepted draft.
+
+    Without a guess it takes one plain step. Subclasses say in `verify` what each row emits.
+    """
+
+    def __init__(self, stop: Iterable[int] = ()):
+        self.stop = frozenset(stop)
+
+    def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
+        turn = Round(canvas, guess, rows, self.stop)
+        self.verify(turn, random)
+        return turn.step()
+
+    def verify(self, turn: Round, random: Random) -> None:
+        raise NotImplementedError
+
+
+class GreedyMatch(Verifier):
+    """Accept while a node carries the likeliest token: the string of greedy decoding. Draws nothing."""
+
+    def verify(self, turn: Round, random: Random) -> None:
+        best = turn.dist.mode().tolist()
+        for r in turn.alive:
+            going = True
+            while going:
+                token = best[r][turn.node[r] + 1]
+                going = turn.emit(r, token, turn.child(r, token))
+
+
+class Walk(Verifier):
+    """Sample, then match: draw the target's token at a node once, emit it, go on where a child carries it.
+
+    Each token is a plain sample of its conditional, so any draft is exact; the best verifier for drafts without
+    randomness (n-grams, top-k trees, heads).
+    """
+
+    def verify(self, turn: Round, random: Random) -> None:
+        alive = turn.alive
+        while alive:
+            tokens = turn.at(alive).sample(random, turn.key(alive))[:, 0].tolist()
+            alive = [r for r, token in zip(alive, tokens, strict=True) if turn.emit(r, token, turn.child(r, token))]
+
+
+class Ratio(Verifier):
+    """What verifiers by the ratio p / q share; a relaxed one overrides `acceptance`."""
+
+    def acceptance(self, p: Float[Tensor, "*n"], q: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """The probability of accepting a token to which target and draft give probabilities p and q > 0."""
+        return (p / q).clamp(max=1)
+
+    def rest(self, p: Float[Tensor, "*n v"], q: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
+        """norm(max(0, p - q)), what is left of p where a token drawn from q was rejected."""
+        left = (p - q).clamp(min=0)
+        total = left.sum(-1, keepdim=True)
+        return torch.where(total > 0, left / total, p)  # nothing is left where p = q: there nothing is rejected
+
+
+class Chain(Ratio):
+    """Speculative sampling of one chain (Leviathan et al. 2023; Chen et al. 2023): accept each drafted token with
+    min(1, p / q); at the first rejection draw from what is left of p; after the last acceptance draw one more."""
+
+    def verify(self, turn: Round, random: Random) -> None:
+        guess, p = turn.guess, turn.dist.probs()
+        own = torch.zeros(turn.batch, dtype=torch.long)
+        if guess is not None:
+            if guess.parents() != tuple(range(-1, guess.size - 1)):
+                raise ValueError("Chain verifies one chain of drafted tokens; for a tree use Recursive, KSeq or Walk")
+            drafted = (guess.value >= 0).sum(1)
+            own = self._accepted(turn, guess, p, random)
+        last = p[torch.arange(turn.batch), own]
+        if guess is not None and bool((own < drafted).any()):
+            q = torch.stack([guess.law(r, min(i, guess.size - 1), last[r]) for r, i in enumerate(own.tolist())])
+            last = torch.where((own < drafted)[:, None], self.rest(last, q), last)
+        element: Tensor | int = turn.start[0] + int(own[0])
+        if turn.batch > 1:
+            element = torch.tensor(turn.start)[:, None] + own[:, None]
+            element = torch.where(torch.tensor(turn.room)[:, None] > 0, element, -1)
+        token = random.categorical(last.log()[:, None], Key(turn.canvas.row, element))[:, 0].tolist()
+        for r in turn.alive:
+            for i in range(int(own[r])):
+                if not turn.emit(r, turn.value[r][i], i):
+                    break
+            else:
+                turn.emit(r, token[r])
+
+    def _accepted(self, turn: Round, guess: Guess, p: Float[Tensor, "b m v"], random: Random) -> Tensor:
+        """How many drafted tokens each row accepts, (batch,)."""
+        n = guess.size
+        node = guess.value.clamp(min=0)[..., None]
+        wanted = p[:, :n].gather(-1, node)[..., 0]
+        offered = torch.ones_like(wanted) if guess.q is None else guess.q.probs().gather(-1, node)[..., 0]
+        accepted = torch.where(guess.value >= 0, self.acceptance(wanted, offered), 0.0)
+        element: Tensor | int = turn.start[0]
+        if turn.batch > 1:
+            element = torch.tensor(turn.start)[:, None] + torch.arange(n)
+        draw = torch.tensor([numbered(COIN, depth) for depth in range(n)])
+        return random.heads(accepted, Key(turn.canvas.row, element, draw))
+
+
+class Recursive(Ratio):
+    """Verification of a tree of random children (SpecInfer, Miao et al. 2023; Sequoia, Chen et al. 2024): try the
+    children of a node one after another, each against what the earlier ones have left of p; where none is accepted,
+    draw from what is left.
+
+    Children drawn with or without replacement, or without randomness: the draft's `q` says what each was drawn from.
+    """
+
+    def verify(self, turn: Round, random: Random) -> None:
+        for r in turn.alive:
+            going = True
+            while going:
+                going = self._node(turn, r, random)
+
+    def _node(self, turn: Round, row: int, random: Random) -> bool:
+        p = turn.probs(row)
+        for i, node in enumerate(turn.drafted(row, turn.node[row])):
+            assert turn.guess is not None
+            q, token = turn.guess.law(row, node, p), turn.value[row][node]
+            if turn.accepts(row, self.acceptance(p[token], q[token]), random, i):
+                return turn.emit(row, token, node)
+            p = self.rest(p, q)
+        return turn.emit(row, turn.draw(row, p, random))
+
+
+class KSeq(Ratio):
+    """K-SEQ (SpecTr, Sun et al. 2023, algorithm 3): k drafts drawn independently are tried against p / (g q), where
+    g >= 1 makes up for the number of tries; at least 1 - 1/e of the best possible acceptance. Drafts that carry the
+    accepted token go on together, so the next element has as many candidates as drafts survived."""
+
+    def verify(self, turn: Round, random: Random) -> None:
+        for r in turn.alive:
+            here, going = [-1], True
+            while going:
+                here, going = self._level(turn, r, here, random)
+
+    def _level(self, turn: Round, row: int, here: list[int], random: Random) -> tuple[list[int], bool]:
+        """One element, from nodes that all carry the same text; the nodes that survive."""
+        p, guess = turn.probs(row), turn.guess
+        nodes = [c for node in here for c in turn.drafted(row, node)]
+        if not nodes or guess is None:
+            return here, turn.emit(row, turn.draw(row, p, random))
+        if len(nodes) > 1 and (guess.q is None or guess.siblings != "independent"):
+            raise ValueError("KSeq verifies drafts that were drawn independently from one law; use Recursive or Walk")
+        q = guess.law(row, nodes[0], p)
+        scale = kseq_scale(p, q, len(nodes))
+        for i, node in enumerate(nodes):
+            token = turn.value[row][node]
+            if turn.accepts(row, self.acceptance(p[token], scale * q[token]), random, i):
+                here = [c for c in nodes if turn.value[row][c] == token]
+                return here, turn.emit(row, token, here[0])
+        return here, turn.emit(row, turn.draw(row, kseq_rest(p, q, len(nodes), scale), random))
+
+
+def kseq_scale(p: Float[Tensor, "v"], q: Float[Tensor, "v"], k: int) -> float:
+    """The smallest valid g: 1 - (1 - b)^k = g b with b = sum_x min(q, p / g), between 1 and k; approached from above,
+    where every g is valid (SpecTr, theorem 2; their p and q are the other way round)."""
+    low, high = 1.0, float(k)
+
+    def valid(g: float) -> bool:
+        b = float(torch.minimum(q, p / g).sum())
+        return 1 - (1 - b) ** k <= g * b
+
+    if valid(low):
+        return low
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (low, middle) if valid(middle) else (middle, high)
+    return high
+
+
+def kseq_rest(p: Float[Tensor, "v"], q: Float[Tensor, "v"], k: int, scale: float) -> Float[Tensor, "v"]:
+    """What is left of p where none of k drafts was accepted: [p - min(q, p / g) P / b] / (1 - P), P = 1 - (1 - b)^k."""
+    common = torch.minimum(q, p / scale)
+    b = float(common.sum())
+    if b > 0:
+        left = (p - common * ((1 - (1 - b) ** k) / b)).clamp(min=0)
+        return left / left.sum() if float(left.sum()) > 0 else p
+    return p
