@@ -62,7 +62,7 @@ class SlotEmbed(nn.Module):
         else:
             x = self._slots(canvas, plan, guess, prefix)
         if len(self.positions):
-            coord = plan.slots.coord.to(x.device)
+            coord = plan.slots.coord.clamp(min=0).to(x.device)  # padding stands nowhere
             for axis, table in enumerate(self.positions):
                 x = x + F.embedding(coord[..., axis], table)
         return x
@@ -103,9 +103,9 @@ class SlotEmbed(nn.Module):
             more = self.levels(level.to(x))
             x = x if more is None else torch.where(noisy[..., None], x + more, x)
         if bool(learned.any()):
-            n = int(learned[0].sum())
+            n = int(learned.sum(1).max())
             vector = self._prefix(prefix, b, n).to(x.dtype)
-            index = slots.coord[..., :1].to(x.device).clamp(max=vector.shape[1] - 1)
+            index = slots.coord[..., :1].to(x.device).clamp(min=0, max=vector.shape[1] - 1)
             vector = vector.gather(1, index.expand(b, -1, vector.shape[-1]))
             x = torch.where(learned[..., None], vector, x)
         if self.mask is not None:

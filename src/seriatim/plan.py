@@ -367,6 +367,7 @@ class Plan:
             index = ragged(step == r)
             kept = ragged((gather(until, index) > r) & (index >= 0))
             cached = torch.cat([cached, gather(index, kept)], 1)
+            cached = gather(cached, ragged(cached >= 0))  # rows of different lengths stand left-aligned in a cache
             wanted = (gather(until, cached) > r) & (cached >= 0)
             retain = None
             if not torch.equal(wanted, cached >= 0):

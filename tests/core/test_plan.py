@@ -15,6 +15,7 @@ from torch import Tensor
 
 from seriatim.layout import line
 from seriatim.plan import DERIVED, MASK, VALUE, Cost, OrderError, Plan, Reads, Slots, plan_of, reads_at
+from seriatim.slots import ragged
 from seriatim.view import INF, NEVER, TIMED, View, full, inclusive, join, own_rank, timed, two_stream
 
 UNDECIDED = 10**6  # a value that no table holds: whoever looks at an undecided element fails
@@ -84,13 +85,14 @@ class ToyCache:
         self.entries = [(empty, empty) for _ in range(layers)]
         self.labels: dict[str, View] = {}
         self.layers = torch.zeros(layers, 0, dtype=torch.bool)
+        self.held = torch.zeros(1, 0, dtype=torch.bool)
 
     @property
     def size(self) -> int:
         return self.layers.shape[1]
 
     def append(self, step: Plan, fresh: list[tuple[Tensor, Tensor]]) -> None:
-        """Put what the plan keeps behind what is there, then drop what nobody looks at any more."""
+        """Put what the plan keeps right behind what each row holds, then drop what nobody looks at any more."""
         kept, retain = step.kept, step.retain
         assert kept is not None
         for i, pairs in enumerate(zip(self.entries, fresh, strict=True)):
@@ -101,10 +103,16 @@ class ToyCache:
             self.labels[name] = join([self.labels[name], new]) if name in self.labels else new
         layers = torch.ones(len(fresh), step.size, dtype=torch.bool) if step.layers is None else step.layers
         self.layers = torch.cat([self.layers, layers[:, kept[0]]], 1)
+        self.held = torch.cat([self.held.expand(len(kept), -1), kept >= 0], 1)
+        self._take(ragged(self.held))
         if retain is not None:
-            self.entries = [(_pick(k, retain), _pick(v, retain)) for k, v in self.entries]
-            self.labels = {name: view.take(retain) for name, view in self.labels.items()}
-            self.layers = self.layers[:, retain[0]]
+            self._take(retain)
+
+    def _take(self, columns: Tensor) -> None:
+        self.entries = [(_pick(k, columns), _pick(v, columns)) for k, v in self.entries]
+        self.labels = {name: view.take(columns) for name, view in self.labels.items()}
+        self.layers = self.layers[:, columns[0]]
+        self.held = columns >= 0
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class TwoEmbed(TokenEmbed):
     """Coarse slots have an embedding of their own: a table for each place in the patch."""
 
     def __init__(self, vocab, width, places):
-        super().__init__(vocab, width, mask=True)
+        super().__init__(vocab, width, mask=True, start=False)
         self.coarse = nn.Parameter(torch.randn(places, vocab, width))
 
     def forward(self, canvas, plan, guess=None, prefix=None):
@@ -90,7 +90,7 @@ def far(frames, side, window, patch, order=TwoResolutions, depth=2):
 
 def case(order=TwoResolutions, given=0, frames=5):
     """Frames of two elements, a window of two frames: three of five frames leave it in time to be seen coarsely."""
-    return Case(randomise(far(frames, (1, 2), 2, (1, 2), order)), VOCAB, given, starved=("embed.start",))
+    return Case(randomise(far(frames, (1, 2), 2, (1, 2), order)), VOCAB, given)
 
 
 @pytest.mark.parametrize("given", [0, 6], ids=["nothing given", "three frames given"])

@@ -34,6 +34,7 @@ class Turns:
             rank = turn.decides
             self.turns[rank], self.before[rank] = turn, _count(cached)
             cached = torch.cat([cached, gather(ragged(self.step == rank), turn.kept)], 1)
+            cached = gather(cached, ragged(cached >= 0))
             cached = cached if turn.retain is None else gather(cached, turn.retain)
             self.after[rank] = cached
 

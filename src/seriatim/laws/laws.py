@@ -309,6 +309,7 @@ LAWS: dict[int, tuple[str, Law]] = {
 
 def _difference(a: Tensor, b: Tensor) -> float:
     """Largest difference; equal infinities are equal."""
+    a, b = a.detach(), b.detach()
     gap = (a.double() - b.double()).abs()
     return float(torch.where(a == b, torch.zeros_like(gap), gap).nan_to_num(math.inf).max()) if a.numel() else 0.0
 

@@ -79,7 +79,7 @@ class _Credulous:
         while below[path[-1]]:
             path.append(below[path[-1]][0])
         known = rows.hidden.shape[1] - guess.size
-        keep = list(range(known)) + [known + i for i in path]
+        keep = list(range(known)) + [known + i for i in path[:-1]]
         return Step((Set(guess.value[:, path]),), keep, drafted=guess.size, accepted=len(path))
 
 

@@ -162,11 +162,11 @@ def _pictures(run: Run, tokenizer: MultiScaleTokenizer, ids: Tensor, history: li
 # ---- what the laws run -----------------------------------------------------------------------------------------------
 
 
-def case(scales: tuple[int, ...] = (1, 2)) -> Case:
+def case(scales: tuple[int, ...] = (1, 2), vocab: int = 2) -> Case:
     """A tiny instance for the laws."""
-    tokenizer = MultiScaleConfig(scales=scales, vocab=2, dim=3, width=8, phis=2)
+    tokenizer = MultiScaleConfig(scales=scales, vocab=vocab, dim=3, width=8, phis=2)
     model = randomise(build(Config(tokenizer, classes=3, width=16, depth=2, heads=2, dropout=0.0)))
-    return Case(model, vocab=2, condition={"class": torch.tensor([1])}, limits=(one_scale,))
+    return Case(model, vocab=vocab, condition={"class": torch.tensor([1])}, limits=(one_scale,))
 
 
 def one_scale() -> Limit:

@@ -85,7 +85,7 @@ def train(run: Run) -> dict[str, Any]:
     def draw(n: int, generator: torch.Generator):
         return model.canvas({"token": windows(text.train, n, config.length, generator)}), None
 
-    recipe = Recipe(run.steps or 1200, batch=8, learning_rate=2e-3, weight_decay=0.1, bf16=True, seed=run.seed)
+    recipe = Recipe(run.steps or 800, batch=4, learning_rate=2e-3, weight_decay=0.1, bf16=True, seed=run.seed)
     with run.track("generator") as tick:
         history = fit(model, draw, recipe, tick)
     run.save("model", model, config)

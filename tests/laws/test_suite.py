@@ -1,0 +1,54 @@
+"""The suite itself: it finds what is wrong, says so, and cannot be talked out of it."""
+
+import dataclasses
+
+import pytest
+
+from seriatim.laws.case import Case
+from seriatim.laws.laws import LAWS, NotApplicable
+from seriatim.laws.mutants import MUTANTS
+from seriatim.laws.suite import all_keys, judge, law_mutant_finding, mutant_finding
+from seriatim.systems.meta import catalogue, load
+
+
+def test_there_are_twelve_laws_each_with_a_mutant():
+    assert list(LAWS) == list(MUTANTS) == list(range(1, 13))
+
+
+@pytest.mark.parametrize("number", LAWS)
+def test_each_law_catches_its_mutant_by_its_own_finding(number):
+    found = law_mutant_finding(number)
+    assert found.status == "holds", found.note
+
+
+@pytest.mark.parametrize("key", all_keys())
+def test_each_system_has_a_mutant_that_is_caught(key):
+    found = mutant_finding(key)
+    assert found.status == "holds", found.note
+
+
+def test_an_error_inside_a_law_is_not_a_pass():
+    def broken() -> Case:
+        raise RuntimeError("no case")
+
+    assert judge("nothing", 1, broken).status == "broken"
+
+
+def test_only_laws_one_and_two_can_be_waived():
+    case = load("next-token").case()
+    with pytest.raises(ValueError, match="laws 1 and 2 only"):
+        dataclasses.replace(case, exempt={5: "too hard"})
+
+
+def test_what_does_not_apply_says_why():
+    with pytest.raises(NotApplicable) as reason:
+        LAWS[8][1](load("next-token").case())
+    assert len(str(reason.value)) > 10
+
+
+def test_cards_match_their_modules():
+    for key, (meta, module) in catalogue().items():
+        loaded = load(key)
+        assert loaded.__name__ == module
+        assert meta == loaded.META
+        assert loaded.case().model.factorization.likelihood == meta.likelihood
