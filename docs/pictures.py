@@ -1,4 +1,4 @@
-"""Draws the pictures of README and documentation: `python docs/pictures.py [RUN]` (RUN: a folder of `seriatim demo`)."""
+"""Draws the pictures of README and documentation: `python docs/pictures.py [FOLDER OF seriatim demo]`."""
 
 from __future__ import annotations
 

@@ -26,3 +26,14 @@ def test_the_example_learns_and_generates(capsys):
 def test_pictures_exist():
     for path in re.findall(r"\]\((docs/images/[^)]+)\)", README.read_text(encoding="utf-8")):
         assert (README.parent / path).is_file(), path
+
+
+def test_the_order_written_in_the_documentation_works(capsys):
+    text = (README.parent / "docs" / "orders.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.S)
+    assert code is not None
+    names: dict = {}
+    torch.manual_seed(0)
+    exec(code[1], names)
+    assert "forwards=5" in capsys.readouterr().out
+    assert torch.isfinite(names["model"].log_prob(names["canvas"])).all()

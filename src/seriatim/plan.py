@@ -187,7 +187,8 @@ class Plan:
             if view not in self.views:
                 raise OrderError(f"the backbone has layers of kind {view!r}, the plan has {', '.join(self.views)}")
             try:
-                memo[view] = scan_of(self.views[view] if run is None else owner.view)
+                with torch.inference_mode(False):  # shapes outlive the loop that first asks for them
+                    memo[view] = scan_of(self.views[view] if run is None else owner.view)
             except ValueError as error:
                 raise OrderError(f"layers of kind {view!r}: {error}") from None
         return memo[view]

@@ -289,7 +289,7 @@ class Oracle(InPlaceHead):
 
 
 @pytest.mark.parametrize("path", [NOISE_AND_COSINE, FLOW])
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("steps", [1, 2, 7, 25])
 def test_an_oracle_returns_the_action_exactly_in_any_number_of_steps(path, steps):
     model = model_of(path=path)
     oracle = Oracle(WIDTH, DIM, *path).double()

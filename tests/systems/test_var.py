@@ -12,7 +12,9 @@ def tiny(scales, vocab=3):
     return var.case(scales, vocab).model
 
 
-@pytest.mark.parametrize(("scales", "pairs"), [((1, 2, 3), 1 + 4 * 5 + 9 * 14), ((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 286_434)])
+@pytest.mark.parametrize(
+    ("scales", "pairs"), [((1, 2, 3), 1 + 4 * 5 + 9 * 14), ((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 286_434)]
+)
 def test_each_scale_sees_itself_and_everything_coarser(scales, pairs):
     model = tiny(scales)
     plan = model.factorization.packed(model.blank(1))
@@ -78,5 +80,7 @@ def test_the_tokenizer_is_frozen_and_not_trained():
 
 def test_samples_repeat_with_their_seed():
     model, labels = tiny((1, 2)), {"class": torch.tensor([0, 1])}
-    a, b = (generate(Target(model, labels), model.blank(2), SampleAll(), random=Generator(5)).value["token"] for _ in "ab")
+    a, b = (
+        generate(Target(model, labels), model.blank(2), SampleAll(), random=Generator(5)).value["token"] for _ in "ab"
+    )
     assert torch.equal(a, b)

@@ -1,9 +1,10 @@
 """Mamba-2: a stack of state-space mixers over slots (Dao & Gu 2024, "Transformers are SSMs", arXiv 2405.21060).
 
 Each layer is the published one: norm, one projection to gate, channels and steps, a short causal convolution, the
-state, a skip, the gated norm, one projection back. Whose state a slot goes on from is the plan's business (`Plan.scan`):
-a sequence and packed samples are scanned in chunks, a draft tree is one masked product (STree, arXiv 2505.14969), a
-single slot is one step of the recurrence. Training and decoding run the same functions on tuples of weights.
+state, a skip, the gated norm, one projection back. Whose state a slot goes on from is the plan's business
+(`Plan.scan`): a sequence and packed samples are scanned in chunks, a draft tree is one masked product (STree, arXiv
+2505.14969), a single slot is one step of the recurrence. Training and decoding run the same functions on tuples of
+weights.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class MambaConfig:
 
     `heads` of `head_dim` channels make the inner width, twice `width` as published (None). `groups` of heads share what
     is written and read (B and C), `state` wide. `kernel`: slots that the convolution sees, itself included. `chunk`:
-    slots that a scan takes at once, a matter of speed only. `bias`: of the projections; `conv_bias`: of the convolution.
+    slots that a scan takes at once, a matter of speed only. `bias` is that of the projections, `conv_bias` that of the
+    convolution.
     """
 
     width: int
@@ -155,7 +157,9 @@ class Mamba(nn.Module):
     ) -> Float[Tensor, "b s d"]:
         """Contextualise slots. With a cache, what they were made of is left pending."""
         if vector is not None or memory is not None:
-            raise ValueError("Mamba takes a condition as a prefix only: no conditioning vector and no memory to attend to")
+            raise ValueError(
+                "Mamba takes a condition as a prefix only: it has no use for a conditioning vector or a memory"
+            )
         if plan.layers is not None:
             raise OrderError("Mamba computes every slot in every layer, but this plan has slots that skip layers")
         scan = plan.scan("all")
@@ -195,8 +199,10 @@ def _tree(scan: Scan, kernel: int, device: torch.device) -> _Tree:
     if (kernel, device) not in memo:
         assert scan.parent is not None
         trunk = scan.trunk if scan.trunk > TREE else 0
-        taps = tree_taps(scan.parent, kernel).to(device)
-        memo[kernel, device] = _Tree(taps, trunk, ancestors((scan.parent[:, trunk:] - trunk).clamp(min=-1)).to(device))
+        with torch.inference_mode(False):  # shapes outlive the loop that first asks for them
+            taps = tree_taps(scan.parent, kernel).to(device)
+            ancestor = ancestors((scan.parent[:, trunk:] - trunk).clamp(min=-1)).to(device)
+        memo[kernel, device] = _Tree(taps, trunk, ancestor)
     return memo[kernel, device]
 
 
@@ -218,14 +224,15 @@ def _mix(
         y, state = ssd_step(x, dt[:, 0], A, B, C, states[1])
         y = torch.addcmul(y, x, w.D[:, None])
         return _close(c, w, y[:, None], gate), (conv_state, state), None
-    conv_state, state = (None, None) if states is None else states
+    before = (None, None) if states is None else states
+    after = None
     if tree is not None:
-        x, B, C = _scan_inputs(c, tree_conv(conv_x, w.conv, w.conv_bias, tree.taps, conv_state))
-        y, after = _scan_tree(c, (x, dt, A, B, C), lane, tree, state), None
+        x, B, C = _scan_inputs(c, tree_conv(conv_x, w.conv, w.conv_bias, tree.taps, before[0]))
+        y = _scan_tree(c, (x, dt, A, B, C), lane, tree, before[1])
     else:
-        conv, conv_state = causal_conv(conv_x, w.conv, w.conv_bias, conv_state, lane)
+        conv, conv_state = causal_conv(conv_x, w.conv, w.conv_bias, before[0], lane)
         x, B, C = _scan_inputs(c, conv)
-        y, state = ssd_chunked(x, dt, A, B, C, c.chunk, state, lane)
+        y, state = ssd_chunked(x, dt, A, B, C, c.chunk, before[1], lane)
         after = conv_state, state
     y = torch.addcmul(y, x, w.D[:, None])
     return _close(c, w, y, gate), after, None if states is None else Replay(conv_x, x, dt, A, B)

@@ -274,7 +274,8 @@ def causal_conv(
     y = x * weight[:, -1]  # shifted products: several times faster than conv1d on few slots, about equal on many
     for j in range(width - 1):
         y = torch.addcmul(y, full[:, j : j + s], weight[:, j])
-    return y if bias is None else y + bias, full[:, s:].mT
+    tail = full[:, s:].mT.clone()  # a state must not hold on to the whole input
+    return y if bias is None else y + bias, tail
 
 
 def tree_conv(

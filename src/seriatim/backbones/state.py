@@ -44,7 +44,6 @@ class StateCache:
     """
 
     can: frozenset[str] = frozenset()
-    plain = True  # everything committed is seen by everything later: there are no labels
 
     def __init__(
         self,
@@ -82,11 +81,16 @@ class StateCache:
         return self._count
 
     @property
+    def columns(self) -> int:
+        """Committed slots of the longest row."""
+        return int(self._count.max()) if isinstance(self._count, Tensor) else self._count
+
+    @property
     def device(self) -> torch.device:
         return self.states[0][1].device
 
     def labels(self, view: str) -> None:
-        """A state has no entries to label."""
+        """None: everything committed is seen by everything later."""
         return None
 
     # ---- a forward ---------------------------------------------------------------------------------------------------
@@ -114,10 +118,11 @@ class StateCache:
     def _check_seen(self, plan: Plan, scan: Scan) -> None:
         """Every new slot must see everything that is committed, in the one lane that a state has."""
         view = plan.views[self.kind]
-        if scan.lane is not None and int(scan.lane.max()) > 0:
+        last = 0 if scan.lane is None else int(scan.lane.max())
+        if last > 0:
             raise OrderError(
-                f"a cached state holds one sample a row, in lane 0; this plan has slots in lane {int(scan.lane.max())}. "
-                "Score packed samples without a cache, or put each into a row of its own"
+                f"a cached state holds one sample a row, in lane 0; this plan has slots in lane {last}. Score packed "
+                "samples without a cache, or give each a row of its own"
             )
         bounds = self._bounds
         if bounds is None:  # only runs so far: slots 0, 1, ... that never die
@@ -250,6 +255,8 @@ class StateCache:
     def select(self, rows: Int[Tensor, "b2"]) -> None:
         """Keep, copy, reorder rows; -1 is a fresh row with nothing committed. What is pending is dropped."""
         fresh, at = rows < 0, rows.clamp(min=0)
+        if rows.numel() == 0 or int(at.max()) >= self.batch:
+            raise ValueError(f"rows {rows.tolist()} cannot be selected of {self.batch}")
         picked = [(conv[at.to(conv.device)], state[at.to(state.device)]) for conv, state in self.states]
         if bool(fresh.any()):
             empty = fresh.to(self.device)[:, None, None]
@@ -268,4 +275,4 @@ class StateCache:
 
 def _one_number(count: Int[Tensor, "b"]) -> int | Tensor:
     """One number where all rows have the same length."""
-    return int(count[0]) if len(count) and bool((count == count[0]).all()) else count
+    return int(count[0]) if bool((count == count[0]).all()) else count

@@ -34,7 +34,9 @@ class Bar:
             self.said = time.monotonic()
             spent = self.said - self.start
             left = spent / step * (steps - step)
-            self.console.print(f"{self.name:>10} {step}/{steps}  {figures}  {spent:.0f} s, {left:.0f} s left", highlight=False)
+            self.console.print(
+                f"{self.name:>10} {step}/{steps}  {figures}  {spent:.0f} s, {left:.0f} s left", highlight=False
+            )
 
     def close(self) -> None:
         if self.live:

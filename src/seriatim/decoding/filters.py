@@ -6,6 +6,7 @@ Order: temperature, top-k, top-p, min-p, typical, as in common practice; a filte
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -44,9 +45,12 @@ class Warper:
             x is None for x in (self.top_k, self.top_p, self.min_p, self.typical)
         )
 
-    def __call__(self, dist: Categorical) -> Categorical:
+    def __call__(self, dist: Any) -> Any:
+        """The filtered distribution; others than `Categorical` say themselves what temperature and filters mean."""
         if not isinstance(dist, Categorical):
-            raise TypeError(f"temperature and filters need a categorical distribution, not {type(dist).__name__}")
+            if not hasattr(dist, "warped"):
+                raise TypeError(f"temperature and filters mean nothing for {type(dist).__name__}: it has no `warped`")
+            return dist.warped(self)
         if self.temperature == 0:
             return Greedy(dist.logits)
         x = dist.logits

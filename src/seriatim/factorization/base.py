@@ -46,7 +46,8 @@ class Factorization:
         return self._turns(canvas).at(int(open_ranks.min()), cached)
 
     def _turns(self, canvas: Canvas) -> Turns:
-        """The decoding steps of a static order, compiled once for each layout, order and set of given elements."""
+        """The decoding steps of a static order, checked and compiled once for each layout, order and set of given
+        elements. (A single step shows no leak: what it sees through the cache is not among its slots.)"""
         memo: OrderedDict[tuple[Layout, bytes], Turns] = self.__dict__.setdefault("_memo", OrderedDict())
         rank = canvas.rank
         shared = rank.shape[0] > 1 and bool((rank == rank[:1]).all())
@@ -55,7 +56,7 @@ class Factorization:
             plan = self.packed(canvas.select(torch.tensor([0])) if shared else canvas)
             if plan is None:
                 raise OrderError(f"{type(self).__name__} has neither a packed form nor steps of its own")
-            memo[key] = Turns(plan)
+            memo[key] = Turns(plan.check())
             while len(memo) > 8:
                 memo.popitem(last=False)
         memo.move_to_end(key)

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from seriatim.canvas import UNKNOWN, Canvas
+from seriatim.canvas import DELETED, Canvas
 from seriatim.decoding.guess import Guess
 from seriatim.factorization.base import Factorization
 from seriatim.layout import Layout
-from seriatim.plan import DERIVED, MASK, NOISE, VALUE, Plan, Reads, Slots
+from seriatim.plan import DERIVED, MASK, NOISE, VALUE, OrderError, Plan, Reads, Slots
 from seriatim.random import Random
 from seriatim.view import View, full, inclusive, two_stream
 
@@ -38,7 +38,9 @@ class Scales(Factorization):
         scale = layout.coord[:, 0][None]
         element = torch.arange(layout.size)[None]
         carried = torch.full((1, layout.size, 1), -1)
-        slots = Slots(carried, torch.full_like(scale, DERIVED), layout.coord[None], scale - 1)
+        coarser = scale[0] < scale[0][:, None]
+        needs = torch.where(coarser, canvas.rank[:, None], -1).amax(2)
+        slots = Slots(carried, torch.full_like(scale, DERIVED), layout.coord[None], needs)
         read = torch.where(canvas.rank >= 0, element, -1)
         return Plan(slots, {"all": self.visibility(scale)}, Reads(element, read), canvas.rank, layout=layout)
 
@@ -49,7 +51,8 @@ class Blocks(Factorization):
     Two streams: values see values up to their own block; queries (a mask or noise in place of each element) see their
     own block's queries and the values of earlier blocks. Losses are read at queries. `inside` is "parallel" (one step a
     block: exact likelihood as independent elements) or "any" (elements of a block decided in any order by the decoder:
-    block diffusion, whose likelihood is a bound).
+    block diffusion, whose likelihood is a bound). Queries show what of their block is known: given elements, and for
+    "any" whatever is decided on the canvas, so that an objective draws its masks by deciding the rest.
     """
 
     def __init__(self, size: int, inside: str = "parallel", source: int = MASK):
@@ -63,29 +66,31 @@ class Blocks(Factorization):
 
     def packed(self, canvas: Canvas) -> Plan:
         """[queries; values]: values of the last block are fed too, so that prefixes and whole samples look alike."""
-        layout = canvas.layout
+        layout, rank = canvas.layout, canvas.rank
         e = torch.arange(layout.size)
         block = (e // self.size)[None]
+        hidden = rank >= 0
+        if self.inside == "any":  # what is shown of a block is decided before the rest of it
+            hidden = canvas.open
+            rank = torch.where(rank >= 0, 2 * rank + hidden, -1)
         both = torch.cat([e, e])[None]
         query = torch.arange(2 * layout.size)[None] < layout.size
-        rank = canvas.rank
-        value_needs = rank
-        needs = torch.cat([torch.full_like(value_needs, -1), value_needs], 1)
-        source = torch.where(query, self.source, VALUE)
+        needs = torch.cat([torch.where(hidden, -1, rank), rank], 1)
+        source = torch.cat([torch.where(hidden, self.source, VALUE), torch.full_like(rank, VALUE)], 1)
         slots = Slots(both[..., None], source, layout.coord[None].repeat(1, 2, 1), needs)
         view = two_stream(block.repeat(1, 2), query)
-        read = torch.where(rank >= 0, e[None], -1)
-        slot = torch.where(read >= 0, e[None], -1)
-        return Plan(slots, {"all": view}, Reads(slot, read), rank, layout=layout)
+        read = torch.where(hidden, e[None], -1)
+        return Plan(slots, {"all": view}, Reads(read, read), rank, layout=layout)
 
     def step(self, canvas: Canvas, guess: Guess | None, cached: int | Tensor) -> Plan | None:
         if self.inside == "parallel":
             return super().step(canvas, guess, cached)
         if canvas.done:
             return None
-        assert guess is None and isinstance(cached, int), "blocks are decoded in step, without drafts"
+        if guess is not None or not isinstance(cached, int):
+            raise OrderError("rows of blocks decided in any order go together and verify no drafts")
         layout, size = canvas.layout, self.size
-        unknown = canvas.status == UNKNOWN
+        unknown = canvas.open
         first = int(unknown.any(0).nonzero()[0, 0]) // size  # the block at work: the first with anything unknown
         clean = torch.arange(cached, first * size)
         work = torch.arange(first * size, min((first + 1) * size, layout.size))
@@ -93,14 +98,14 @@ class Blocks(Factorization):
         open_ = unknown[:, element[0]]
         now = canvas.rank.masked_fill(unknown, -1).amax(1, keepdim=True).clamp(min=-1) + 1
         source = torch.where(open_, self.source, VALUE)
-        block = torch.cat([clean // size, work // size])[None]
-        query = torch.arange(element.shape[1])[None] >= len(clean)
+        block = torch.cat([clean, work])[None] // size
         rank = torch.where(unknown, now, -1)
-        read = torch.where(open_ & query, element, -1)[:, len(clean) :]
+        read = torch.where(open_, element, -1)[:, len(clean) :]
         slot = torch.where(read >= 0, torch.arange(len(clean), element.shape[1]), -1)
         slots = Slots(element[..., None], source, layout.coord[element[0]][None], torch.full_like(source, -1))
         kept = torch.arange(len(clean))[None]
-        return Plan(slots, {"all": two_stream(block, query)}, Reads(slot, read), rank, layout=layout, kept=kept)
+        # one stream will do: no value stands here beside the query of its element
+        return Plan(slots, {"all": inclusive(block)}, Reads(slot, read), rank, layout=layout, kept=kept)
 
 
 class AnyOrder(Factorization):
@@ -119,13 +124,13 @@ class AnyOrder(Factorization):
             return None
         layout = canvas.layout
         e = torch.arange(layout.size)[None]
-        unknown = canvas.status == UNKNOWN
+        unknown = canvas.open
         source = torch.where(unknown, MASK, VALUE)
         rank = torch.where(unknown, 0, -1)
         slots = Slots(e[..., None], source, layout.coord[None], torch.full_like(source, -1))
         read = torch.where(unknown, e, -1)
         view = full(layout.size)
-        gone = canvas.status == 4
+        gone = canvas.status == DELETED
         if bool(gone.any()):
             view = view.narrow(lane=torch.where(gone, -1, 0))
         slot = torch.where(unknown, e, -1)

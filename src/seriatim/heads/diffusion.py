@@ -101,11 +101,11 @@ class Diffusion(Continuous):
             said = net(x.to(state).expand(len(self.weights), -1, -1, -1), state + clock[i]).to(x.dtype)
             eps = self.combine(said[..., : head.dim])
             signal, before, beta = float(p.signal[i]), float(p.before[i]), float(p.beta[i])
+            grow = math.sqrt(before / signal)
             if c.sampler == "ddim":
-                shrink = math.sqrt(before / signal)
-                x = shrink * x + (math.sqrt(1 - before) - shrink * math.sqrt(1 - signal)) * eps
+                x = grow * x + (math.sqrt(1 - before) - grow * math.sqrt(1 - signal)) * eps
                 continue
-            x = (x - beta / math.sqrt(1 - signal) * eps) / math.sqrt(1 - beta)
+            x = grow * (x - beta / math.sqrt(1 - signal) * eps)
             if i > 0:
                 noise = self.noise(random, key, c.steps - i, head.dim)
                 x = x + temperature * self._deviation(p, i, said[0, ..., head.dim :]) * noise

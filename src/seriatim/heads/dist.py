@@ -29,8 +29,8 @@ class Dist(Protocol):
         """Log-probability (or density) of values; raises where it is intractable, saying so."""
         ...
 
-    def mix(self, others: Sequence[Dist], weights: Sequence[float]) -> Dist:
-        """This and others combined as the head defines it: guidance. Weights: ours first."""
+    def mix(self, others: Sequence[Dist], weights: Sequence[float | Tensor]) -> Dist:
+        """This and others combined as the head defines it: guidance. Weights: ours first; numbers, or (b, 1, 1)."""
         ...
 
     def take(self, index: Int[Tensor, "b m"]) -> Dist:
@@ -98,11 +98,13 @@ class Categorical:
         return -(lp.exp() * lp.masked_fill(lp == -torch.inf, 0.0)).sum(-1)
 
     def mix(self, others: Sequence[Categorical], weights: Sequence[float | Tensor]) -> Categorical:
-        """Weighted sum of logits: classifier-free guidance is mix([null], [1 + w, -w])."""
-        total = self.logits * weights[0]
+        """Weighted sum of logits: classifier-free guidance is mix([null], [1 + w, -w]). What is impossible in one is
+        impossible in all."""
+        total, impossible = self.logits * weights[0], self.logits == -torch.inf
         for other, weight in zip(others, weights[1:], strict=True):
             total = total + other.logits * weight
-        return Categorical(total)
+            impossible = impossible | (other.logits == -torch.inf)
+        return Categorical(total.masked_fill(impossible, -torch.inf))
 
     def residual(self, q: Categorical) -> Categorical:
         """norm(max(p - q, 0)), what is left of p where a draft from q was rejected (Leviathan et al. 2023, eq. 2)."""
@@ -138,8 +140,9 @@ class FromStates:
     """A distribution that a head's own network computes from hidden states, when asked.
 
     `states` (branches, b, m, d) are hidden states at the slots that are read. What the network says of the branches
-    (logits, noise, velocity) is combined with `weights`, ours first, wherever it is asked: guidance. `warper` changes
-    the law as temperature and filters do; what it can mean is each head's business.
+    (logits, noise, velocity) is combined with `weights`, ours first, wherever it is asked: guidance. A weight is a
+    number, or (b, 1, 1) where rows differ. `warper` changes the law as temperature and filters do; what it can mean is
+    each head's business.
     """
 
     __slots__ = ("head", "states", "warper", "weights")
@@ -148,26 +151,28 @@ class FromStates:
         self,
         head: Any,
         states: Float[Tensor, "k b m d"],
-        weights: Sequence[float] = (1.0,),
+        weights: Sequence[float | Tensor] = (1.0,),
         warper: Any = None,
     ):
         if states.shape[0] != len(weights):
             raise ValueError(f"{states.shape[0]} branches need as many weights, got {len(weights)}")
         self.head, self.states, self.weights, self.warper = head, states, tuple(weights), warper
 
-    def combine(self, x: Float[Tensor, "k *rest"]) -> Float[Tensor, "*rest"]:
-        """What the branches say, weighted; alone and with weight 1 it is left as it is, bit for bit."""
-        if self.weights == (1.0,):
+    def combine(self, x: Float[Tensor, "k b *rest"]) -> Float[Tensor, "b *rest"]:
+        """What the branches say, weighted; one that is alone is left as it is, bit for bit."""
+        if len(self.weights) == 1:
             return x[0]
-        total = x[0] * self.weights[0]
-        for branch, weight in zip(x[1:], self.weights[1:], strict=True):
+        total = torch.zeros_like(x[0])
+        for branch, weight in zip(x, self.weights, strict=True):
+            if isinstance(weight, Tensor):
+                weight = weight.reshape(-1, *[1] * (branch.dim() - 1))
             total = total + branch * weight
         return total
 
-    def mix(self, others: Sequence[Self], weights: Sequence[float]) -> Self:
+    def mix(self, others: Sequence[Self], weights: Sequence[float | Tensor]) -> Self:
         """Branches side by side: classifier-free guidance is mix([null], [1 + w, -w])."""
-        if len(weights) != 1 + len(others):
-            raise ValueError(f"{1 + len(others)} distributions need as many weights, got {len(weights)}")
+        if len(weights) != 1 + len(others) or not others:
+            raise ValueError(f"{1 + len(others)} distributions need as many weights, and two at least: {len(weights)}")
         parts = (self, *others)
         if any(p.warper is not None for p in parts):
             raise ValueError("mix first, then warp: temperature and filters apply to the guided law")
@@ -175,6 +180,7 @@ class FromStates:
         return type(self)(self.head, states, [v * w for p, w in zip(parts, weights, strict=True) for v in p.weights])
 
     def take(self, index: Int[Tensor, "b m"]) -> Self:
+        """The distributions of some read-outs only."""
         k, b, _, d = self.states.shape
         where = index.clamp(min=0).expand(b, -1)[None, ..., None].expand(k, -1, -1, d)
         return type(self)(self.head, self.states.gather(2, where), self.weights, self.warper)

@@ -1,4 +1,4 @@
-"""The twelve laws. Each takes a `Case` and returns a note, raises `Broken`, or raises `NotApplicable` with the reason."""
+"""The twelve laws. Each takes a `Case` and returns a note, or raises `Broken` or `NotApplicable` with the reason."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def require(condition: bool | Tensor, message: str) -> None:
 
 
 def one_pass(case: Case) -> str:
-    """One pass = step by step, with and without the cache; where no pass exists, step forwards repeated from scratch."""
+    """One pass = step by step, with and without the cache; where there is no pass, steps repeated from scratch."""
     x = case.sample(5)
     worst = 0.0
     for cached in (True, False):
@@ -104,7 +104,9 @@ def _check_edits(case: Case, x: Tensor) -> None:
         peeking = sorted(k for k in moved if rank[k] <= rank[e])
         require(not peeking, f"element {e} changes what is read of element {peeking[:1]}, which is not decided later")
         later = [k for k in before if rank[k] > rank[e]]
-        require(bool(moved) or not later, f"element {e} changes nothing of what is decided later: it is not seen at all")
+        require(
+            bool(moved) or not later, f"element {e} changes nothing of what is decided later: it is not seen at all"
+        )
 
 
 def _check_gradients(case: Case, x: Tensor, plan: Plan) -> str:
@@ -132,13 +134,15 @@ def lossless(case: Case) -> str:
     """Drafts change nothing: equal strings under keyed noise, and the exact law by enumeration."""
     if not case.model.factorization.draftable:
         raise NotApplicable("no draft can be verified in this order")
-    from seriatim.laws.drafts import Guessing, RandomDraft
     from seriatim.decoding.verify import Chain, Walk
+    from seriatim.laws.drafts import Guessing, RandomDraft
 
     plain = case.generated(Keyed(3), rows=1)
     for seed in range(4):
         drafted = case.generated(Keyed(3), 1, case.verifier(Walk), Guessing(case.vocab, seed))
-        require(torch.equal(plain, drafted), f"with drafts the same noise gives {drafted.tolist()}, not {plain.tolist()}")
+        require(
+            torch.equal(plain, drafted), f"with drafts the same noise gives {drafted.tolist()}, not {plain.tolist()}"
+        )
     exact = enumerate_law(lambda random: _decoded(case, random))
     drafted_law = enumerate_law(
         lambda random: tuple(
@@ -159,8 +163,8 @@ def invisible_cache(case: Case) -> str:
     require(gap < 1e-9, f"with the cache, rows change by {gap:.1e}")
     if not case.model.factorization.draftable:
         return f"rows equal to {gap:.0e}"
-    from seriatim.laws.drafts import Guessing
     from seriatim.decoding.verify import Walk
+    from seriatim.laws.drafts import Guessing
 
     met = Forced(x[:1])
     target = Target(case.model, case.rows(1))
@@ -253,7 +257,10 @@ def gradients(case: Case) -> str:
     drop = torch.arange(8) == 0 if model.conditions else None
     rows = case.rows(8)
     if rows is not None:
-        rows = {k: v if k not in case.spread else case.spread[k][torch.arange(8) % len(case.spread[k])] for k, v in rows.items()}
+        rows = {
+            k: v if k not in case.spread else case.spread[k][torch.arange(8) % len(case.spread[k])]
+            for k, v in rows.items()
+        }
     model.losses(case.canvas(x, model), rows, drop).sum().backward()
     starved = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum())]
     require(set(starved) <= set(case.starved), f"no gradient reaches {', '.join(starved[:3])}")
@@ -277,7 +284,9 @@ def round_trip(case: Case) -> str:
     for _ in decode(Target(case.model, case.rows(2)), canvas, case.decider(), random=Keyed(7)):
         break
     generate(Target(case.model, case.rows(2)), canvas, case.decider(), random=Keyed(7))
-    require(torch.equal(canvas.value[canvas.layout.kinds[0]], whole), "stopped and taken up again, the sample is another")
+    require(
+        torch.equal(canvas.value[canvas.layout.kinds[0]], whole), "stopped and taken up again, the sample is another"
+    )
     return f"rows equal to {gap:.0e}, stopped = never stopped"
 
 
@@ -304,7 +313,7 @@ LAWS: dict[int, tuple[str, Law]] = {
 }
 
 
-# ---- shared ------------------------------------------------------------------------------------------------------------
+# ---- shared ----------------------------------------------------------------------------------------------------------
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
@@ -350,7 +359,7 @@ def _log_prob_of(target: Target, canvas: Canvas, element: int, value: int) -> fl
     assert plan is not None
     with torch.no_grad():
         rows = target.forward(plan, canvas)
-    column = int((rows.element[0] == element).nonzero()[0])
+    column = int((torch.as_tensor(rows.element)[0] == element).nonzero()[0])
     return float(rows.dist.log_probs()[0, column, value])
 
 

@@ -33,7 +33,7 @@ class _Restarts(RotaryTable):
 
 def restarting_positions(case: Case) -> Case:
     """Law 1: a decoding step forgets where it stands."""
-    case.model.backbone.rotary.__class__ = _Restarts
+    case.model.backbone.rotary.__class__ = _Restarts  # type: ignore[assignment]
     return case
 
 

@@ -19,7 +19,7 @@ def packed_rows(case: Case, x: Tensor) -> dict[int, Tensor]:
     with torch.no_grad():
         h = model.hidden(plan, canvas, None, model.encode(case.rows(len(x))))
         dist, element, _ = model.dist(h, plan, canvas)
-        rows = dist.log_probs()
+        rows = dist.log_probs()  # type: ignore[attr-defined]
     element = torch.atleast_2d(torch.as_tensor(element))[0].tolist()  # a case has one order for all rows
     return {e: rows[:, i] for i, e in enumerate(element) if e >= 0}
 

@@ -54,7 +54,10 @@ class Run:
     def save(self, name: str, module: nn.Module, config: Any) -> None:
         """Weights as NAME.safetensors, settings as NAME.json."""
         save_weights(module, self.path / f"{name}.safetensors")
-        save_json(asdict(config) if is_dataclass(config) and not isinstance(config, type) else config, self.path / f"{name}.json")
+        save_json(
+            asdict(config) if is_dataclass(config) and not isinstance(config, type) else config,
+            self.path / f"{name}.json",
+        )
 
     def finish(self, **figures: Any) -> dict[str, Any]:
         """Write the figures of the run to summary.json and return them."""

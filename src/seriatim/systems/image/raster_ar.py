@@ -77,7 +77,7 @@ def sample(model: Model, labels: Tensor, seed: int = 0, guidance: float = 0.5, t
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Grey levels of scikit-learn's digits, without a tokenizer; weights, pictures and figures go to the run's folder."""
+    """Grey levels of scikit-learn's digits, without a tokenizer; weights, pictures and figures go to the run."""
     digits = load_digits()
     config = Config()
     torch.manual_seed(run.seed)

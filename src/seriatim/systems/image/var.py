@@ -44,7 +44,7 @@ META = Meta(
     title="VAR: next-scale prediction",
     family="image",
     modality="image",
-    paper="Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction (2024), arXiv 2404.02905",
+    paper="Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction (2024), 2404.02905",
     likelihood="exact",
     summary="A pyramid of token maps, coarse to fine; each scale in one step from all coarser ones.",
 )
@@ -88,7 +88,9 @@ class ScaleEmbed(nn.Module):
         parts = [start.expand(-1, q.sizes[0], -1)] if first == 0 else []
         known = canvas.value["token"][:, : int(offset[last])]
         latents = q.partial_latents(known) if last else []
-        parts += [self.project(q.next_input(latents[k - 1], k - 1).to(start.dtype)) for k in range(max(first, 1), last + 1)]
+        parts += [
+            self.project(q.next_input(latents[k - 1], k - 1).to(start.dtype)) for k in range(max(first, 1), last + 1)
+        ]
         content = torch.cat(parts, 1)[:, place - offset[first]]
         return content + self.position[place] + self.scale[scale]
 

@@ -67,7 +67,9 @@ def continue_text(model: Model, prompt: str, length: int, seed: int = 0, tempera
     """Prompt and `length` more bytes; what is not UTF-8 is shown as a replacement sign."""
     known = torch.tensor([list(prompt.encode())], dtype=torch.long)
     if not known.numel() or known.shape[1] + length > model.layout.size:
-        raise ValueError(f"prompt and continuation take 1 to {model.layout.size} bytes, got {known.shape[1]} + {length}")
+        raise ValueError(
+            f"prompt and continuation take 1 to {model.layout.size} bytes, got {known.shape[1]} + {length}"
+        )
     layout = line(known.shape[1] + length)
     canvas = model.canvas({"token": torch.nn.functional.pad(known, (0, length))}, known.shape[1], layout=layout)
     target = Target(model, warp=Warper(temperature, top_p=0.95))
@@ -76,7 +78,7 @@ def continue_text(model: Model, prompt: str, length: int, seed: int = 0, tempera
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Bytes of Python's standard library; weights, the loss curve, a continuation and figures go to the run's folder."""
+    """Bytes of Python's standard library; weights, loss curve, a continuation and figures go to the run's folder."""
     text = load_stdlib()
     config = Config()
     torch.manual_seed(run.seed)
@@ -92,7 +94,9 @@ def train(run: Run) -> dict[str, Any]:
     bits = held_out_bits(model, text.test, config.length)
     story = continue_text(model, "def read(path", 300, run.seed)
     (run.path / "continuation.txt").write_text(story, encoding="utf-8")
-    save_curve({"next-token on the standard library": history}, run.path / "loss.png", y_label="nats per byte", smooth=20)
+    save_curve(
+        {"next-token on the standard library": history}, run.path / "loss.png", y_label="nats per byte", smooth=20
+    )
     return run.finish(bits_per_byte=bits, held_out_bytes=64 * config.length, continuation=story)
 
 
