@@ -174,7 +174,8 @@ class Model(nn.Module):
             h = h if where is None else h[:, where]
             head = self.heads[canvas.layout.kinds[0]]
             return head.dist(h, None, canvas), canvas.length or 0, where  # type: ignore[operator]
-        reads = merge_readers(plan.reads)
+        # nodes of a draft tree read an element each behind a text of its own: nothing to merge
+        reads = merge_readers(plan.reads) if plan.slots.node is None else plan.reads
         kind = read_kind(canvas, reads)
         head = self.heads[kind]
         h = pick_slots(h, plan.reads.slot)

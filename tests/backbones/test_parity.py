@@ -181,7 +181,7 @@ def test_greedy_text_equals_hugging_face(llama, ids):
     start = torch.cat([prompt, torch.zeros_like(ids[:, PROMPT:])], 1)
     canvas = generate(Target(model, warp=Warper(temperature=0)), model.canvas({"token": start}, PROMPT), SampleAll())
     assert torch.equal(canvas.value["token"], want)
-    assert len(want[0, PROMPT:].unique()) > 10  # no loop, which everything would continue alike
+    assert all(len(row.unique()) > 0.3 * len(row) for row in want[:, PROMPT:])  # no loop, which hides differences
 
 
 def test_a_stream_gives_the_same_text_step_by_step(llama, ids):

@@ -195,6 +195,17 @@ def test_mixtures_may_be_mixed_again():
 
 
 @torch.no_grad()
+def test_rows_may_be_guided_with_different_weights(forced_codes):
+    head, x, w = head_of(), codes(3), torch.tensor([1.7, 0.4]).double()[:, None, None]
+    yes, no = dist_of(head, 0), dist_of(head, 5)
+    mixed = yes.mix([no], [1 + w, -w])
+    for b in range(2):
+        alone = yes.mix([no], [1 + float(w[b]), -float(w[b])])
+        torch.testing.assert_close(mixed.log_prob(x)[b], alone.log_prob(x)[b], rtol=0, atol=1e-12)
+    assert gap(mixed, forced_codes) < 1e-12
+
+
+@torch.no_grad()
 def test_a_weight_of_zero_leaves_the_law_as_it_is():
     head, x = head_of(), codes(3)
     a, b = dist_of(head, 0), dist_of(head, 5)

@@ -145,11 +145,11 @@ def test_temperature_scales_the_noise_of_every_step_but_not_the_first(oracle, pr
         assert frozen == pytest.approx(plain if draw == 0 else 0.0, abs=1e-12)
 
 
+@torch.no_grad()
 def test_single_precision_samples_like_double():
     head = head_of(replace(TINY, steps=100))
     want = head.dist(states(), None, None).sample(Keyed(0), key())
     got = head.float().dist(states().float(), None, None).sample(Keyed(0), key())
-    got, want = got.detach(), want.detach()
     assert got.dtype == torch.float32 and float((got - want).abs().max()) < 1e-3 * float(want.abs().max())
 
 
@@ -174,6 +174,7 @@ def test_take_picks_the_laws_of_some_readouts():
 # ---- guidance --------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def guided(head, w, mix=None):
     """Samples of condition, null and their mixture from the same noise."""
     yes, no = (head.dist(states(seed=s), None, None) for s in (0, 5))

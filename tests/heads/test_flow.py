@@ -107,6 +107,7 @@ def test_a_draw_does_not_depend_on_company(sampler):
 # ---- guidance --------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def guided(head, w):
     """Samples of condition, null and their mixture from the same noise."""
     yes, no = (head.dist(states(seed=s), None, None) for s in (0, 5))

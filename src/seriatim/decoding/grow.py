@@ -32,8 +32,8 @@ class Growing:
         kind = layout.segments[-1].kind
         last = after.value[kind][:, -1]
         alive = after.status != DELETED
-        ended = ~alive[:, -1] | (last == self.stop.to(last)).flatten(1).all(1) if last.dim() > 1 else (last == self.stop)
-        ended = ended.cpu() | ~alive[:, -1]
+        said = (last == self.stop.to(last)).flatten(1).all(1) if last.dim() > 1 else last == self.stop
+        ended = ~alive[:, -1] | said.cpu()
         if bool(ended.all()):
             return step
         coord = layout.segments[-1].coord[-1:].clone()

@@ -21,6 +21,7 @@ from seriatim.conditions.condition import Condition
 from seriatim.decoding.filters import Warper
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.guidance import Guidance
+from seriatim.decoding.policy import CachePolicy, Memory
 from seriatim.model import Model, Rows
 from seriatim.plan import DERIVED, MASK, VALUE, Plan
 from seriatim.slots import Reads, Slots
@@ -46,7 +47,8 @@ class Target:
 
     condition: raw conditions by name; guidance: how strongly they are followed (needs conditions with a null), or
     the branches to move away from; warp: temperature and filters; cached: use the exact cache (False recomputes
-    everything, for tests). The cache belongs to one canvas: another one starts anew.
+    everything, for tests); policy: what an order without an exact cache may read as it once was. The cache belongs to
+    one canvas: another one starts anew.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Target:
         guidance: Guidance | Sequence[Branch] | None = None,
         warp: Warper | None = None,
         cached: bool = True,
+        policy: CachePolicy | None = None,
     ):
         if isinstance(guidance, Guidance):
             if not model.conditions:
@@ -67,7 +70,11 @@ class Target:
             _check_branch(branch, model)
         self.warp = None if warp is None or warp.neutral else warp
         self.conditions = self._encode(condition)  # of the full branch, then of the others
+        if policy is not None and not cached:
+            raise ValueError("a cache policy needs a cache; use cached=True, or no policy to recompute everything")
         self.cached = cached
+        self.policy = policy
+        self.memory: Memory | None = None
         self.cache: Any = None
         self._canvas: Canvas | None = None
         self._repeated: tuple[Plan, Plan] | None = None  # the present plan, and the same for the rows of all branches
@@ -93,17 +100,34 @@ class Target:
             raise ValueError(f"{name} cannot verify drafts; use a decider without a proposer")
         if canvas is not self._canvas:
             self._canvas, self.cache, self._checked = canvas, None, False
+            self.memory = None if self.policy is None else Memory(self.policy)
         cache = self.cache
-        plan = self.model.factorization.step(canvas, guess, 0 if cache is None else cache.length)
+        held = 0 if cache is None or self.memory is not None else cache.length
+        plan = self.model.factorization.step(canvas, guess, held)
         if not self._checked and plan is not None:
             plan.check(self.model.mixers)
-        return plan
+        return plan if plan is None or self.memory is None else self._remember(plan, self.memory)
+
+    def _remember(self, plan: Plan, memory: Memory) -> Plan:
+        """What is left of an exact plan when the policy has its way with the cache."""
+        keep, labels, retain, live = memory.next(plan)
+        if self.cache is not None and labels is not None:
+            self.cache.commit(_plain_keep(self._times(keep)), repeated(labels, self.copies))
+        if self.cache is not None and retain is not None:
+            self.cache.evict(self._times(retain))
+        return live
+
+    def _times(self, rows: Int[Tensor, "b m"]) -> Int[Tensor, "b2 m"]:
+        """The same for the rows of every branch."""
+        return rows.repeat(self.copies, 1) if len(rows) > 1 else rows
 
     def forward(self, plan: Plan, canvas: Canvas, guess: Guess | None = None) -> Rows:
         """Distributions of what the plan reads, guided and filtered; cache entries are left pending."""
         model = self.model
         if self.cache is None and self.cached:
             self.cache = model.new_cache(canvas.batch * self.copies)
+        if self.memory is not None:
+            self.memory.pending = plan.slots
         if self.branches:
             dist, element, h, slot = self._guided(plan, canvas, guess)
         else:
@@ -139,11 +163,11 @@ class Target:
     def commit(self, keep: Keep | None, plan: Plan) -> None:
         """Keep pending entries: what the decider names, or (None) what the plan says is worth keeping."""
         cache = self.cache
-        if cache is None:
-            return
+        if cache is None or self.memory is not None:
+            return  # a policy keeps what it likes at the next step, when it is known what was decided
         if self.branches:
-            if isinstance(keep, Tensor) and keep.shape[0] > 1:
-                keep = keep.repeat(self.copies, 1)
+            if isinstance(keep, Tensor):
+                keep = self._times(keep)
             if self._repeated is not None and self._repeated[0] is plan:
                 plan = self._repeated[1]
         if keep is None:
@@ -162,6 +186,8 @@ class Target:
             self.conditions = [joined(pair).select(where) for pair in zip(self.conditions, new, strict=True)]
         else:
             self.conditions = [c.select(rows) for c in self.conditions]
+        if self.memory is not None:
+            self.memory.select(rows)
         if self.cache is not None:
             self.cache.select(torch.cat([torch.where(fresh, -1, rows + i * batch) for i in range(self.copies)]))
 

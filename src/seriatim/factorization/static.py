@@ -92,6 +92,11 @@ class Blocks(Factorization):
         layout, size = canvas.layout, self.size
         unknown = canvas.open
         first = int(unknown.any(0).nonzero()[0, 0]) // size  # the block at work: the first with anything unknown
+        if cached > first * size:
+            raise OrderError(
+                f"an element of block {first} is unknown again, but the cache holds {cached} slots: blocks that are "
+                "finished stay so (remask within the block at work, or decode without a cache)"
+            )
         clean = torch.arange(cached, first * size)
         work = torch.arange(first * size, min((first + 1) * size, layout.size))
         element = torch.cat([clean, work])[None]

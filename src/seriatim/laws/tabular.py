@@ -27,7 +27,8 @@ from seriatim.heads.categorical import CategoricalHead
 from seriatim.layout import Layout
 from seriatim.model import Model
 from seriatim.plan import VALUE, Plan, Reads
-from seriatim.random import Random, enumerate_law, mix
+from seriatim.laws.enumeration import Paths, enumerate_rows
+from seriatim.random import mix
 
 Law = dict[tuple[int, ...], float]
 
@@ -132,17 +133,22 @@ def decoded_law(
     decider: Callable[[], Decider],
     proposer: Callable[[], Proposer] | None = None,
     warp: Warper | None = None,
+    batch: int = 512,
 ) -> Law:
-    """The exact law of the first `length` tokens that a decoder emits, by enumeration."""
+    """The exact law of the first `length` tokens that a decoder emits, by enumeration, `batch` outcomes at a time.
 
-    def run(random: Random) -> tuple[int, ...]:
-        canvas = model.blank(1)
+    With a batch of 1 rows never differ in length, and decoding takes the path without labels."""
+
+    def run(random: Paths, rows: int) -> list[tuple[int, ...]]:
+        canvas = model.blank(rows)
         for _ in decode(Target(model, warp=warp), canvas, decider(), proposer and proposer(), random):
-            if canvas.length is not None and canvas.length >= length:
+            complete = (canvas.lengths() >= length).tolist()
+            if all(complete):
                 break
-        return tuple(canvas.value["token"][0, :length].tolist())
+            random.close(complete)
+        return [tuple(row) for row in canvas.value["token"][:, :length].tolist()]
 
-    return enumerate_law(run)  # type: ignore[return-value]
+    return enumerate_rows(run, batch)  # type: ignore[return-value]
 
 
 def total_variation(a: Mapping[tuple[int, ...], float], b: Mapping[tuple[int, ...], float]) -> float:
