@@ -61,10 +61,8 @@ class SlotEmbed(nn.Module):
             x = self._run(canvas, plan, guess, prefix)
         else:
             x = self._slots(canvas, plan, guess, prefix)
-        if len(self.positions):
-            coord = plan.slots.coord.clamp(min=0).to(x.device)  # padding stands nowhere
-            for axis, table in enumerate(self.positions):
-                x = x + F.embedding(coord[..., axis], table)
+        for axis, table in enumerate(self.positions):
+            x = x + _positions(table, plan, axis)
         return x
 
     def _run(self, canvas: Canvas, plan: LinePlan, guess: Guess | None, prefix: Tensor | None) -> Tensor:
@@ -74,7 +72,10 @@ class SlotEmbed(nn.Module):
             value = torch.cat([value, _drafted(guess)], 1)
         x = self.vectors(value)
         if first < 0:
-            x = torch.cat([self._prefix(prefix, canvas.batch, plan.prefix)[:, first:].to(x.dtype), x], 1)
+            vectors = self._prefix(prefix, canvas.batch, plan.prefix)
+            if vectors.shape[1] != plan.prefix:
+                raise _misfit(vectors.shape[1], plan.prefix)
+            x = torch.cat([vectors[:, first:].to(x.dtype), x], 1)
         return x
 
     def _prefix(self, prefix: Tensor | None, batch: int, n: int) -> Float[Tensor, "b n d"]:
@@ -103,16 +104,33 @@ class SlotEmbed(nn.Module):
             more = self.levels(level.to(x))
             x = x if more is None else torch.where(noisy[..., None], x + more, x)
         if bool(learned.any()):
-            n = int(learned.sum(1).max())
-            vector = self._prefix(prefix, b, n).to(x.dtype)
-            index = slots.coord[..., :1].to(x.device).clamp(min=0, max=vector.shape[1] - 1)
-            vector = vector.gather(1, index.expand(b, -1, vector.shape[-1]))
+            index = torch.where(learned, slots.coord[..., 0].to(x.device), 0)
+            needed = int(index.max()) + 1
+            vector = self._prefix(prefix, b, needed).to(x.dtype)
+            if vector.shape[1] < needed:
+                raise _misfit(vector.shape[1], needed)
+            vector = vector.gather(1, index.expand(b, -1)[..., None].expand(-1, -1, vector.shape[-1]))
             x = torch.where(learned[..., None], vector, x)
         if self.mask is not None:
             x = torch.where(masked[..., None], self.mask, x)
         elif bool(masked.any()):
             raise ValueError(f"slots of this order hold masks, and {type(self).__name__} has no mask: use mask=True")
         return x.expand(b, -1, -1)
+
+
+def _positions(table: Float[Tensor, "n d"], plan: Plan, axis: int) -> Float[Tensor, "b s d"]:
+    """Learned vectors of the slots' places on one axis: a slice for a run, else by coordinate."""
+    if plan.run is not None and axis == 0:
+        start, offset = plan.run
+        if offset is None and start + plan.size <= table.shape[0]:
+            return table[start : start + plan.size]
+    coord = plan.slots.coord
+    if axis >= coord.shape[-1]:
+        raise ValueError(f"positions have {axis + 1} axes or more, the coordinates of these slots {coord.shape[-1]}")
+    place = coord[..., axis].clamp(min=0)  # padding stands nowhere
+    if place.numel() and int(place.max()) >= table.shape[0]:
+        raise ValueError(f"coordinate {int(place.max())} on axis {axis}, but there are only {table.shape[0]} positions")
+    return F.embedding(place.to(table.device), table)
 
 
 class TokenEmbed(SlotEmbed):
@@ -179,6 +197,10 @@ def gather_values(canvas: Canvas, element: Int[Tensor, "b s c"], kind: str, nois
     index = canvas.layout.index[element.clamp(min=0)].expand(value.shape[0], -1, -1).to(value.device)
     rows = torch.arange(value.shape[0], device=value.device)[:, None, None]
     return value[rows, index.clamp(max=value.shape[1] - 1)]
+
+
+def _misfit(given: int, slots: int) -> ValueError:
+    return ValueError(f"a condition gives a prefix of {given} vectors for {slots} prefix slots; make them equally many")
 
 
 def _drafted(guess: Guess) -> Tensor:

@@ -299,17 +299,18 @@ def average(dist, reads: Reads, merged: Reads):
 
 
 def _at_readers(per_element: Float[Tensor, "b E d"], plan: Plan, canvas: Canvas, x: Tensor) -> Tensor:
-    """Condition of each element, added at the slots that read it."""
+    """Condition of each element that is not given, added at the slots that read it."""
     batch, count, width = per_element.shape
     if count != canvas.layout.size:
         raise ValueError(f"a condition per element has {count} elements, the canvas has {canvas.layout.size}")
-    slot, element = plan.reads.slot.to(x.device), plan.reads.element.to(x.device)
-    live = (slot >= 0) & (element >= 0) & (element < count)  # a draft may reach beyond the end
-    where = element.clamp(min=0, max=count - 1).expand(batch, -1)
-    value = per_element.gather(1, where[..., None].expand(-1, -1, width))
-    value = value * live[..., None]
-    where = slot.clamp(min=0).expand(batch, -1)[..., None].expand_as(value)
-    return torch.zeros_like(x).scatter_add(1, where, value.to(x.dtype))
+    reads = plan.reads if plan.readers is None else plan.readers
+    slot, where = reads.slot, reads.element.clamp(min=0, max=count - 1).expand(batch, -1)
+    live = (slot >= 0) & (reads.element >= 0) & (reads.element < count)  # a draft may reach beyond the end
+    live = (live & (canvas.rank.gather(1, where) >= 0)).to(x.device)
+    slot, where = slot.to(x.device), where.to(x.device)
+    value = per_element.gather(1, where[..., None].expand(-1, -1, width)) * live[..., None]
+    index = slot.clamp(min=0).expand(batch, -1)[..., None].expand_as(value)
+    return torch.zeros_like(x).scatter_add(1, index, value.to(x.dtype))
 
 
 def _dense(rank: Tensor, known: int | Tensor, layout: Layout) -> Tensor:

@@ -160,6 +160,8 @@ class Plan:
 
     plain = False  # are all slots seen by everything later, so that a cache needs no labels?
     run = None  # (start, None or offsets): the slots stand at start + 0, 1, ... (or + offsets) of a line
+    readers = None  # `Reads`: where conditions of single elements stand; None: where the elements are read now
+    fixed = None  # (b, m): slots that stay as they are while the step is repeated (denoising); None: it is not known
 
     def attention(self, view: str, cache) -> Bool[Tensor, "b 1 q k"] | str | None:
         """The mask of one kind of layer over what a cache holds and these slots; None: see all, or "causal"."""
@@ -358,8 +360,9 @@ class Plan:
         """The decoding steps, one for each rank that is read: the slots that are computable once all ranks below are
         decided, unless nobody looks at them.
 
-        Each is a plan of its own, to be run over the cached entries of the earlier ones: append its `kept` slots to
-        the cache, then reduce the cache to its `retain` entries. `decides` is the rank that its read-outs decide.
+        Each is a plan of its own, to be run over the cached entries of the earlier ones: append its `kept` slots right
+        behind what each row of the cache holds, then reduce the cache to its `retain` entries. `decides` is the rank
+        that its read-outs decide.
         """
         step, until = self._schedule
         cached = torch.full((step.shape[0], 0), -1)  # the slots that stand in the cache

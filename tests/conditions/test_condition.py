@@ -20,7 +20,7 @@ from seriatim.heads.categorical import CategoricalHead
 from seriatim.laws.case import randomise
 from seriatim.layout import line
 from seriatim.model import Model
-from seriatim.plan import reads_at, slots_of
+from seriatim.plan import Plan, reads_at, slots_of
 from seriatim.random import Forced
 from seriatim.view import inclusive
 
@@ -53,8 +53,11 @@ FORMS = {
         "edges": PerElementCondition(FEATURES, WIDTH),
     },
 }
+WITHOUT_PREFIX = ("vector", "memory", "per element", "two vectors")  # blocks have no prefix slot
 every_form = pytest.mark.parametrize("form", FORMS)
-both_orders = pytest.mark.parametrize("order", ["line", "blocks"])
+every_form_and_order = pytest.mark.parametrize(
+    "form, order", [(form, "line") for form in FORMS] + [(form, "blocks") for form in WITHOUT_PREFIX]
+)
 
 
 def model_of(form, order="line"):
@@ -84,19 +87,11 @@ def losses(model, x, raw, drop=None):
         return model.losses(model.canvas({"token": x}), raw, drop)
 
 
-def sees_prefix(form, order):
-    """Blocks have no prefix slot: a prefix would stand nowhere."""
-    return order == "line" or form not in ("prefix", "both", "two slots", "all")
-
-
 # ---- one law ---------------------------------------------------------------------------------------------------------
 
 
-@every_form
-@both_orders
+@every_form_and_order
 def test_one_pass_equals_step_by_step(form, order):
-    if not sees_prefix(form, order):
-        pytest.skip("blocks have no prefix slot")
     model, x = model_of(form, order), samples(3)
     raw = raw_of(model, 3)
     random = Forced(x)
@@ -114,11 +109,8 @@ def test_the_law_under_a_condition_sums_to_one(form):
     assert float((-losses(model, x, raw).sum(1)).exp().sum()) == pytest.approx(1, abs=1e-12)
 
 
-@every_form
-@both_orders
+@every_form_and_order
 def test_every_element_depends_on_every_condition(form, order):
-    if not sees_prefix(form, order):
-        pytest.skip("blocks have no prefix slot")
     model, x = model_of(form, order), samples(3)
     raw = raw_of(model, 3)
     for name in raw:
@@ -127,7 +119,7 @@ def test_every_element_depends_on_every_condition(form, order):
         assert float(changed.min()) > 1e-6, f"{name} does not reach every element"
 
 
-@both_orders
+@pytest.mark.parametrize("order", ["line", "blocks"])
 def test_a_condition_of_one_element_reaches_it_and_what_follows_alone(order):
     model, x = model_of("per element", order), samples(3)
     raw = raw_of(model, 3)
@@ -154,9 +146,7 @@ def test_a_row_does_not_depend_on_the_conditions_of_others(form):
 
 
 def backbone_and_plan(size=5):
-    backbone = randomise(Transformer(TransformerConfig(WIDTH, 2, 2, rope=RoPE(), vector=6)))  # type: ignore[arg-type]
-    from seriatim.plan import Plan
-
+    backbone = randomise(Transformer(TransformerConfig(WIDTH, 2, 2, rope=RoPE(), vector=6)))
     rank = torch.arange(size)[None]
     slots = slots_of(range(size), rank[0])
     return backbone, Plan(slots, {"all": inclusive(range(size))}, reads_at([], []), rank)
@@ -245,6 +235,20 @@ def test_rows_are_selected_in_every_form():
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+
+@pytest.mark.parametrize("vectors, slots", [(2, 1), (1, 2), (2, 3)])
+def test_a_prefix_of_another_length_than_its_slots_is_refused(vectors, slots):
+    model = model_of("two slots" if vectors == 2 else "prefix")
+    model.factorization = Line(slots)
+    with pytest.raises(ValueError, match=f"prefix of {vectors} vectors for {slots} prefix slots"):
+        for _ in decode(Target(model, raw_of(model, 2)), model.blank(2), SampleAll()):
+            pass
+    if vectors < slots:
+        with pytest.raises(ValueError, match=f"prefix of {vectors} vectors for {slots} prefix slots"):
+            losses(model, samples(2), raw_of(model, 2))
+
 
 LABELS = torch.tensor([0, 1])
 x22 = torch.zeros(2, 2)

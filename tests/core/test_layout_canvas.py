@@ -411,6 +411,35 @@ def test_noise_levels_and_places_follow_their_rows():
     assert swapped.place.tolist() == canvas.place.flip(0).tolist()
 
 
+def test_rows_are_admitted_where_they_are_asked_for():
+    """A sample ends, another takes its row: values, noise, order and identity are those of the new one."""
+    old = blank(2, 3, known=1).apply([Set(torch.tensor([[4], [5]]))])
+    new = blank(1, 3, known=2, row=torch.tensor([7])).apply([Revise(torch.tensor([[2]]), torch.ones(1, 1))])
+    both = old.select(torch.tensor([1, -1]), new)
+    assert both.row.tolist() == [1, 7]
+    assert both.value["token"].tolist() == [[0, 5, 0], [0, 0, 0]]
+    assert both.status.tolist() == [[GIVEN, DECIDED, UNKNOWN], [GIVEN, GIVEN, GUESSED]]
+    assert both.rank.tolist() == [[-1, 0, 1], [-1, -1, 0]]
+    assert both.noise["token"].tolist() == [[0, 0, 0], [0, 0, 1]]
+
+
+def test_rows_that_are_missing_or_do_not_fit_are_not_admitted():
+    canvas = blank(2, 3)
+    with pytest.raises(ValueError, match=r"1 rows \(-1\) are to be admitted, 0 stand ready"):
+        canvas.select(torch.tensor([0, -1]))
+    with pytest.raises(ValueError, match="rows of a layout of 4 elements"):
+        canvas.select(torch.tensor([-1]), blank(1, 4))
+    with pytest.raises(ValueError, match="cannot be selected of 2"):
+        canvas.select(torch.tensor([2]))
+
+
+def test_whoever_holds_a_canvas_follows_what_it_becomes():
+    canvas = text("ab", "cd")
+    held = canvas
+    canvas.become(canvas.select(torch.tensor([1])))
+    assert letters(held) == ["cd"] and held.row.tolist() == [1]
+
+
 def test_rows_of_a_copy_lead_a_life_of_their_own():
     canvas = text("ab")
     copy = canvas.copy().apply([Delete(torch.tensor([[0]]))])

@@ -230,6 +230,15 @@ def test_ids_before_the_noisy_action_let_denoising_read_the_answer():
     )
 
 
+def test_ids_may_see_the_value_of_the_action_that_they_are_made_from():
+    """Once it is decided: behind the denoised vector, not its noise, and never the other way round."""
+    rank, carries = [-1, -1, 0, 0, 1, 2], [0, 1, 2, 3, 4]
+    behind = plan_of(inclusive(range(5)), rank, carries, [(3, 4), (4, 5)], layout=action_layout())
+    assert behind.leaks() == []
+    noisy = replace(behind, slots=replace(behind.slots, source=torch.tensor([[VALUE, VALUE, NOISE, NOISE, VALUE]])))
+    assert first_leak(noisy).startswith("slot 3 reads element 4, but sees element 2, which is the same datum")
+
+
 @pytest.mark.parametrize("noisy_first", [True, False])
 def test_noise_may_reach_its_own_read_out(noisy_first):
     assert hybrid_vla(noisy_first, apart=True).leaks() == []

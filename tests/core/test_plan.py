@@ -372,6 +372,13 @@ def test_what_is_given_costs_no_forward_of_its_own():
     assert [(s.decides, s.size) for s in plan.steps()] == [(2, 3), (5, 1)]
 
 
+def test_a_step_appends_only_what_a_later_one_looks_at():
+    assert [s.kept.shape[1] for s in next_scale().steps()] == [1, 2, 0]
+    markov = next_scale(own_rank).steps()
+    assert [s.kept.shape[1] for s in markov] == [0, 0, 0]
+    assert [s.retain for s in markov] == [None, None, None]  # nothing is evicted, for nothing was there
+
+
 def test_slots_that_nobody_reads_or_sees_are_not_computed():
     plan = plan_of(inclusive(range(4)), range(4), [-1, 0, 1, 2], [(0, 0), (1, 1)])
     assert plan.used().tolist() == [[True, True, False, False]]
@@ -450,6 +457,12 @@ def test_take_reorders_slots_and_renumbers_what_reads_there():
     assert part.reads.element.tolist() == [[0, 3, 4]]
     assert part.reads.role.tolist() == [[0, 0, 1]]
     assert part.views["all"].mask()[0].tolist() == [[True, False, True], [False, True, False], [False, False, True]]
+
+
+def test_nothing_reads_at_padding():
+    plan = replace(next_token(), reads=reads_at([0, -1, 3], [0, 1, 3]))
+    part = plan.take(torch.tensor([[3, -1]]))
+    assert part.reads.element.tolist() == [[3]]
 
 
 def test_take_may_differ_by_row():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_mask
 
 from seriatim.view import (
     ALWAYS,
@@ -143,6 +144,22 @@ def test_new_slots_over_cached_ones_see_what_they_see_in_one_pass(view):
     cached, new = view.take(torch.tensor([[0, 1, 2]])), view.take(torch.tensor([[3, 4, 5]]))
     assert torch.equal(new.over(cached), view.mask()[:, 3:])
     assert torch.equal(new.over(None), new.mask())
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        timed([0, 1, 2], group=[0, 1, 2], relation=[[TIMED, NEVER, ALWAYS], [NEVER] * 3, [TIMED, NEVER, TIMED]]),
+        timed([1, 0], lane=[0, 1], group=[0, 0], relation=[[ALWAYS]]),
+        timed([0, 1], relation=[[ALWAYS]]),
+        timed([0, 1], group=[0, 1]),
+        timed([0, 1, 2], dies=[[INF, INF, INF], [1, INF, INF]], lane=[[0, 0, -1]]),
+    ],
+    ids=["always", "lanes first", "no groups", "no relation", "mixed rows"],
+)
+def test_flex_attention_reads_every_label(view):
+    rule = view.block_mask().mask_mod
+    assert torch.equal(create_mask(rule, view.batch, 1, view.size, view.size, device="cpu")[:, 0], view.mask())
 
 
 def test_the_cache_may_have_lanes_that_the_new_slots_do_not_have():

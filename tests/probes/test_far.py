@@ -258,6 +258,20 @@ def test_forty_frames_with_the_two_level_cache_equal_recomputation():
     assert torch.allclose(*met, rtol=0, atol=1e-9)
 
 
+def test_rows_with_different_contexts_decode_as_they_train():
+    """Each row continues another number of given frames: its entries die and are born at steps of their own."""
+    model = randomise(far(6, (1, 2), 2, (1, 2)))
+    x = torch.randint(VOCAB, (4, 12), generator=torch.Generator().manual_seed(0))
+    known = torch.arange(12) < torch.tensor([[0], [2], [6], [9]])
+    with torch.no_grad():
+        log_p = model.log_prob(model.canvas({"token": x}, known))
+    for cached in (True, False):
+        forced = Forced(x)
+        canvas = model.canvas({"token": torch.where(known, x, 0)}, known)
+        generate(Target(model, cached=cached), canvas, SampleAll(), random=forced)
+        assert torch.allclose(forced.log_prob, log_p, rtol=0, atol=1e-9)
+
+
 def test_the_cache_holds_the_window_finely_and_the_rest_coarsely():
     """While frame f is made, the window's f - w + 1 .. f - 1 are held finely; the finished ones are held coarsely as
     soon as they are known, if there will ever be somebody to see them."""

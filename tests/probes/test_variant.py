@@ -52,9 +52,9 @@ def variant(depths, scales=SCALES, order=None):
 # ---- laws ------------------------------------------------------------------------------------------------------------
 
 
-def case(depths=(4, 2, 3), order=None):
+def case(depths=(4, 2, 3), order=None, given=0):
     spread = {"class": torch.arange(CLASSES)}
-    return Case(variant(depths, order=order), 2, condition={"class": torch.tensor([1])}, spread=spread)
+    return Case(variant(depths, order=order), 2, given, {"class": torch.tensor([1])}, spread)
 
 
 @pytest.mark.parametrize("depths", [(4, 2, 2), (4, 2, 3), (1, 4, 2)], ids=str)
@@ -68,6 +68,12 @@ def test_law(number, depths):
 @pytest.mark.parametrize("number", [2, 10])
 def test_law_on_all_samples(number):
     LAWS[number][1](case())
+
+
+@pytest.mark.parametrize("given", [1, 2, 4], ids=["a scale given", "two scales given", "half of the last given"])
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 9])
+def test_law_with_given_scales(number, given):
+    LAWS[number][1](case(given=given))
 
 
 class ForgetsItsLayers(Supernet):

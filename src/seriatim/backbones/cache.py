@@ -81,7 +81,7 @@ class KVCache:
             raise ValueError(f"a cache needs at least one row and one column, got batch {batch}, capacity {capacity}")
         self.names = tuple(names)
         # zeros, not empty: what stands in masked columns must be finite
-        self.buffer = torch.zeros(layers, 2, batch, heads, capacity, head_dim, dtype=dtype, device=device)
+        self._place(torch.zeros(layers, 2, batch, heads, capacity, head_dim, dtype=dtype, device=device))
         self.columns = 0  # committed, in the longest row
         self.pending = 0
         self._held: Int[Tensor, "b"] | None = None  # committed columns of each row, once they differ
@@ -89,10 +89,11 @@ class KVCache:
         self._layers: Bool[Tensor, "L b c"] | None = None  # was this column computed in this layer?
         self._memory: Tensor | None = None
         self._crossed: dict[int, Tensor] = {}
-        self._split()
+        self._new: Sequence[Tensor] = ()  # where the present forward writes: keys and values of each layer
+        self._all: Sequence[Tensor] = ()  # what it can read
 
-    def _split(self) -> None:
-        self.keys, self.values = [b[0] for b in self.buffer], [b[1] for b in self.buffer]
+    def _place(self, buffer: Tensor) -> None:
+        self.buffer, self._flat = buffer, buffer.flatten(0, 1)
 
     @property
     def length(self) -> int | Tensor:
@@ -114,25 +115,26 @@ class KVCache:
     # ---- a forward --------------------------------------------------------------------------------------------------
 
     def begin(self, plan: Plan) -> None:
-        n = plan.size
-        if self.columns + n > self.buffer.shape[4]:
-            self._widen(max(self.columns + n, 2 * self.buffer.shape[4]))
+        start, n = self.columns, plan.size
+        end = start + n
+        if end > self.buffer.shape[4]:
+            self._widen(max(end, 2 * self.buffer.shape[4]))
+        # the views of all layers at once: to slice keys and values layer by layer costs as much as a small layer
+        seen = self._flat.narrow(3, 0, end)
+        self._all, self._new = seen.unbind(), seen.narrow(3, start, n).unbind()
         self.pending = n
 
     def _widen(self, columns: int) -> None:
         wide = self.buffer.new_zeros(*self.buffer.shape[:4], columns, self.buffer.shape[5])
         wide[..., : self.columns, :] = self.buffer[..., : self.columns, :]
-        self.buffer = wide
-        self._split()
+        self._place(wide)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the pending keys and values (batch, heads, slots, head_dim) of a layer; all that can be read there."""
-        start = self.columns
-        end = start + self.pending
-        keys, values = self.keys[layer], self.values[layer]
-        keys[:, :, start:end] = k
-        values[:, :, start:end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        i = 2 * layer
+        self._new[i].copy_(k)
+        self._new[i + 1].copy_(v)
+        return self._all[i], self._all[i + 1]
 
     def crossed(self, layer: int, memory: Tensor) -> Tensor | None:
         """What `keep_crossed` kept of this very memory in a layer."""
@@ -283,8 +285,7 @@ class KVCache:
         fresh = bool(new.any())
         labels = self._written_out() if fresh else self._labels
         held = torch.full((self.batch,), self.columns) if self._held is None else self._held
-        self.buffer = self.buffer[:, :, where.to(self.device)]
-        self._split()
+        self._place(self.buffer[:, :, where.to(self.device)])
         held = held[where].masked_fill(new, 0)
         columns = int(held.max())
         if labels is not None:

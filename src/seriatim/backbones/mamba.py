@@ -241,7 +241,9 @@ def _mix(
 def _scan_inputs(c: MambaConfig, conv: Float[Tensor, "... c"]) -> tuple[Tensor, Tensor, Tensor]:
     """x (..., heads, head_dim), B and C (..., groups, state) from what leaves the convolution."""
     x, B, C = F.silu(conv).split([c.inner, c.groups * c.state, c.groups * c.state], -1)
-    return x.unflatten(-1, (c.count, -1)), B.unflatten(-1, (c.groups, -1)), C.unflatten(-1, (c.groups, -1))
+    lead = conv.shape[:-1]
+    x, B, C = x.view(*lead, c.count, c.head_dim), B.view(*lead, c.groups, c.state), C.view(*lead, c.groups, c.state)
+    return x, B, C
 
 
 def _scan_tree(

@@ -20,6 +20,7 @@ This file knows nothing about projections, gates, norms or caches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
@@ -396,8 +397,11 @@ def _take(x: Float[Tensor, "b s *d"], slot: Int[Tensor, "#b m"]) -> Float[Tensor
 # ---- small things ----------------------------------------------------------------------------------------------------
 
 
-def _promoted(*tensors: Tensor) -> list[Tensor]:
+def _promoted(*tensors: Tensor) -> Sequence[Tensor]:
     """All in their common type, float32 at least."""
+    first = tensors[0].dtype
+    if first in (torch.float32, torch.float64) and all(t.dtype == first for t in tensors):
+        return tensors  # by far the commonest, and asked in every step
     kind = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
     return [t.to(kind) for t in tensors]
 

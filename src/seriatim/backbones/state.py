@@ -149,7 +149,7 @@ class StateCache:
         if scan is CHAIN and isinstance(keep, int) and keep == size > 0:  # plain generation: no tensors
             self.states = after
             self._count = self._count + size
-            if self._bounds is not None:
+            if plan.run is None or self._bounds is not None:
                 self._note(torch.arange(size)[None], plan)
         elif not isinstance(keep, int | Sequence) or (keep if isinstance(keep, int) else len(keep)):
             self._keep(self._path(keep, size), after, plan)

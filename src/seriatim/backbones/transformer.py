@@ -81,8 +81,10 @@ class TransformerConfig:
     def inner(self) -> int:
         return self.hidden or (4 * self.width if self.activation == "gelu" else -(-8 * self.width // 3 // 8) * 8)
 
-    def kind(self, layer: int) -> str:
-        return self.kinds[layer if len(self.kinds) > 1 else 0]
+    @cached_property
+    def each_kind(self) -> tuple[str, ...]:
+        """The kind of each layer."""
+        return self.kinds if len(self.kinds) > 1 else self.kinds * self.depth
 
 
 Weights = dict[str, Any]  # of one layer, by name
@@ -193,7 +195,8 @@ class Transformer(nn.Module):
             return self._some(x, plan, masks, context)
         masks = {kind: _placed(mask, c, x) for kind, mask in masks.items()}
         for i, layer in enumerate(self.layers):
-            x = self._layer(i, layer.weights(), x, masks[c.kind(i)], context)
+            w = layer.weights() if layer._modules else layer._parameters
+            x = self._layer(i, w, x, masks[c.each_kind[i]], context)
         return _normalise(c, x, self.norm, self.norm_bias)
 
     def _some(self, x: Tensor, plan: Plan, masks: dict[str, Tensor | str | None], context: Context) -> Tensor:
@@ -202,28 +205,26 @@ class Transformer(nn.Module):
         if plan.layers is not None and plan.layers.shape[0] != c.depth:
             raise ValueError(f"the plan names {plan.layers.shape[0]} layers, the backbone has {c.depth}")
         for i, layer in enumerate(self.layers):
-            mask, ran = _partial(masks[c.kind(i)], plan, context.cache, i)
+            mask, ran = _partial(masks[c.each_kind[i]], plan, context.cache, i)
             if ran is None or bool(ran.any()):
                 y = self._layer(i, layer.weights(), x, _placed(mask, c, x), context)
                 x = y if ran is None else torch.where(ran.to(x.device)[:, None], y, x)
         return _normalise(c, x, self.norm, self.norm_bias)
 
     def _layer(self, i: int, w: Weights, x: Tensor, mask: Tensor | str | None, context: Context) -> Tensor:
-        c = self.config
-        adaptive = context.vector is not None
+        c, vector = self.config, context.vector
         h = _normalise(c, x, w["norm1"], w["norm1_bias"])
-        if adaptive:
-            assert context.vector is not None
-            shift1, scale1, gate1, shift2, scale2, gate2 = F.linear(context.vector, w["ada"], w["ada_bias"]).chunk(6, -1)
+        if vector is not None:
+            shift1, scale1, gate1, shift2, scale2, gate2 = F.linear(vector, w["ada"], w["ada_bias"]).chunk(6, -1)
             h = torch.addcmul(shift1, h, scale1 + 1)
         h = F.linear(self._attend(i, w, h, mask, context), w["out"], w["out_bias"])
         if self.training and c.dropout:
             h = F.dropout(h, c.dropout)
-        x = x + (gate1 * h if adaptive else h)
+        x = x + (h if vector is None else gate1 * h)
         if context.memory is not None:
             x = x + self._cross(i, w, x, context)
         h = _normalise(c, x, w["norm2"], w["norm2_bias"])
-        if adaptive:
+        if vector is not None:
             h = torch.addcmul(shift2, h, scale2 + 1)
         h = F.linear(h, w["up"], w["up_bias"])
         if c.activation == "swiglu":
@@ -234,30 +235,33 @@ class Transformer(nn.Module):
         h = F.linear(h, w["down"], w["down_bias"])
         if self.training and c.dropout:
             h = F.dropout(h, c.dropout)
-        return x + (gate2 * h if adaptive else h)
+        return x + (h if vector is None else gate2 * h)
 
     def _attend(
         self, i: int, w: Weights, h: Tensor, mask: Tensor | str | None, context: Context
     ) -> Float[Tensor, "b s hd"]:
-        c = self.config
+        c, cache, rope = self.config, context.cache, context.rope
         b, n, _ = h.shape
-        heads, groups = c.heads, c.groups
-        qkv = F.linear(h, w["qkv"], w["qkv_bias"]).view(b, n, heads + 2 * groups, c.dim)
-        qk, v = qkv[:, :, : heads + groups], qkv[:, :, heads + groups :].transpose(1, 2)
+        heads, groups, dim = c.heads, c.groups, c.dim
+        qkv = F.linear(h, w["qkv"], w["qkv_bias"]).view(b, n, heads + 2 * groups, dim)
+        qk, v = qkv.split_with_sizes((heads + groups, groups), 2)
         scale = None
         if c.qk_norm is not None:
             qk = _qk_norm(c, w, qk)
             scale = 1.0 if c.qk_norm == "l2" else None
-        if context.rope is not None:
-            qk = rotate(qk, *context.rope)
-        qk = qk.transpose(1, 2)
-        q, k = qk[:, :heads], qk[:, heads:]
+        if rope is not None:
+            qk = rotate(qk, *rope)
+        q, k = qk.transpose(1, 2).split_with_sizes((heads, groups), 1)
+        v = v.transpose(1, 2)
         dtype = q.dtype
-        if context.cache is not None:
-            k, v = context.cache.append(i, k, v)
+        if cache is not None:
+            k, v = cache.append(i, k, v)
             q = q.to(k.dtype)
-        out = _attention(q, k, v, mask, scale)
-        return out.to(dtype).transpose(1, 2).reshape(b, n, heads * c.dim)
+        if groups == heads and not isinstance(mask, str):
+            out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        else:
+            out = _attention(q, k, v, mask, scale)
+        return out.to(dtype).transpose(1, 2).reshape(b, n, heads * dim)
 
     def _cross(self, i: int, w: Weights, x: Tensor, context: Context) -> Tensor:
         """Attention to a memory, whose keys and values a cache remembers."""
@@ -279,7 +283,7 @@ class Transformer(nn.Module):
 
 def _normalise(c: TransformerConfig, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if c.norm == "rms":
-        return F.rms_norm(x, (c.width,), weight, c.eps)
+        return torch.rms_norm(x, (c.width,), weight, c.eps)
     return F.layer_norm(x, (c.width,), weight, bias, c.eps)
 
 
@@ -293,13 +297,11 @@ def _qk_norm(c: TransformerConfig, w: Weights, qk: Float[Tensor, "b s h d"]) -> 
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale: float | None) -> Tensor:
-    """Attention with shared key-value heads; `mask` is None (see all), "causal", or what `_placed` gives."""
+    """Attention where heads share keys or the mask is "causal"; else `mask` is None (see all) or what `_placed` gives."""
     b, heads, n, d = q.shape
     groups = k.shape[1]
     if isinstance(mask, str):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=groups < heads)
-    if groups == heads:
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     # queries that share keys become rows of one head: no copy of the keys
     q = q.reshape(b, groups, heads // groups * n, d)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).reshape(b, heads, n, d)

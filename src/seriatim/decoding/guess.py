@@ -49,12 +49,13 @@ class Guess:
         """Nodes below each node (-1: the root), in order."""
         return children(self.parents())
 
-    def law(self, row: int, node: int, like: Float[Tensor, "v"]) -> Float[Tensor, "v"]:
-        """The probabilities from which a node of a row was drawn, in the number format of `like`."""
+    def laws(self, rows: Sequence[int], nodes: Sequence[int], like: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
+        """The probabilities from which a node of each of these rows was drawn, in the number format of `like`."""
+        r, n = torch.tensor(rows), torch.tensor(nodes)
         if self.q is None:
-            return torch.zeros_like(like).index_fill(0, self.value[row, node], 1.0)
-        q = type(self.q)(self.q.logits[row : row + 1, node : node + 1])
-        return q.probs()[0, 0].to(like.dtype)
+            return torch.zeros_like(like).scatter(-1, self.value[r, n].clamp(min=0)[:, None], 1.0)
+        q = type(self.q)(self.q.logits[r, n][:, None])
+        return q.probs()[:, 0].to(like.dtype)
 
 
 @lru_cache(maxsize=512)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from seriatim.canvas import Canvas, Edit
+from seriatim.canvas import Canvas, Edit, Revise
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.target import Target
 from seriatim.model import Rows
@@ -79,7 +79,7 @@ def decode(
                 needs = frozenset()
             step = decider.decide(canvas, guess, rows, random)
             step.slots = plan.size
-            target.commit(step.keep, plan)
+            target.commit(step.keep, plan, any(type(edit) is Revise for edit in step.edits))
             if step.select is not None:
                 select_rows(target, canvas, step.select)
             canvas.apply(step.edits)

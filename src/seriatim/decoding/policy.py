@@ -94,7 +94,8 @@ class Memory:
             place = torch.full((size + 1,), -1).scatter(0, now, torch.arange(len(now)))
             labels = plan.take(place[self.pending.element[..., 0]])
         self.element, self.source, self.pending = gather(element, order), gather(source, order), None
-        return Change(keep, labels, retain, plan if not bool(frozen.any()) else plan.take(ragged(~frozen)))
+        live = plan if not bool(frozen.any()) else plan.take(_shared(ragged(~frozen)))
+        return Change(_shared(keep), labels, retain, live)
 
     def select(self, rows: Int[Tensor, "b2"]) -> None:
         """Follow the canvas. What is pending is forgotten."""
@@ -102,6 +103,11 @@ class Memory:
             raise ValueError("rows cannot be admitted to a target with a cache policy: their past is not remembered")
         self.element, self.source = (x if len(x) == 1 else x[rows] for x in (self.element, self.source))
         self.pending = None
+
+
+def _shared(index: Int[Tensor, "b m"]) -> Int[Tensor, "b m"]:
+    """One row where all are the same: it is cheaper."""
+    return index[:1] if bool((index == index[:1]).all()) else index
 
 
 def _beside(a: Int[Tensor, "b n"], b: Int[Tensor, "b m"]) -> Int[Tensor, "b n+m"]:

@@ -103,6 +103,8 @@ class Target:
             self.memory = None if self.policy is None else Memory(self.policy)
         cache = self.cache
         held = 0 if cache is None or self.memory is not None else cache.length
+        if isinstance(held, Tensor):
+            held = held[: canvas.batch]  # branches remember equally many
         plan = self.model.factorization.step(canvas, guess, held)
         if not self._checked and plan is not None:
             plan.check(self.model.mixers)
@@ -160,20 +162,23 @@ class Target:
         dist = full.mix([other[0] for other in others], [1 + sum(weights), *(-w for w in weights)])
         return dist, element, h, slot
 
-    def commit(self, keep: Keep | None, plan: Plan) -> None:
-        """Keep pending entries: what the decider names, or (None) what the plan says is worth keeping."""
+    def commit(self, keep: Keep | None, plan: Plan, repeats: bool = False) -> None:
+        """Keep pending entries: what the decider names, or (None) what the plan says is worth keeping. Of a
+        step that is going to be repeated (denoising) that is what stays the same, and it drops nothing yet."""
         cache = self.cache
         if cache is None or self.memory is not None:
             return  # a policy keeps what it likes at the next step, when it is known what was decided
+        if repeats and keep is None and plan.fixed is not None:
+            keep = plan.fixed
         if self.branches:
             if isinstance(keep, Tensor):
                 keep = self._times(keep)
             if self._repeated is not None and self._repeated[0] is plan:
                 plan = self._repeated[1]
         if keep is None:
-            keep = plan.size if plan.kept is None else _plain_keep(plan.kept)
-        cache.commit(keep, plan)
-        if plan.retain is not None:
+            keep = plan.size if plan.kept is None else plan.kept
+        cache.commit(_plain_keep(keep) if isinstance(keep, Tensor) else keep, plan)
+        if plan.retain is not None and not repeats:
             cache.evict(plan.retain)
 
     def select(self, rows: Int[Tensor, "b2"], batch: int, condition: Mapping[str, Tensor] | None = None) -> None:
@@ -193,13 +198,20 @@ class Target:
 
 
 def progress(canvas: Canvas) -> float | list[float]:
-    """How far generation is before this step: the share of steps done, from 0 to 1; one a row where rows may differ."""
+    """How far generation is before this step: the share of steps done, from 0 to 1; one a row where rows may differ.
+
+    Where elements were decided ahead of their rank (an order that is found on the way), the share of elements."""
     if canvas.length is not None:
         done, total = canvas.length - canvas.given_length, canvas.layout.size - canvas.given_length
         return done / max(total - 1, 1)
     last = canvas.rank.amax(1).clamp(min=1)
     now = torch.where(canvas.open, canvas.rank, INF).amin(1)
-    return (torch.minimum(now, last).double() / last).tolist()
+    decided = canvas.known & (canvas.rank >= 0)
+    ahead = (decided & (canvas.rank > now[:, None])).any(1)
+    count, left = decided.sum(1), canvas.open.sum(1)
+    elements = count / (count + left - 1).clamp(min=1).double()
+    share = torch.where(ahead, elements, torch.minimum(now, last).double() / last)
+    return share.tolist()
 
 
 def _weight(guidance: Guidance, done: float | list[float], like: Tensor) -> float | Tensor:

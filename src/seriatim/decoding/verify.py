@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seriatim.canvas import Canvas, Set, Truncate
@@ -65,10 +65,6 @@ class Round:
         where = torch.tensor([[r, self.node[r] + 1] for r in rows])
         return type(self.dist)(logits[where[:, 0], where[:, 1]][:, None])
 
-    def probs(self, row: int) -> Float[Tensor, "v"]:
-        """The target's probabilities where a row stands."""
-        return self.at([row]).probs()[0, 0]
-
     def key(self, rows: Sequence[int], draw: int = 0) -> Key:
         """Names a draw of the element that each of these rows decides next."""
         if self.batch == 1:
@@ -84,14 +80,15 @@ class Round:
         """The node below where a row stands that carries a token, or -1."""
         return next((c for c in self.below[self.node[row]] if self.value[row][c] == token), -1)
 
-    def accepts(self, row: int, probability: Float[Tensor, ""], random: Random, index: int) -> bool:
-        """Toss the coin of the `index`-th node that is tried here."""
-        key = self.key([row], numbered(COIN, len(self.tokens[row]), index))
-        return bool(random.heads(probability.reshape(1, 1), key))
+    def toss(self, rows: Sequence[int], probability: Float[Tensor, "n"], random: Random, index: int) -> list[int]:
+        """For each of these rows 1 (accepted) or 0, for the `index`-th node that is tried where it stands; the rows
+        have emitted equally many tokens."""
+        key = self.key(rows, numbered(COIN, len(self.tokens[rows[0]]), index))
+        return random.heads(probability[:, None], key).tolist()
 
-    def draw(self, row: int, p: Float[Tensor, "v"], random: Random) -> int:
-        """A token of the verifier's own."""
-        return int(random.categorical(p.log().reshape(1, 1, -1), self.key([row])))
+    def draw(self, rows: Sequence[int], p: Float[Tensor, "n v"], random: Random) -> list[int]:
+        """A token of the verifier's own in each of these rows."""
+        return random.categorical(p.log()[:, None], self.key(rows))[:, 0].tolist() if rows else []
 
     # ---- answering ---------------------------------------------------------------------------------------------------
 
@@ -229,7 +226,7 @@ class Chain(Ratio):
             own = self._accepted(turn, guess, p, random)
         last = p[torch.arange(turn.batch), own]
         if guess is not None and bool((own < drafted).any()):
-            q = torch.stack([guess.law(r, min(i, guess.size - 1), last[r]) for r, i in enumerate(own.tolist())])
+            q = guess.laws(range(turn.batch), own.clamp(max=guess.size - 1).tolist(), last)
             last = torch.where((own < drafted)[:, None], self.rest(last, q), last)
         element: Tensor | int = turn.start[0] + int(own[0])
         if turn.batch > 1:
@@ -257,82 +254,136 @@ class Chain(Ratio):
         return random.heads(accepted, Key(turn.canvas.row, element, draw))
 
 
-class Recursive(Ratio):
-    """Verification of a tree of random children (SpecInfer, Miao et al. 2023; Sequoia, Chen et al. 2024): try the
-    children of a node one after another, each against what the earlier ones have left of p; where none is accepted,
-    draw from what is left.
+class Children(Ratio):
+    """What verifiers of trees share: where a row stands, the nodes below are tried one after another; one that is
+    accepted is emitted and verification goes on below it, otherwise a token from what is left of p is emitted."""
+
+    def verify(self, turn: Round, random: Random) -> None:
+        here = [[-1] for _ in range(turn.batch)]  # the nodes that stand for what a row has emitted
+        alive = turn.alive
+        while alive:
+            p = turn.at(alive).probs()[:, 0]
+            nodes = [[c for node in here[r] for c in turn.drafted(r, node)] for r in alive]
+            accepted = self.choose(turn, alive, nodes, p, random)
+            none = [j for j, node in enumerate(accepted) if node < 0]
+            own = iter(turn.draw([alive[j] for j in none], p[none], random))
+            going = []
+            for r, node, tried in zip(alive, accepted, nodes, strict=True):
+                token = turn.value[r][node] if node >= 0 else next(own)
+                if turn.emit(r, token, node):
+                    going.append(r)
+                    here[r] = self.together(node, tried, turn.value[r])
+            alive = going
+
+    def choose(
+        self, turn: Round, rows: list[int], nodes: list[list[int]], p: Float[Tensor, "n v"], random: Random
+    ) -> list[int]:
+        """The node that each row accepts, or -1. On return `p` holds what is left of p where none was."""
+        raise NotImplementedError
+
+    def together(self, node: int, tried: list[int], value: list[int]) -> list[int]:
+        """The nodes below which verification goes on once one is accepted."""
+        return [node]
+
+    def _try(
+        self,
+        turn: Round,
+        rows: list[int],
+        nodes: list[list[int]],
+        index: int,
+        accepted: list[int],
+        p: Float[Tensor, "n v"],
+        scale: Float[Tensor, "n"],
+        random: Random,
+    ) -> tuple[list[int], Float[Tensor, "m v"]]:
+        """Toss for the `index`-th node of each row that has accepted none, and note those accepted. Which rows rejected
+        theirs, and the laws from which those nodes were drawn."""
+        trying = [j for j, n in enumerate(nodes) if accepted[j] < 0 and index < len(n)]
+        if not trying or turn.guess is None:
+            return [], p[:0]
+        some, tried = [rows[j] for j in trying], [nodes[j][index] for j in trying]
+        token = torch.tensor([turn.value[r][n] for r, n in zip(some, tried, strict=True)])[:, None]
+        left = p if len(trying) == len(rows) else p[trying]
+        q = turn.guess.laws(some, tried, left)
+        chance = self.acceptance(left.gather(-1, token)[:, 0], scale[trying] * q.gather(-1, token)[:, 0])
+        heads = turn.toss(some, chance, random, index)
+        for j, node, head in zip(trying, tried, heads, strict=True):
+            if head:
+                accepted[j] = node
+        return [j for j, head in zip(trying, heads, strict=True) if not head], q[torch.tensor(heads) == 0]
+
+
+class Recursive(Children):
+    """Verification of a tree of random children (SpecInfer, Miao et al. 2023; Sequoia, Chen et al. 2024): each child is
+    tried against what the earlier ones have left of p.
 
     Children drawn with or without replacement, or without randomness: the draft's `q` says what each was drawn from.
     """
 
-    def verify(self, turn: Round, random: Random) -> None:
-        for r in turn.alive:
-            going = True
-            while going:
-                going = self._node(turn, r, random)
-
-    def _node(self, turn: Round, row: int, random: Random) -> bool:
-        p = turn.probs(row)
-        for i, node in enumerate(turn.drafted(row, turn.node[row])):
-            assert turn.guess is not None
-            q, token = turn.guess.law(row, node, p), turn.value[row][node]
-            if turn.accepts(row, self.acceptance(p[token], q[token]), random, i):
-                return turn.emit(row, token, node)
-            p = self.rest(p, q)
-        return turn.emit(row, turn.draw(row, p, random))
+    def choose(
+        self, turn: Round, rows: list[int], nodes: list[list[int]], p: Float[Tensor, "n v"], random: Random
+    ) -> list[int]:
+        accepted = [-1] * len(rows)
+        scale = p.new_ones(len(rows))
+        for i in range(max(len(n) for n in nodes)):
+            rejected, q = self._try(turn, rows, nodes, i, accepted, p, scale, random)
+            if rejected:
+                p[rejected] = self.rest(p[rejected], q)
+        return accepted
 
 
-class KSeq(Ratio):
+class KSeq(Children):
     """K-SEQ (SpecTr, Sun et al. 2023, algorithm 3): k drafts drawn independently are tried against p / (g q), where
     g >= 1 makes up for the number of tries; at least 1 - 1/e of the best possible acceptance. Drafts that carry the
     accepted token go on together, so the next element has as many candidates as drafts survived."""
 
-    def verify(self, turn: Round, random: Random) -> None:
-        for r in turn.alive:
-            here, going = [-1], True
-            while going:
-                here, going = self._level(turn, r, here, random)
-
-    def _level(self, turn: Round, row: int, here: list[int], random: Random) -> tuple[list[int], bool]:
-        """One element, from nodes that all carry the same text; the nodes that survive."""
-        p, guess = turn.probs(row), turn.guess
-        nodes = [c for node in here for c in turn.drafted(row, node)]
-        if not nodes or guess is None:
-            return here, turn.emit(row, turn.draw(row, p, random))
-        if len(nodes) > 1 and (guess.q is None or guess.siblings != "independent"):
+    def choose(
+        self, turn: Round, rows: list[int], nodes: list[list[int]], p: Float[Tensor, "n v"], random: Random
+    ) -> list[int]:
+        guess = turn.guess
+        accepted = [-1] * len(rows)
+        tries = max(len(n) for n in nodes)
+        if guess is None or tries == 0:
+            return accepted
+        if tries > 1 and (guess.q is None or guess.siblings != "independent"):
             raise ValueError("KSeq verifies drafts that were drawn independently from one law; use Recursive or Walk")
-        q = guess.law(row, nodes[0], p)
-        scale = kseq_scale(p, q, len(nodes))
-        for i, node in enumerate(nodes):
-            token = turn.value[row][node]
-            if turn.accepts(row, self.acceptance(p[token], scale * q[token]), random, i):
-                here = [c for c in nodes if turn.value[row][c] == token]
-                return here, turn.emit(row, token, here[0])
-        return here, turn.emit(row, turn.draw(row, kseq_rest(p, q, len(nodes), scale), random))
+        q = guess.laws(rows, [n[0] if n else 0 for n in nodes], p)
+        k = torch.tensor([len(n) for n in nodes])
+        scale = kseq_scale(p, q, k)
+        for i in range(tries):
+            self._try(turn, rows, nodes, i, accepted, p, scale, random)
+        none = [j for j, n in enumerate(nodes) if n and accepted[j] < 0]
+        if none:
+            p[none] = kseq_rest(p[none], q[none], k[none], scale[none])
+        return accepted
+
+    def together(self, node: int, tried: list[int], value: list[int]) -> list[int]:
+        return [c for c in tried if value[c] == value[node]]
 
 
-def kseq_scale(p: Float[Tensor, "v"], q: Float[Tensor, "v"], k: int) -> float:
+def kseq_scale(p: Float[Tensor, "n v"], q: Float[Tensor, "n v"], k: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
     """The smallest valid g: 1 - (1 - b)^k = g b with b = sum_x min(q, p / g), between 1 and k; approached from above,
     where every g is valid (SpecTr, theorem 2; their p and q are the other way round)."""
-    low, high = 1.0, float(k)
 
-    def valid(g: float) -> bool:
-        b = float(torch.minimum(q, p / g).sum())
+    def valid(g: Float[Tensor, "n"]) -> Bool[Tensor, "n"]:
+        b = torch.minimum(q, p / g[:, None]).sum(-1)
         return 1 - (1 - b) ** k <= g * b
 
-    if valid(low):
-        return low
-    for _ in range(20):
+    low, high = p.new_ones(len(k)), torch.maximum(k.to(p.dtype), p.new_ones(()))
+    high = torch.where(valid(low), low, high)
+    for _ in range(20 if bool((high > low).any()) else 0):
         middle = (low + high) / 2
-        low, high = (low, middle) if valid(middle) else (middle, high)
+        fits = valid(middle)
+        low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
     return high
 
 
-def kseq_rest(p: Float[Tensor, "v"], q: Float[Tensor, "v"], k: int, scale: float) -> Float[Tensor, "v"]:
+def kseq_rest(
+    p: Float[Tensor, "n v"], q: Float[Tensor, "n v"], k: Int[Tensor, "n"], scale: Float[Tensor, "n"]
+) -> Float[Tensor, "n v"]:
     """What is left of p where none of k drafts was accepted: [p - min(q, p / g) P / b] / (1 - P), P = 1 - (1 - b)^k."""
-    common = torch.minimum(q, p / scale)
-    b = float(common.sum())
-    if b > 0:
-        left = (p - common * ((1 - (1 - b) ** k) / b)).clamp(min=0)
-        return left / left.sum() if float(left.sum()) > 0 else p
-    return p
+    common = torch.minimum(q, p / scale[:, None])
+    b = common.sum(-1, keepdim=True)
+    left = (p - common * ((1 - (1 - b) ** k[:, None]) / b.clamp(min=1e-30))).clamp(min=0)
+    total = left.sum(-1, keepdim=True)
+    return torch.where(total > 0, left / total, p)

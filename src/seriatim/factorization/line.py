@@ -10,6 +10,7 @@ no tensors (`LinePlan`). Rows of different lengths get labels (`_ragged`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -119,6 +120,11 @@ class LinePlan(Plan):
     def reads(self) -> Reads:  # type: ignore[override]
         slot = torch.arange(self.shape.known - 1, self.size)[None]
         return Reads(slot, self._places[:, slot[0]] - self.prefix + 1)
+
+    @cached_property
+    def readers(self) -> Reads:  # type: ignore[override]
+        """Every slot stands before an element; without a cache it is computed again when that one is long decided."""
+        return Reads(torch.arange(self.size)[None], self._places - self.prefix + 1)
 
     @cached_property
     def rank(self) -> Int[Tensor, "1 E"]:  # type: ignore[override]
@@ -234,12 +240,15 @@ class Line(Factorization):
             nodes = torch.arange(place.shape[1] - guess.size, place.shape[1])
             slot = torch.cat([slot, torch.where(live[:, nodes], nodes, -1)], 1)
         target = torch.where(slot >= 0, place.gather(1, slot.clamp(min=0)) - self.prefix + 1, -1)
-        return Plan(
+        padded = guess is None and not bool(live.all())
+        return _Ragged(
             slots,
             _Same(timed(at, at, dies, lane=lane)),
             Reads(slot, torch.where(target < size, target, -1)),
             torch.arange(size)[None],
             settled=_Same(timed(place, place, torch.full_like(place, INF), lane=lane)),
+            kept=torch.where(live, offset, -1) if padded else None,
+            prefix=self.prefix,
         )
 
 
@@ -250,6 +259,19 @@ def _nothing_new(prefix: int, known: int, cached: int, row: int = 0) -> OrderErr
         f"row {row} has {known} known elements and {prefix} prefix slots, but {cached} slots are cached: nothing is left "
         "to compute; a step keeps no more than what was known before it and the accepted nodes of its draft"
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Ragged(Plan):
+    """A step of a line whose rows differ."""
+
+    prefix: int = 0
+
+    @property
+    def readers(self) -> Reads:  # type: ignore[override]
+        """The element behind each slot, as in `LinePlan`."""
+        coord = self.slots.coord[..., 0]
+        return Reads(torch.arange(self.size).expand_as(coord), coord - self.prefix + 1)
 
 
 class _Causal(Plan):

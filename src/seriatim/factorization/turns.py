@@ -26,7 +26,7 @@ class Turns:
         self.step = packed.step.masked_fill(~packed.used(), INF)
         self.turns: dict[int, Plan] = {}
         self.before: dict[int, Tensor] = {}  # entries in the cache before each step, one number a row
-        self.after: dict[int, Tensor] = {}  # the slots that stand in the cache after each step, in order
+        self.during: dict[int, Tensor] = {}  # the slots there when those of the step are, and nothing is dropped yet
         self._memo: dict[tuple[bool, int], Plan] = {}
         cached = torch.full((self.step.shape[0], 0), -1)
         for turn in packed.steps():
@@ -34,9 +34,8 @@ class Turns:
             rank = turn.decides
             self.turns[rank], self.before[rank] = turn, _count(cached)
             cached = torch.cat([cached, gather(ragged(self.step == rank), turn.kept)], 1)
-            cached = gather(cached, ragged(cached >= 0))
+            cached = self.during[rank] = gather(cached, ragged(cached >= 0))
             cached = cached if turn.retain is None else gather(cached, turn.retain)
-            self.after[rank] = cached
 
     def at(self, rank: int, cached: int | Int[Tensor, "b"]) -> Plan:
         """The forward that decides `rank` when `cached` slots (one number, or one a row) are remembered."""
@@ -46,7 +45,7 @@ class Turns:
         if _equal(held, self.before[rank]):
             return self.turns[rank]
         empty = not bool(held.any())
-        if not empty and not _equal(held, _count(self.after[rank])):
+        if not empty and not _equal(held, _count(self.during[rank])):
             raise OrderError(
                 f"{held.tolist()} slots are cached, but the step that decides rank {rank} follows "
                 f"{self.before[rank].tolist()}; keep what the plan says, or start with an empty cache"
@@ -64,24 +63,24 @@ class Turns:
         pick = ragged(due & (element >= 0) & (plan.reads.slot >= 0))
         role = None if plan.reads.role is None else gather(plan.reads.role, pick)
         reads = Reads(gather(plan.reads.slot, pick), gather(element, pick), role)
-        place = torch.full((index.shape[0], self.packed.size + 1), -1)  # of each slot among these; the last: padding
-        place = place.scatter(1, torch.where(index < 0, self.packed.size, index), torch.arange(index.shape[1]).expand_as(index))
-        place[:, -1] = -1
-        kept = self.after[rank]
-        return replace(plan, reads=reads, kept=place.gather(1, torch.where(kept < 0, self.packed.size, kept)), decides=rank)
+        size, kept = self.packed.size, self.during[rank]
+        place = torch.full((index.shape[0], size + 1), -1)  # of each slot among these; the last is for padding
+        place = place.scatter(1, torch.where(index < 0, size, index), torch.arange(index.shape[1]).expand_as(index))
+        place[:, size] = -1
+        kept = place.gather(1, torch.where(kept < 0, size, kept))
+        return replace(plan, reads=reads, kept=kept, retain=self.turns[rank].retain, decides=rank)
 
     def _again(self, rank: int) -> Plan:
-        """This step once more: without the slots that it has left in the cache."""
+        """This step once more: without the slots that it has left in the cache. What the step drops is dropped when it
+        is done."""
         turn = self.turns[rank]
         assert turn.kept is not None
-        if turn.retain is not None:
-            raise OrderError(f"the step that decides rank {rank} drops cached entries and cannot be repeated with a cache")
         stays: Bool[Tensor, "b s"] = torch.zeros(turn.kept.shape[0], turn.size + 1, dtype=torch.bool)
         stays = stays.scatter(1, torch.where(turn.kept < 0, turn.size, turn.kept), True)[:, :-1]
         if bool(stays.gather(1, turn.reads.slot.clamp(min=0)).logical_and(turn.reads.slot >= 0).any()):
             raise OrderError(f"the step that decides rank {rank} reads slots that it caches, and cannot be repeated")
         index = ragged(~stays)
-        return replace(turn.take(index), kept=index[:, :0], decides=rank)
+        return replace(turn.take(index), kept=index[:, :0], retain=turn.retain, decides=rank)
 
 
 def _count(cached: Int[Tensor, "b m"]) -> Int[Tensor, "b"]:
@@ -90,4 +89,5 @@ def _count(cached: Int[Tensor, "b m"]) -> Int[Tensor, "b"]:
 
 def _equal(held: Int[Tensor, "b"], expected: Int[Tensor, "b"]) -> bool:
     """One number stands for all rows; branches of a guided batch repeat its rows."""
-    return bool((held.view(-1, min(len(held), len(expected))) == expected.view(-1, min(len(held), len(expected)))).all())
+    rows = min(len(held), len(expected))
+    return bool((held.view(-1, rows) == expected.view(-1, rows)).all())
