@@ -24,7 +24,7 @@ from seriatim.conditions.condition import ClassCondition
 from seriatim.decoding.draft import DraftModel
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.guidance import Guidance
-from seriatim.decoding.loop import Step, generate
+from seriatim.decoding.loop import Step, decode, generate, select_rows
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.target import Target
 from seriatim.decoding.verify import Chain, GreedyMatch, KSeq, Recursive, Verifier, Walk
@@ -274,6 +274,58 @@ def test_a_prompt_is_scanned_before_its_draft_or_taken_along(limit: int, monkeyp
     assert after_a_draft(backbone()) < 1e-9
 
 
+@pytest.mark.parametrize("parent", [None, (-1, -1, 0)])
+@torch.no_grad()
+def test_all_but_the_end_of_a_long_forward_is_settled(
+    parent: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt leaves little pending; what is left may be dropped, and rows that keep nothing are rolled back."""
+    monkeypatch.setattr(mamba, "OPEN", 6)
+    m, before, size = backbone(), 5, 40
+    x = normal(3, before + size + 3, WIDTH)
+    plan = run(size, before, parent)
+
+    def after(keep: object) -> StateCache:
+        cache = m.new_cache(3)
+        m(x[:, :before], run(before), cache)
+        cache.commit(before, run(before))
+        y = m(x[:, before : before + plan.size], plan, cache)
+        close(y[:, :size], alone(m, x[:, : before + size])[:, before:])
+        if parent is not None:
+            close(y[:, -1], alone(m, x[:, [*range(before + size + 1), -1]])[:, -1])
+        for left in cache._replay:
+            assert left is not None
+            assert left.x.shape[1] == 6 + len(parent or ())
+            for t in (left.conv_x, left.x, left.dt, left.B):
+                assert t.untyped_storage().nbytes() == t.nbytes  # no view of the whole forward
+        cache.commit(keep, plan)  # type: ignore[arg-type]
+        return cache
+
+    def settled(row: int, count: int, *nodes: int) -> list[tuple[Tensor, Tensor]]:
+        text = x[row : row + 1, [*range(count), *nodes]]
+        cache = m.new_cache(1)
+        m(text, run(text.shape[1]), cache)
+        cache.commit(text.shape[1], run(text.shape[1]))
+        return cache.states
+
+    def agree(cache: StateCache, row: int, want: list[tuple[Tensor, Tensor]]) -> None:
+        for (conv, state_), (conv_, want_) in zip(cache.states, want, strict=True):
+            close(conv[row], conv_[0])
+            close(state_[row], want_[0])
+
+    for count in (0, 34, 36, 40):
+        agree(after(count), 1, settled(1, before + count))
+    counts = [0, 35, 40]
+    each = torch.tensor([[i if i < n else -1 for i in range(40)] for n in counts])
+    cache = after(each)
+    for row, count in enumerate(counts):
+        agree(cache, row, settled(row, before + count))
+    if parent is not None:
+        agree(after([*range(40), 40, 42]), 2, settled(2, before + 40, before + 40, before + 42))
+    with pytest.raises(ValueError, match=f"keeps all, nothing, or all but some of the last {plan.size - 34}; 33"):
+        after(33)
+
+
 def tail_forgotten(conv_x: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, path: Tensor, *old: Tensor):
     return old[0], ssd_replay(x, dt, A, B, path, old[1])
 
@@ -317,7 +369,7 @@ def test_rows_are_copied_dropped_and_admitted() -> None:
     assert cache.length.tolist() == [4, 2, 4, 0]  # type: ignore[union-attr]
     texts = [x[1, :4], x[0, :2], x[1, :4], x[0, :0]]
     news = normal(4, 1, WIDTH, seed=2)
-    plan = plan_of(timed([9], lane=[0]), range(2), [0], [(0, 1)])
+    plan = plan_of(timed([9], lane=[0]), [0], [0], [])
     y = m(news, plan, cache)
     for row, text in enumerate(texts):
         close(y[row], alone(m, torch.cat([text, news[row]])[None])[0, -1:])
@@ -341,8 +393,9 @@ def test_a_fork_does_not_touch_the_row_that_it_came_from() -> None:
     cache.commit(torch.tensor([[0, 1, 2], [0, -1, -1]]), run(3, 4))
     close(y[0], alone(m, x[:, :7])[0, 4:])
     close(y[1], alone(m, x[:, [0, 1, 2, 3, 5, 6, 7]])[0, 4:])
-    plan = plan_of(timed([9]), range(2), [0], [(0, 1)])
-    close(m(x[:, [1, 1]].mT.mT.reshape(2, 1, WIDTH), plan, cache)[1], alone(m, x[:, [0, 1, 2, 3, 5, 1]])[0, -1:])
+    news = normal(2, 1, WIDTH, seed=2)
+    y = m(news, plan_of(timed([9]), [0], [0], []), cache)
+    close(y[1], alone(m, torch.cat([x[0, [0, 1, 2, 3, 5]], news[1]])[None])[0, -1:])
 
 
 @drawn
@@ -358,6 +411,27 @@ def test_packed_samples_do_not_meet(lengths: list[int], padding: int) -> None:
         close(y[:, start : start + n], alone(m, x[:, start : start + n]))
         start += n
     assert y.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_row_that_is_admitted_between_steps_decodes_as_if_alone() -> None:
+    model = language(9)
+
+    def started(rows: Sequence[int]) -> Canvas:
+        value = torch.randint(VOCAB, (4, 9), generator=torch.Generator().manual_seed(5))[list(rows)]
+        return model.canvas({"token": value}, 2, row=torch.tensor(rows))
+
+    def decoded(canvas: Canvas) -> Tensor:
+        return generate(Target(model), canvas, SampleAll(), random=Keyed(3)).value["token"]
+
+    target, canvas = Target(model), started([0, 1, 2])
+    for _, _ in zip(range(3), decode(target, canvas, SampleAll(), random=Keyed(3)), strict=False):
+        pass
+    select_rows(target, canvas, torch.tensor([2, -1, 0]), started([3]))
+    generate(target, canvas, SampleAll(), random=Keyed(3))
+    assert canvas.row.tolist() == [2, 3, 0]
+    for row, value in zip(canvas.row.tolist(), canvas.value["token"], strict=True):
+        assert torch.equal(value, decoded(started([row]))[0])
 
 
 RAGGED = torch.tensor([3, 6, 1])
@@ -557,7 +631,7 @@ MISTAKES: dict[str, Callable[[dict[str, Tensor]], None]] = {
     "kernel reversed": lambda layer: layer.update(conv=layer["conv"].flip(1)),
     "gate last": lambda layer: rows_of(layer, (1, 0, 2), (32, 32, 28)),
     "B and C swapped": lambda layer: rows_of(layer, (0, 2, 1, 3), (64, 12, 12, 4)),
-    "heads dealt out to groups": lambda layer: layer.update(D=layer["D"][[0, 2, 1, 3]]),
+    "skips of other heads": lambda layer: layer.update(D=layer["D"][[0, 2, 1, 3]]),
     "no layer norm": lambda layer: layer.update(norm=torch.ones(16)),
     "no gated norm": lambda layer: layer.update(gated_norm=torch.ones(32)),
     "no skip": lambda layer: layer.update(D=torch.zeros(4)),
@@ -604,6 +678,18 @@ def test_half_precision_is_no_further_off_than_the_published_model() -> None:
     assert errors[0] < 1.2 * errors[1]
     cache = model.backbone.new_cache(2)  # type: ignore[operator]
     assert [t.dtype for t in cache.states[0]] == [torch.bfloat16, torch.float32]
+
+
+def test_training_in_mixed_precision_is_near_to_float32() -> None:
+    model = language(12).float()
+    canvas = model.canvas({"token": torch.randint(VOCAB, (4, 12), generator=torch.Generator().manual_seed(6))})
+    gradients = []
+    for mixed in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            model.losses(canvas).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert 0 < (gradients[0] - gradients[1]).norm() < 0.1 * gradients[0].norm()
 
 
 # ---- costs -----------------------------------------------------------------------------------------------------------

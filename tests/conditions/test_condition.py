@@ -10,9 +10,12 @@ import torch
 from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.conditions.condition import ClassCondition, Condition, MemoryCondition, PerElementCondition
+from seriatim.decoding.filters import Warper
+from seriatim.decoding.guess import Guess
 from seriatim.decoding.loop import decode
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.target import Target
+from seriatim.decoding.verify import GreedyMatch
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.line import Line
 from seriatim.factorization.static import Blocks
@@ -91,14 +94,42 @@ def losses(model, x, raw, drop=None):
 
 
 @every_form_and_order
-def test_one_pass_equals_step_by_step(form, order):
+@pytest.mark.parametrize("known", [0, 2])
+@pytest.mark.parametrize("cached", [True, False])
+def test_one_pass_equals_step_by_step(form, order, known, cached):
     model, x = model_of(form, order), samples(3)
-    raw = raw_of(model, 3)
-    random = Forced(x)
-    canvas = model.canvas({"token": torch.zeros_like(x)})
-    for _ in decode(Target(model, raw), canvas, SampleAll(), random=random):
+    raw, random = raw_of(model, 3), Forced(x)
+    canvas = model.canvas({"token": torch.where(torch.arange(E) < known, x, 0)}, known)
+    for _ in decode(Target(model, raw, cached=cached), canvas, SampleAll(), random=random):
         pass
-    torch.testing.assert_close(random.log_prob, -losses(model, x, raw).sum(1), rtol=0, atol=1e-12)
+    with torch.no_grad():
+        want = model.log_prob(model.canvas({"token": x}, known), raw)
+    torch.testing.assert_close(random.log_prob, want, rtol=0, atol=1e-12)
+
+
+class Repeating:
+    """Drafts that repeat the last known value, to the end of the sample and beyond."""
+
+    def propose(self, canvas, target, random):
+        if canvas.length in (None, E):
+            return None
+        last = canvas.value["token"][:, max(canvas.length - 1, 0)]
+        return Guess(last[:, None].expand(-1, 3).contiguous())
+
+    def observe(self, canvas, rows, step):
+        pass
+
+
+@every_form
+def test_drafts_under_a_condition_are_verified_by_the_same_law(form):
+    """Greedy decoding with drafts gives the greedy string, also where a draft reaches beyond the end."""
+    model, raw, texts = model_of(form), raw_of(model_of(form), 1), []
+    for proposer, decider in ((None, SampleAll()), (Repeating(), GreedyMatch())):
+        canvas = model.blank(1)
+        for _ in decode(Target(model, raw, warp=Warper(temperature=0)), canvas, decider, proposer):
+            pass
+        texts.append(canvas.value["token"].tolist())
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("form", ["all", "two slots"])
@@ -237,7 +268,6 @@ def test_rows_are_selected_in_every_form():
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
-
 @pytest.mark.parametrize("vectors, slots", [(2, 1), (1, 2), (2, 3)])
 def test_a_prefix_of_another_length_than_its_slots_is_refused(vectors, slots):
     model = model_of("two slots" if vectors == 2 else "prefix")
@@ -276,7 +306,10 @@ x22 = torch.zeros(2, 2)
         (lambda: Condition(vector=torch.zeros(2)), "vector has 2 or 3 axes, got 1"),
         (lambda: Condition(vector=x22, memory=torch.zeros(3, 1, 2)), "vector of 2, memory of 3"),
         (lambda: Condition(memory=x22[None]).merge(Condition(memory=x22[None])), "two conditions give a memory"),
-        (lambda: Condition(vector=x22).merge(Condition(vector=torch.zeros(2, 3))), r"one shape: got \(2, 2\), \(2, 3\)"),
+        (
+            lambda: Condition(vector=x22).merge(Condition(vector=torch.zeros(2, 3))),
+            r"one shape: got \(2, 2\), \(2, 3\)",
+        ),
     ],
 )
 def test_mistakes_are_named(run, says):

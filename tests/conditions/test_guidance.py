@@ -64,7 +64,11 @@ class Recording(SampleAll):
     def decide(self, canvas, guess, rows, random):
         for b in range(canvas.batch):
             for m in range(rows.dist.logits.shape[1]):
-                e = rows.element + m if isinstance(rows.element, int) else int(rows.element.expand(canvas.batch, -1)[b, m])
+                e = (
+                    rows.element + m
+                    if isinstance(rows.element, int)
+                    else int(rows.element.expand(canvas.batch, -1)[b, m])
+                )
                 if e >= 0:
                     self.logits[b, e] = rows.dist.logits[b, m]
         return super().decide(canvas, guess, rows, random)
@@ -236,7 +240,10 @@ def unconditional():
         (lambda: Target(no_null(), {"class": torch.tensor([0])}, Guidance(1.0)), "has no null"),
         (lambda: Target(unconditional(), None, Guidance(1.0)), "unconditional"),
         (lambda: Target(model_of(), None, Guidance(1.0)), "got: none"),
-        (lambda: Target(model_of(), {**raw_of(1), "hue": torch.zeros(1)}, Guidance(1.0)), "got: class, text, edges, hue"),
+        (
+            lambda: Target(model_of(), {**raw_of(1), "hue": torch.zeros(1)}, Guidance(1.0)),
+            "got: class, text, edges, hue",
+        ),
         (lambda: Target(model_of(), {**raw_of(1), "class": torch.tensor([3])}, Guidance(1.0)), r"0\.\.2, got 3\.\.3"),
     ],
 )

@@ -265,6 +265,7 @@ def test_a_row_without_insertion_keeps_its_text():
     canvas = text("ac", "xz").apply([insert((1, "d"), (-2, "?"))])
     assert letters(canvas) == ["acd", "xz"]
     assert canvas.status[1].tolist() == [DECIDED, DECIDED, DELETED]
+    assert canvas.place[1].tolist() == [0, 1, 2]
 
 
 def test_insertions_behind_given_elements_and_behind_insertions():

@@ -27,8 +27,8 @@ from seriatim.laws.case import randomise
 from seriatim.layout import Layout, Segment, grid, line
 from seriatim.model import Model, by_kind
 from seriatim.plan import LEARNED, MASK, NOISE, VALUE, Plan, Reads, reads_at, slots_of
-from seriatim.random import Generator, Key, Keyed
-from seriatim.training.loop import Recipe, adamw
+from seriatim.random import Key, Keyed
+from seriatim.training.loop import Recipe, fit
 from seriatim.view import full
 
 DIM, E, WIDTH, CLASSES = 3, 4, 16, 3
@@ -212,7 +212,7 @@ def test_losses_are_of_elements_that_are_not_given_and_need_a_source_of_noise(he
     assert losses.shape == (2, E) and bool((losses[:, :2] == 0).all()) and bool((losses[:, 2:] > 0).all())
     assert torch.equal(losses, model.losses(canvas, random=Keyed(0)))
     assert not torch.equal(losses, model.losses(canvas, random=Keyed(1)))
-    with pytest.raises(TypeError, match="random= to Model.losses"):
+    with pytest.raises(TypeError, match="pass random= to"):
         model.losses(canvas)
 
 
@@ -234,25 +234,24 @@ def test_there_is_no_likelihood(head):
 
 @every_head
 def test_it_learns_what_context_decides(head):
-    """Vectors 1 to 3 repeat vector 0, and are drawn so after a short training; with contexts shuffled they are not."""
+    """The second vector repeats the first: drawn so after 100 steps of training, far from it with contexts shuffled."""
     torch.manual_seed(0)
-    made = {"diffusion": DiffusionHead, "flow": FlowHead}[head]
-    config = {"diffusion": DiffusionConfig(32, 2, steps=20), "flow": FlowConfig(32, 2, steps=10, draws=4)}[head]
-    embed = VectorEmbed(DIM, 32, positions=(E + 1,), std=0.2)
-    model = Model(line(E), Line(1), embed, Transformer(TransformerConfig(32, 1, 2)), made(32, DIM, config))
-    optimizer, random = adamw(model, Recipe(1, learning_rate=4e-3)), Generator(0)
-    for _ in range(250):
-        x = normal(64, 1, DIM, seed=int(torch.randint(10**9, ()))).float().expand(-1, E, -1)
-        optimizer.zero_grad()
-        model.losses(model.canvas({"token": x}), random=random).mean().backward()
-        optimizer.step()
-    first = normal(200, 1, DIM, seed=1).float()
-    canvas = model.canvas({"token": torch.cat([first, torch.zeros(200, E - 1, DIM)], 1)}, 1)
-    generate(Target(model.eval()), canvas, SampleAll(), random=Keyed(1))
+    made = {
+        "diffusion": lambda: DiffusionHead(16, DIM, DiffusionConfig(32, 2, steps=20, clip=4.0)),
+        "flow": lambda: FlowHead(16, DIM, FlowConfig(32, 2, steps=10, draws=4)),
+    }[head]()
+    model = Model(line(2), Line(1), VectorEmbed(DIM, 16, std=0.2), Transformer(TransformerConfig(16, 1, 2)), made)
+
+    def draw(rows, generator):
+        return model.canvas({"token": torch.randn(rows, 1, DIM, generator=generator).expand(-1, 2, -1)}), None
+
+    fit(model, draw, Recipe(100, batch=64, learning_rate=1e-2))
+    first = normal(200, 1, DIM, seed=1000).float()
+    canvas = model.canvas({"token": torch.cat([first, torch.zeros(200, 1, DIM)], 1)}, 1)
+    generate(Target(model), canvas, SampleAll(), random=Keyed(1))
     x = canvas.value["token"][:, 1]
-    error = (x - first[:, 0]).square().mean()
-    shuffled = (x - first.roll(1, 0)[:, 0]).square().mean()
-    assert float(error) < 0.35 and float(shuffled) > 1.5
+    error, shuffled = ((x - y).square().mean() for y in (first[:, 0], first.roll(1, 0)[:, 0]))
+    assert float(error) < 0.15 and float(shuffled) > 1.5
 
 
 # ---- several kinds ---------------------------------------------------------------------------------------------------
@@ -376,7 +375,7 @@ def test_masks_and_noise_that_are_not_there_are_refused(make):
         canvas = Canvas(line(2), {"token": torch.zeros(1, 2, dtype=torch.long)})
     with pytest.raises(ValueError, match="use mask=True"):
         make()(canvas, slots_plan([VALUE, MASK]))
-    with pytest.raises(ValueError, match="set canvas.noise"):
+    with pytest.raises(ValueError, match="the canvas has none"):
         make(mask=True)(canvas, slots_plan([VALUE, NOISE]))
 
 

@@ -10,7 +10,9 @@ import torch
 
 from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
+from seriatim.conditions.condition import ClassCondition
 from seriatim.decoding.filters import Warper
+from seriatim.decoding.guidance import Guidance
 from seriatim.decoding.loop import decode
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.target import Target
@@ -92,7 +94,9 @@ def test_one_pass_equals_code_by_code(depth, feed, config, forced_codes):
 @every_shape
 @torch.no_grad()
 def test_the_probabilities_of_all_values_sum_to_one(depth, feed, config):
-    torch.testing.assert_close(mass(dist_of(head_of(depth, feed, config))), torch.ones(2, 3).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        mass(dist_of(head_of(depth, feed, config))), torch.ones(2, 3).double(), rtol=0, atol=1e-12
+    )
 
 
 @every_shape
@@ -267,24 +271,46 @@ def test_a_copied_head_says_the_same():
 
 def model_of(length=2, depth=2, vocab=2):
     head = DepthwiseHead(16, vocab, depth, TransformerConfig(12, 1, 2))
-    backbone = Transformer(TransformerConfig(16, 2, 2, rope=RoPE()))
-    return randomise(Model(line(length), Line(prefix=1), CodesEmbed(vocab, depth, 16), backbone, head))
+    backbone = Transformer(TransformerConfig(16, 2, 2, rope=RoPE(), vector=16))
+    condition = {"class": ClassCondition(3, 16)}
+    return randomise(Model(line(length), Line(prefix=1), CodesEmbed(vocab, depth, 16), backbone, head, condition))
+
+
+def forced_total(model, x, forced_codes, guidance=None, label=(1,)):
+    """log p of values under the decoder's own steps."""
+    random, canvas = forced_codes(x), model.blank(len(x))
+    for _ in decode(Target(model, {"class": torch.tensor(label)}, guidance), canvas, SampleAll(), random=random):
+        pass
+    assert torch.equal(canvas.value["token"], x)
+    return random.log_prob
 
 
 @torch.no_grad()
 def test_a_model_of_codes_is_a_distribution_and_scores_as_it_decodes(forced_codes):
-    model = model_of()
-    total = 0.0
+    model, total = model_of(), 0.0
     for values in itertools.product(range(2), repeat=4):
         x = torch.tensor(values).view(1, 2, 2)
-        want = model.log_prob(model.canvas({"token": x}))
+        want = model.log_prob(model.canvas({"token": x}), {"class": torch.tensor([1])})
+        torch.testing.assert_close(forced_total(model, x, forced_codes), want, rtol=0, atol=1e-12)
         total += float(want.exp())
-        random, canvas = forced_codes(x), model.blank(1)
-        for _ in decode(Target(model), canvas, SampleAll(), random=random):
-            pass
-        assert torch.equal(canvas.value["token"], x)
-        torch.testing.assert_close(random.log_prob, want, rtol=0, atol=1e-12)
     assert abs(total - 1) < 1e-12
+
+
+@torch.no_grad()
+def test_guidance_of_a_model_of_codes_is_two_forwards_mixed_by_hand(forced_codes):
+    model, x, w = model_of(), codes(2, 3, 2) % 2, 1.5
+    label, canvas = torch.tensor([0, 1, 2]), model.canvas({"token": x})
+    plan = model.factorization.packed(canvas)
+    yes, no = (
+        model.dist(model.hidden(plan, canvas, None, model.encode({"class": label}, drop)), plan, canvas)[0]
+        for drop in (None, torch.ones(3, dtype=torch.bool))
+    )
+    want = yes.mix([no], [1 + w, -w]).log_prob(x).sum(1)
+    got = forced_total(model, x, forced_codes, Guidance(w), label.tolist())
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    off = forced_total(model, x, forced_codes, Guidance(0.0), label.tolist())
+    torch.testing.assert_close(off, yes.log_prob(x).sum(1), rtol=0, atol=1e-12)
+    assert float((off - got).abs().min()) > 1e-3
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------

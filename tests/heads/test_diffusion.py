@@ -130,6 +130,20 @@ def test_the_network_places_the_variance_between_its_bounds(oracle, impulses):
     assert d[0] < d[1] - 1e-3 and d[1] < d[2] - 1e-3 and d[2] == pytest.approx(fixed, abs=1e-12)
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@torch.no_grad()
+def test_clipping_bounds_what_is_predicted_and_leaves_alone_what_is_in_bounds(sampler, oracle):
+    value = normal(2, 3, DIM)
+    config = DiffusionConfig(steps=10, sampler=sampler, learned_variance=False)
+    for clip in (5.0, 0.5):
+        head = knows(oracle, eps_of_point(value), replace(config, clip=clip))
+        got = head.dist(states(), None, None).sample(Keyed(0), key())
+        torch.testing.assert_close(got, value.clamp(-clip, clip), rtol=0, atol=1e-10)
+    wild, tame = (head_of(replace(TINY, sampler=sampler, clip=c)).dist(states(), None, None) for c in (None, 2.0))
+    assert float(wild.sample(Keyed(0), key()).abs().max()) > 100
+    assert float(tame.sample(Keyed(0), key()).abs().max()) < 2 + 1e-6
+
+
 def test_temperature_scales_the_noise_of_every_step_but_not_the_first(oracle, prepared):
     config = DiffusionConfig(steps=6, learned_variance=False)
     head = knows(oracle, eps_of_gaussian(0.0, 1.0), config, dim=1)
@@ -335,6 +349,7 @@ def test_there_is_no_likelihood_and_the_reason_is_given():
         (lambda: DiffusionConfig(sampler="euler"), ValueError, "'ddpm' or 'ddim'"),
         (lambda: DiffusionConfig(steps=0), ValueError, "1 to 1000"),
         (lambda: DiffusionConfig(steps=1001), ValueError, "1 to 1000"),
+        (lambda: DiffusionConfig(clip=0.0), ValueError, "positive size"),
         (lambda: DiffusionHead(8, 0), ValueError, "positive"),
         (lambda: DiffusionHead(8, 4, DiffusionConfig(draws=0)), ValueError, "at least 1 draw"),
         (lambda: head_of().loss(states(), None, normal(2, 3, DIM)), TypeError, "random= to Model.losses"),

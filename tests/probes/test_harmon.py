@@ -178,7 +178,8 @@ class InOrder:
 
 def forced(model, canvas, decider, cached=True):
     """Log-probability of what stands on the canvas, under its own decoding steps."""
-    random = Forced(torch.cat([canvas.value["text"][:, :PROMPT], canvas.value["image"], canvas.value["text"][:, PROMPT:]], 1))
+    words, image = canvas.value["text"], canvas.value["image"]
+    random = Forced(torch.cat([words[:, :PROMPT], image, words[:, PROMPT:]], 1))
     generate(Target(model, cached=cached), canvas, decider, random=random)
     return random.log_prob
 
@@ -232,7 +233,7 @@ def test_a_visible_place_cannot_see_a_register_in_the_language_model_and_a_regis
     registers, visible = slice(PROMPT, PROMPT + REGISTERS), slice(PROMPT + REGISTERS, PROMPT + REGISTERS + 2)
     sees = plan.views["language"].mask()[0]
     assert (not bool(sees[visible, registers].any())) == holds
-    assert bool(sees[registers, : PROMPT].all() and sees[registers, visible].all()) == holds
+    assert bool(sees[registers, :PROMPT].all() and sees[registers, visible].all()) == holds
     before = inside(model, canvas, plan, ("language",))
     with torch.no_grad():
         model.embed.learned[0] += 1  # the first register

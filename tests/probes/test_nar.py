@@ -15,7 +15,7 @@ import torch
 from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.conditions.condition import ClassCondition
-from seriatim.decoding.loop import decode, generate
+from seriatim.decoding.loop import generate
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.target import Target
 from seriatim.embed import TokenEmbed
@@ -36,8 +36,8 @@ VOCAB, WIDTH, CLASSES = 2, 16, 3
 
 
 class Neighbours(Factorization):
-    """Elements of a grid by their distance from the first corner. Slot 0 holds the class and stands before the corner on
-    every axis; role a reads the next element along axis a. An axis of length 1 has no neighbours, so no reader."""
+    """Elements of a grid by their distance from the first corner. Slot 0 holds the class and stands before the corner
+    on every axis; role a reads the next element along axis a. An axis of length 1 has no neighbours, so no reader."""
 
     def order(self, layout, random=None):
         return layout.coord.sum(1)[None]
@@ -68,7 +68,9 @@ def nar(*shape, order=None, **embed):
     backbone = Transformer(TransformerConfig(WIDTH, 2, 2, rope=rope))
     condition = {"class": ClassCondition(CLASSES, WIDTH, ("prefix",))}
     head = CategoricalHead(WIDTH, VOCAB, roles=len(shape))
-    return Model(grid(*shape), order or Neighbours(), TokenEmbed(VOCAB, WIDTH, start=False, **embed), backbone, head, condition)
+    return Model(
+        grid(*shape), order or Neighbours(), TokenEmbed(VOCAB, WIDTH, start=False, **embed), backbone, head, condition
+    )
 
 
 # ---- laws ------------------------------------------------------------------------------------------------------------

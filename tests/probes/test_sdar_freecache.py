@@ -16,14 +16,13 @@ import torch.nn.functional as F
 
 from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
-from seriatim.canvas import Set, Unset
+from seriatim.canvas import Set
 from seriatim.conditions.condition import ClassCondition
 from seriatim.decoding.filters import Warper
 from seriatim.decoding.guess import Guess
-from seriatim.decoding.guidance import Guidance
 from seriatim.decoding.loop import Step, decode, generate
 from seriatim.decoding.policy import FreeCache
-from seriatim.decoding.sample import SampleAll, Select
+from seriatim.decoding.sample import Select
 from seriatim.decoding.target import Target
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.line import Line
@@ -33,8 +32,8 @@ from seriatim.laws.case import Case, randomise
 from seriatim.laws.laws import LAWS, Broken
 from seriatim.layout import line
 from seriatim.model import Model
-from seriatim.plan import MASK, VALUE, OrderError
-from seriatim.random import Forced, Generator, Key, Keyed, enumerate_law
+from seriatim.plan import MASK, OrderError
+from seriatim.random import Forced, Key, Keyed, enumerate_law
 from seriatim.view import two_stream
 
 VOCAB, WIDTH = 2, 16
@@ -55,7 +54,7 @@ def masked(model, x, given, random):
     """A training canvas of SDAR and the weight of each row: one masking rate a row, at least one mask."""
     key = Key(torch.arange(len(x)), 0)
     rate = (1 - 1e-3) * random.uniform((len(x), 1), key) + 1e-3
-    u = random.uniform(x.shape, key).masked_fill(torch.arange(x.shape[1]) < given, 2.0)
+    u = random.uniform(x.shape, key._replace(draw=1)).masked_fill(torch.arange(x.shape[1]) < given, 2.0)
     hidden = (u < rate) | (u == u.amin(1, keepdim=True))
     canvas = model.canvas({"token": x.clone()}, given)
     shown = torch.where(hidden | (u == 2.0), -1, torch.arange(x.shape[1]))
@@ -320,144 +319,45 @@ def test_a_prompt_hidden_in_training_is_found():
 # ---- FreeCache -------------------------------------------------------------------------------------------------------
 
 
-class Recorder(Select):
-    """Confidence picks; remembers what was read of each element when it was decided."""
-
-    def decide(self, canvas, guess, rows, random):
-        step = super().decide(canvas, guess, rows, random)
-        log_p = rows.dist.log_probs()
-        for b, i in (step.edits[0].element >= 0).nonzero().tolist():
-            self.met[int(canvas.row[b]), int(step.edits[0].element[b, i])] = log_p[b, i]
-        return step
-
-
-def run(model, policy, x, known=0, cached=True, threshold=1.0, row=None, **more):
-    """Rows met (samples x elements, vocab) when decoding is forced to x, slots of each forward, and the target."""
-    select = Recorder("confidence", threshold=threshold)
-    select.met = {}
-    target = Target(model, cached=cached, policy=policy, **more)
-    canvas = model.canvas({"token": x.clone()}, known, row=row)
-    slots = [step.slots for step in decode(target, canvas, select, random=Forced(x))]
-    assert torch.equal(canvas.value["token"], x)
-    return torch.stack([select.met[key] for key in sorted(select.met)]), slots, target
-
-
 def text(rows, seed=3):
     return torch.randint(VOCAB, (rows, 8), generator=torch.Generator().manual_seed(seed))
 
 
-KNOWN = torch.arange(8) < torch.tensor([[0], [3], [5]])
+def met(model, policy, known, cached=True, seed=3):
+    """What was read of each element when it was decided, one a step and forced to a text; and slots of each forward."""
+    forced, x = Forced(text(1, seed)), text(1, seed)
+    target, canvas = Target(model, cached=cached, policy=policy), model.canvas({"token": x.clone()}, known)
+    slots = [step.slots for step in decode(target, canvas, Select(threshold=1.0), random=forced)]
+    return torch.stack([forced.met[e] for e in range(known, 8)]), slots
 
 
-@pytest.mark.parametrize("rewrite", [False, True])
-@pytest.mark.parametrize("known", [0, 3, KNOWN], ids=["nothing given", "a prompt", "prompts"])
-def test_with_a_block_as_long_as_the_sample_the_policy_is_exact(known, rewrite):
-    model = randomise(generator(8, AnyOrder()))
-    exact, slots, _ = run(model, None, text(3), known)
-    neutral, same, _ = run(model, FreeCache(8, rewrite), text(3), known)
-    assert torch.allclose(exact, neutral, rtol=0, atol=1e-12)
-    assert slots == same == [8] * len(slots)
-
-
-@pytest.mark.parametrize("known", [0, 3, KNOWN], ids=["nothing given", "a prompt", "prompts"])
+@pytest.mark.parametrize("known", [0, 3, 4])
 def test_where_blocks_see_no_later_ones_rewritten_entries_are_exact_and_others_are_not(known):
     model = randomise(generator(8, Blocks(2, "any")))
-    exact, slots, _ = run(model, None, text(3), known, cached=False)
+    exact, slots = met(model, None, known, cached=False)
     for block in (2, 4):
-        rewritten, fewer, _ = run(model, FreeCache(block, rewrite=True), text(3), known)
+        rewritten, fewer = met(model, FreeCache(block, rewrite=True), known)
         assert torch.allclose(exact, rewritten, rtol=0, atol=1e-9)
         assert sum(fewer) < sum(slots)
-    stale, fewest, _ = run(model, FreeCache(2), text(3), known)
+    stale, fewest = met(model, FreeCache(2), known)
     assert (exact - stale).abs().max() > 1e-3
     assert sum(fewest) < sum(slots)
 
 
-@pytest.mark.parametrize("rewrite", [False, True])
-def test_where_everybody_sees_everybody_the_policy_drifts_once_it_freezes(rewrite):
-    """Rows are exact up to the first frozen block, not after it."""
+def test_where_everybody_sees_everybody_drift_grows_with_what_is_frozen():
+    """Mean total variation from the exact rows, over 12 texts: none at the neutral setting, less where entries are
+    rewritten and where blocks are long."""
     model = randomise(generator(8, AnyOrder()))
-    exact, _, _ = run(model, None, text(1), 2)
-    frozen, slots, _ = run(model, FreeCache(2, rewrite), text(1), 2)
-    assert slots[0] == 8 and slots[1] == 6  # the prompt is a block
-    assert 1e-3 < (exact - frozen).abs().max() < torch.inf
-
-
-@pytest.mark.parametrize("rewrite", [False, True])
-def test_a_forward_computes_what_is_not_frozen(rewrite):
-    """All blocks but the first ones that are finished; to rewrite them costs a forward with them in it."""
-    model, x = randomise(generator(8, AnyOrder())), text(1)
-    canvas = model.canvas({"token": x.clone()}, 1)
-    target, expected, slots = Target(model, policy=FreeCache(2, rewrite)), [8], []
-    for step in decode(target, canvas, Select(threshold=1.0), random=Forced(x)):
-        slots.append(step.slots)
-        expected.append(8 - int(canvas.known[0].long().cumprod(0).sum()) // 2 * 2)
-    if rewrite:
-        expected.insert(0, 8)
-    assert slots == expected[: len(slots)]
-    assert len(set(slots)) > 2
-
-
-def test_a_frozen_element_that_is_unknown_again_is_computed_again():
-    """Then nothing before it is frozen either, and this forward is exact."""
-
-    class TakesBack(Recorder):
-        def decide(self, canvas, guess, rows, random):
-            step = super().decide(canvas, guess, rows, random)
-            self.read.append(rows.dist.log_probs())
-            return Step((*step.edits, Unset(torch.tensor([[0]])))) if len(self.read) == 2 else step
-
-    model, x = randomise(generator(8, AnyOrder())), text(1)
-    rows = []
-    for policy in (None, FreeCache(1)):
-        decider = TakesBack("confidence", threshold=1.0)
-        decider.met, decider.read = {}, []
-        canvas = model.canvas({"token": x.clone()}, torch.tensor([[0, 1, 1, 1, 0, 0, 0, 0]]).bool())
-        canvas.apply([Set(x[:, :1], torch.tensor([[0]]))])
-        slots = [step.slots for step in decode(Target(model, policy=policy), canvas, decider, random=Forced(x))]
-        rows.append(decider.read[2])
-    assert slots[:3] == [8, 4, 8]
-    assert torch.allclose(*rows, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("order", [AnyOrder(), Blocks(2, "any")], ids=["any order", "blocks"])
-@pytest.mark.parametrize("rewrite", [False, True])
-def test_what_is_frozen_of_a_row_does_not_depend_on_its_company(order, rewrite):
-    """Rows with different prompts that decide at different speeds."""
-    model, x = randomise(generator(8, order)), text(3)
-    together, _, _ = run(model, FreeCache(2, rewrite), x, KNOWN, threshold=0.6)
-    alone = [
-        run(model, FreeCache(2, rewrite), x[i : i + 1], KNOWN[i : i + 1], threshold=0.6, row=torch.tensor([i]))[0]
-        for i in range(3)
-    ]
-    assert torch.allclose(together, torch.cat(alone), rtol=0, atol=1e-9)
-
-
-def test_branches_of_guidance_freeze_together():
-    model = randomise(generator(8, Blocks(2, "any"), vector=WIDTH))
-    more = {"condition": {"class": torch.arange(3)}, "guidance": Guidance(1.5)}
-    exact, _, _ = run(model, None, text(3), KNOWN, cached=False, **more)
-    rewritten, _, _ = run(model, FreeCache(2, rewrite=True), text(3), KNOWN, **more)
-    stale, _, _ = run(model, FreeCache(2), text(3), KNOWN, **more)
-    assert torch.allclose(exact, rewritten, rtol=0, atol=1e-9)
-    assert (exact - stale).abs().max() > 1e-3
-
-
-def test_one_target_serves_one_canvas_after_the_other():
-    model = randomise(generator(8, AnyOrder()))
-    target = Target(model, policy=FreeCache(2))
-    strings = [generate(target, model.blank(2), Select(threshold=1.0), random=Keyed(0)).value["token"] for _ in "ab"]
-    assert torch.equal(*strings)
-
-
-def test_what_a_policy_cannot_serve_is_refused():
-    with pytest.raises(ValueError, match="at least 1 element"):
-        FreeCache(0)
-    model = randomise(generator(4, AnyOrder()))
-    with pytest.raises(ValueError, match="needs a cache"):
-        Target(model, cached=False, policy=FreeCache(2))
-    plain = randomise(generator(4, Line(prefix=1)))
-    with pytest.raises(OrderError, match="one slot for each element"):
-        generate(Target(plain, policy=FreeCache(2)), plain.blank(1), SampleAll())
+    policies = [FreeCache(8), FreeCache(4, rewrite=True), FreeCache(4), FreeCache(2, rewrite=True), FreeCache(2)]
+    drift = dict.fromkeys(policies, 0.0)
+    for seed in range(12):
+        exact, _ = met(model, None, 0, seed=seed)
+        for policy in policies:
+            rows, _ = met(model, policy, 0, seed=seed)
+            drift[policy] += float((rows.exp() - exact.exp()).abs().sum(-1).mean()) / 2 / 12
+    assert drift[FreeCache(8)] < 1e-12
+    assert 1e-5 < drift[FreeCache(4, rewrite=True)] < drift[FreeCache(4)] < drift[FreeCache(2)] < 0.2
+    assert 1e-5 < drift[FreeCache(2, rewrite=True)] < drift[FreeCache(2)]
 
 
 # ---- guided diffusion ------------------------------------------------------------------------------------------------

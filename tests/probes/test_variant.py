@@ -28,7 +28,7 @@ DEPTH, SCALES, CLASSES = 4, (1, 1, 2), 3
 
 
 class Supernet(Scales):
-    """Scale k runs `depths[k]` of `total` layers, spread evenly from the first to the last: floor(i (total - 1) / (d - 1))."""
+    """Scale k runs `depths[k]` of `total` layers, evenly from the first to the last: floor(i (total - 1) / (d - 1))."""
 
     def __init__(self, total, depths):
         super().__init__()
@@ -170,8 +170,8 @@ def test_layers_that_no_slot_of_a_step_runs_cost_nothing():
 
 @pytest.mark.parametrize("depths", [(4, 4, 4, 4), (4, 4, 2, 2), (4, 2, 2, 2), (4, 3, 2, 2)], ids=str)
 def test_cache_bytes_follow_the_formula(depths):
-    """After each scale: 2 (keys, values) x heads x head size x 8 bytes for each slot in each layer that it ran. The last
-    scale is never looked at, so it is never kept."""
+    """After each scale: 2 (keys, values) x heads x head size x 8 bytes for each slot in each layer that it ran. The
+    last scale is never looked at, so it is never kept."""
     scales = (1, 2, 3, 4)
     model = variant(depths, scales)
     target = Target(model, {"class": torch.tensor([0, 1])})

@@ -32,6 +32,7 @@ from seriatim.plan import OrderError, Plan
 from seriatim.scan import Scan
 
 TREE = 32  # slots that a tree takes along rather than being scanned before it: two products cost more than one of 32
+OPEN = 256  # slots at the end of a long forward that may still be dropped, so that a prompt leaves little pending
 
 
 @dataclass(frozen=True)
@@ -224,18 +225,28 @@ def _mix(
         y, state = ssd_step(x, dt[:, 0], A, B, C, states[1])
         y = torch.addcmul(y, x, w.D[:, None])
         return _close(c, w, y[:, None], gate), (conv_state, state), None
-    before = (None, None) if states is None else states
-    after = None
-    if tree is not None:
-        x, B, C = _scan_inputs(c, tree_conv(conv_x, w.conv, w.conv_bias, tree.taps, before[0]))
-        y = _scan_tree(c, (x, dt, A, B, C), lane, tree, before[1])
+    conv_before, before = (None, None) if states is None else states
+    if tree is None:
+        conv, conv_after = causal_conv(conv_x, w.conv, w.conv_bias, conv_before, lane)
     else:
-        conv, conv_state = causal_conv(conv_x, w.conv, w.conv_bias, before[0], lane)
-        x, B, C = _scan_inputs(c, conv)
-        y, state = ssd_chunked(x, dt, A, B, C, c.chunk, before[1], lane)
-        after = conv_state, state
-    y = torch.addcmul(y, x, w.D[:, None])
-    return _close(c, w, y, gate), after, None if states is None else Replay(conv_x, x, dt, A, B)
+        conv = tree_conv(conv_x, w.conv, w.conv_bias, tree.taps, conv_before)
+    x, B, C = _scan_inputs(c, conv)
+    settled = 0 if states is None or lane is not None else _settled(c, h.shape[1] if tree is None else tree.trunk)
+    y, middle, after = _scan(c, (x, dt, A, B, C), lane, tree, before, settled)
+    y = _close(c, w, torch.addcmul(y, x, w.D[:, None]), gate)
+    if states is None:
+        return y, None, None
+    activations = Replay(conv_x, x, dt, A, B)
+    if settled and middle is not None:  # copies, so that the rest is let go
+        conv_x, tail = conv_x[:, settled:].clone(), conv_x[:, settled - c.kernel + 1 : settled].mT.clone()
+        x, dt, B = (t[:, settled:].clone() for t in (x, dt, B))
+        activations = Replay(conv_x, x, dt, A, B, settled, (tail, middle))
+    return y, None if after is None or tree is not None else (conv_after, after), activations
+
+
+def _settled(c: MambaConfig, line: int) -> int:
+    """How many first slots of a forward that starts with so many in a line are kept, if any is."""
+    return line - OPEN if line - OPEN >= c.kernel else 0
 
 
 def _scan_inputs(c: MambaConfig, conv: Float[Tensor, "... c"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,17 +257,35 @@ def _scan_inputs(c: MambaConfig, conv: Float[Tensor, "... c"]) -> tuple[Tensor, 
     return x, B, C
 
 
-def _scan_tree(
-    c: MambaConfig, inputs: tuple[Tensor, ...], lane: Tensor | None, tree: _Tree, state: Tensor | None
-) -> Float[Tensor, "b s h p"]:
-    """A long trunk (the prompt before a draft) is scanned; the rest is one product that goes on from its state."""
-    if not tree.trunk:
-        x, dt, A, B, C = inputs
-        return ssd_tree(x, dt, A, B, C, tree.ancestor, state)
-    x, dt, A, B, C = (t if t.dim() == 1 else t[:, : tree.trunk] for t in inputs)
-    y, state = ssd_chunked(x, dt, A, B, C, c.chunk, state, None if lane is None else lane[:, : tree.trunk])
-    x, dt, A, B, C = (t if t.dim() == 1 else t[:, tree.trunk :] for t in inputs)
-    return torch.cat([y, ssd_tree(x, dt, A, B, C, tree.ancestor, state)], 1)
+def _scan(
+    c: MambaConfig,
+    inputs: tuple[Tensor, ...],
+    lane: Int[Tensor, "b s"] | None,
+    tree: _Tree | None,
+    state: Float[Tensor, "b h p n"] | None,
+    settled: int,
+) -> tuple[Float[Tensor, "b s h p"], Tensor | None, Tensor | None]:
+    """Outputs, the state after the first `settled` slots, and that after the last slot in a line.
+
+    A long trunk (the prompt before a draft) is scanned; the tree is one product that goes on from its state.
+    """
+    size = inputs[0].shape[1]
+    trunk = size if tree is None else tree.trunk
+
+    def part(first: int, end: int) -> list[Tensor]:
+        return [t if t.dim() == 1 or (first, end) == (0, size) else t[:, first:end] for t in inputs]
+
+    ys, middle = [], None
+    for first, end in ((0, settled), (settled, trunk)):
+        if first < end:
+            x, dt, A, B, C = part(first, end)
+            y, state = ssd_chunked(x, dt, A, B, C, c.chunk, state, None if lane is None else lane[:, first:end])
+            middle = state if end == settled else middle
+            ys.append(y)
+    if tree is not None:
+        x, dt, A, B, C = part(trunk, size)
+        ys.append(ssd_tree(x, dt, A, B, C, tree.ancestor, state))
+    return ys[0] if len(ys) == 1 else torch.cat(ys, 1), middle, state
 
 
 def _close(

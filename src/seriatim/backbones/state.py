@@ -27,13 +27,18 @@ States = tuple[Tensor, Tensor]  # inputs that the convolution looks back on (b, 
 
 
 class Replay(NamedTuple):
-    """Activations of one layer from which the states after any path follow; see `ssd.replay`."""
+    """Activations of one layer from which the states after any path follow; see `ssd.replay`.
+
+    Those of the first `settled` slots are gone, in their place stand the states `before` the others.
+    """
 
     conv_x: Float[Tensor, "b s c"]
     x: Float[Tensor, "b s h p"]
     dt: Float[Tensor, "b s h"]
     A: Float[Tensor, "h"]
     B: Float[Tensor, "b s g n"]
+    settled: int = 0
+    before: States | None = None
 
 
 class StateCache:
@@ -59,6 +64,8 @@ class StateCache:
 
         `dtype` is that of the weights; states are float32 at least. `kind` names the layers' view in plans.
         """
+        if batch < 1:
+            raise ValueError(f"a cache needs at least one row, got {batch}")
         wide = torch.promote_types(dtype, torch.float32)
         zeros = torch.zeros(layers, batch, *conv, dtype=dtype, device=device)
         self.kind = kind
@@ -142,8 +149,11 @@ class StateCache:
     # ---- commit ------------------------------------------------------------------------------------------------------
 
     def commit(self, keep: Keep, plan: Plan) -> None:
-        """Keep a path of pending slots: the first n, a list of slots, or (batch, m) padded with -1. Padding among
-        them is left out. Raises ValueError where the slots are no path."""
+        """Keep a path of pending slots: the first n, a list of slots, or (batch, m) padded with -1. Padding among them
+        is left out.
+
+        Raises ValueError where the slots are no path, or too few of a long forward (`Replay.settled`).
+        """
         scan, size = self._scan, plan.size if self._replay else 0
         after = [a for a in self._after if a is not None]
         if scan is CHAIN and isinstance(keep, int) and keep == size > 0:  # plain generation: no tensors
@@ -185,23 +195,19 @@ class StateCache:
         return path
 
     def _keep(self, path: Int[Tensor, "#b m"], after: list[States], plan: Plan) -> None:
-        count = (path >= 0).sum(1)
-        scan = self._scan
-        assert scan is not None
-        live = torch.tensor([plan.size]) if scan.lane is None else (scan.lane >= 0).sum(1)
-        all_or_none = (count == live) | (count == 0)
-        if bool((count == 0).all()):
+        scan, count = self._scan, (path >= 0).sum(1)
+        if scan is None or bool((count == 0).all()):
             return
-        if after and bool(all_or_none.all()):
-            self._take(after, (count > 0).expand(self.batch))
-        else:
-            self._replay_path(path)
+        live = torch.tensor([plan.size]) if scan.lane is None else (scan.lane >= 0).sum(1)
+        if not after or bool(((count != live) & (count != 0)).any()):
+            after = self._replayed(path, count, plan.size)
+        self._take(after, (count > 0).expand(self.batch))
         self._count = _one_number((torch.as_tensor(self._count) + count).expand(self.batch))
         if plan.run is None or self._bounds is not None:
             self._note(path, plan)
 
     def _take(self, after: list[States], rows: Bool[Tensor, "b"]) -> None:
-        """The states that the scan ended in, for these rows."""
+        """New states for these rows."""
         if not bool(rows.all()):
             here = rows.to(self.device)
             conv, state = here[:, None, None], here[:, None, None, None]
@@ -212,19 +218,26 @@ class StateCache:
             ]
         self.states = after
 
-    def _replay_path(self, path: Int[Tensor, "#b m"]) -> None:
-        """All layers at once, folded into the batch."""
-        layers, batch = len(self.states), self.batch
+    def _replayed(self, path: Int[Tensor, "#b m"], count: Int[Tensor, "#b"], size: int) -> list[States]:
+        """The states after a path: all layers at once, folded into the batch."""
         pending = [r for r in self._replay if r is not None]
-        conv_x, x, dt, A, B = (torch.stack(part) for part in zip(*pending, strict=True))
-        conv, state = (torch.stack(part).flatten(0, 1) for part in zip(*self.states, strict=True))
-        path = path.to(self.device)
-        path = path if path.shape[0] == 1 else path.repeat(layers, 1)
-        rates = A.repeat_interleave(batch, 0)[:, None]
-        conv, state = replay(
-            conv_x.flatten(0, 1), x.flatten(0, 1), dt.flatten(0, 1), rates, B.flatten(0, 1), path, conv, state
+        settled = pending[0].settled
+        if bool(((count > 0) & (count < settled)).any()):
+            raise ValueError(
+                f"of a forward of {size} slots a state keeps all, nothing, or all but some of the last "
+                f"{size - settled}; {int(count[count > 0].min())} were to be kept"
+            )
+        layers = len(pending)
+        states = [old if r.before is None else r.before for old, r in zip(self.states, pending, strict=True)]
+        conv, state = (torch.stack(part).flatten(0, 1) for part in zip(*states, strict=True))
+        conv_x, x, dt, B = (
+            torch.stack([getattr(r, name) for r in pending]).flatten(0, 1) for name in ("conv_x", "x", "dt", "B")
         )
-        self.states = list(zip(conv.unflatten(0, (layers, -1)), state.unflatten(0, (layers, -1)), strict=True))
+        rates = torch.stack([r.A for r in pending]).repeat_interleave(self.batch, 0)[:, None]
+        path = torch.where(path < 0, -1, path - settled)[:, settled:].to(self.device)
+        path = path if path.shape[0] == 1 else path.repeat(layers, 1)
+        conv, state = replay(conv_x, x, dt, rates, B, path, conv, state)
+        return list(zip(conv.unflatten(0, (layers, -1)), state.unflatten(0, (layers, -1)), strict=True))
 
     def _note(self, path: Int[Tensor, "#b m"], plan: Plan) -> None:
         """Remember when the last of the committed slots was born and the first of them dies."""
@@ -264,7 +277,8 @@ class StateCache:
         fresh, at = fresh.cpu(), at.cpu()
         count = torch.as_tensor(self._count).expand(self.batch)[at].masked_fill(fresh, 0)
         if self._bounds is not None:
-            self._bounds = tuple(x.expand(self.batch)[at] for x in self._bounds)  # type: ignore[assignment]
+            born, dies = (x.expand(self.batch)[at] for x in self._bounds)
+            self._bounds = born.masked_fill(fresh, -INF), dies.masked_fill(fresh, INF)
         self.states, self._count = picked, _one_number(count)
         self._scan, self._after, self._replay = None, [], []
 

@@ -41,9 +41,7 @@ class Warper:
     @property
     def neutral(self) -> bool:
         """Changes nothing."""
-        return self.temperature == 1 and all(
-            x is None for x in (self.top_k, self.top_p, self.min_p, self.typical)
-        )
+        return self.temperature == 1 and all(x is None for x in (self.top_k, self.top_p, self.min_p, self.typical))
 
     def __call__(self, dist: Any) -> Any:
         """The filtered distribution; others than `Categorical` say themselves what temperature and filters mean."""

@@ -28,7 +28,7 @@ class SolverStep:
             raise ValueError("SolverStep verifies nothing: use a verifier as decider, or no proposer")
         dist = rows.dist
         if not hasattr(dist, "towards"):
-            raise TypeError(f"{type(dist).__name__} cannot be denoised in place; use a head that predicts noise in place")
+            raise TypeError(f"{type(dist).__name__} cannot be denoised in place: that needs an InPlaceHead")
         element = torch.as_tensor(rows.element).expand(canvas.batch, -1)
         grid = dist.path.levels(self.steps).to(dist.level)
         below = grid < dist.level[..., None] - 1e-6  # levels are kept in single precision

@@ -163,21 +163,21 @@ class Target:
         return dist, element, h, slot
 
     def commit(self, keep: Keep | None, plan: Plan, repeats: bool = False) -> None:
-        """Keep pending entries: what the decider names, or (None) what the plan says is worth keeping. Of a
-        step that is going to be repeated (denoising) that is what stays the same, and it drops nothing yet."""
+        """Keep pending entries: what the decider names, or (None) what the plan says is worth keeping. Of a step that is
+        going to be repeated (denoising) that is what stays the same, and it drops nothing yet."""
         cache = self.cache
         if cache is None or self.memory is not None:
             return  # a policy keeps what it likes at the next step, when it is known what was decided
         if repeats and keep is None and plan.fixed is not None:
-            keep = plan.fixed
+            keep = _plain_keep(plan.fixed)
         if self.branches:
             if isinstance(keep, Tensor):
                 keep = self._times(keep)
             if self._repeated is not None and self._repeated[0] is plan:
                 plan = self._repeated[1]
         if keep is None:
-            keep = plan.size if plan.kept is None else plan.kept
-        cache.commit(_plain_keep(keep) if isinstance(keep, Tensor) else keep, plan)
+            keep = plan.size if plan.kept is None else _plain_keep(plan.kept)
+        cache.commit(keep, plan)
         if plan.retain is not None and not repeats:
             cache.evict(plan.retain)
 

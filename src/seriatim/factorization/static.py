@@ -57,7 +57,9 @@ class Blocks(Factorization):
 
     def __init__(self, size: int, inside: str = "parallel", source: int = MASK):
         if size < 1 or inside not in ("parallel", "any") or source not in (MASK, NOISE):
-            raise ValueError(f"blocks have a positive size and are decided 'parallel' or in 'any' order; got {size}, {inside!r}")
+            raise ValueError(
+                f"blocks have a positive size and are decided 'parallel' or in 'any' order; got {size}, {inside!r}"
+            )
         self.size, self.inside, self.source = size, inside, source
         self.likelihood = "exact" if inside == "parallel" and source == MASK else "bound"
 
@@ -116,7 +118,8 @@ class Blocks(Factorization):
 class AnyOrder(Factorization):
     """Unknown elements as masks among the known ones, everybody sees everybody: masked generation, any order.
 
-    No single pass scores a sample; a forward reads all unknown elements. Its likelihood is a bound (the mean over orders).
+    No single pass scores a sample; a forward reads all unknown elements. Its likelihood is a bound (the mean over
+    orders).
     """
 
     likelihood = "bound"

@@ -27,8 +27,8 @@ Feed = Literal["sum", "last"]
 
 
 class Depthwise(FromStates):
-    """The joint distribution of D codes an element. The j-th draw of an element is its code j; branches are mixed, and filters
-    applied, at every depth."""
+    """The joint distribution of D codes an element. The j-th draw of an element is its code j. Branches are mixed, and
+    filters applied, at every depth."""
 
     __slots__ = ()
 

@@ -32,7 +32,8 @@ class DiffusionConfig:
     hidden, blocks: the MLP; train_steps: length of the process; steps: how many of them sampling visits; draws: of
     noise a value in training; sampler: "ddpm" (ancestral) or "ddim" (Song et al. 2021, arXiv 2010.02502: no noise but
     the first); learned_variance: the MLP also places the variance of each ddpm step between its bounds (else it is the
-    larger one).
+    larger one); clip: bound the numbers of the value that each step predicts, as Ho et al. 2020 do for pixels: where
+    nearly all is noise, a network that was not trained for long errs by far more than values are large.
     """
 
     hidden: int = 1024
@@ -42,12 +43,15 @@ class DiffusionConfig:
     draws: int = 4
     sampler: Literal["ddpm", "ddim"] = "ddpm"
     learned_variance: bool = True
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         if self.sampler not in ("ddpm", "ddim"):
             raise ValueError(f"a diffusion head samples by 'ddpm' or 'ddim', not {self.sampler!r}")
         if not 1 <= self.steps <= self.train_steps:
             raise ValueError(f"sampling visits 1 to {self.train_steps} (train_steps) steps, got {self.steps}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"values are clipped at a positive size, got {self.clip}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +105,9 @@ class Diffusion(Continuous):
             said = net(x.to(state).expand(len(self.weights), -1, -1, -1), state + clock[i]).to(x.dtype)
             eps = self.combine(said[..., : head.dim])
             signal, before, beta = float(p.signal[i]), float(p.before[i]), float(p.beta[i])
+            if c.clip is not None:
+                value = (x - math.sqrt(1 - signal) * eps) / math.sqrt(signal)
+                eps = (x - math.sqrt(signal) * value.clamp(-c.clip, c.clip)) / math.sqrt(1 - signal)
             grow = math.sqrt(before / signal)
             if c.sampler == "ddim":
                 x = grow * x + (math.sqrt(1 - before) - grow * math.sqrt(1 - signal)) * eps

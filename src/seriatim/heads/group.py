@@ -8,6 +8,7 @@ its own order; groups may end early, by a stop id. A group of known length and o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from jaxtyping import Float, Int
@@ -17,14 +18,15 @@ from seriatim.canvas import Canvas, Truncate
 from seriatim.decoding.loop import generate
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.target import Target
+from seriatim.heads.dist import FromStates, drawn
 from seriatim.model import Model
 from seriatim.plan import Reads
-from seriatim.random import VALUE, Key, Random, numbered
+from seriatim.random import Key, Random
 
 
 class Inside:
     """The randomness of a model inside a head: its rows are the read-outs of the model outside, its elements their
-    draws. Element j of a group is draw `numbered(VALUE, index=j)` after that of the key."""
+    draws."""
 
     def __init__(self, random: Random, key: Key, batch: int, reads: int):
         element = torch.arange(key.element, key.element + reads) if isinstance(key.element, int) else key.element
@@ -41,8 +43,8 @@ class Inside:
             if bool(((here >= 0) & (here != number)).any()):
                 raise ValueError("groups are decided side by side: all rows of a step read the same place")
             element = torch.where(here >= 0, self.key.element, -1)
-            draw = self.key.draw + numbered(VALUE, index=max(number, 0))
-            x = self.random.categorical(logits[:, j].view(*element.shape, -1), self.key._replace(element=element, draw=draw))
+            outside = drawn(self.key, max(number, 0))._replace(element=element)
+            x = self.random.categorical(logits[:, j].view(*element.shape, -1), outside)
             columns.append(x.view(rows))
         return torch.stack(columns, 1)
 
@@ -56,19 +58,18 @@ class Inside:
         raise TypeError("the model inside a head is sampled id by id, without normal numbers")
 
 
-class Group:
-    """The joint distribution of a group of ids at each read-out."""
+class Group(FromStates):
+    """The joint distribution of a group of ids at each read-out. The j-th draw of an element is id j of its group;
+    temperature and filters apply to every id."""
 
-    __slots__ = ("head", "states")
-
-    def __init__(self, head: GroupHead, states: Float[Tensor, "b m d"]):
-        self.head, self.states = head, states
+    __slots__ = ()
 
     def sample(self, random: Random, key: Key) -> Int[Tensor, "b m n"]:
         """Ids behind the stop id are 0."""
-        head, (b, m, _) = self.head, self.states.shape
+        head: GroupHead = self.head
+        _, b, m, _ = self.states.shape
         canvas = head.model.blank(b * m)
-        target = Target(head.model, head.raw(self.states))
+        target = Target(head.model, head.raw(self.states[0]), warp=self.warper)
         generate(target, canvas, SampleAll(head.stops), random=Inside(random, key, b, m))
         return torch.where(canvas.known, canvas.value[head.kind], 0).view(b, m, -1)
 
@@ -78,20 +79,24 @@ class Group:
 
     def log_probs(self, x: Int[Tensor, "b m n"]) -> Float[Tensor, "b m n"]:
         """Log-probability of each id given what the order puts before it; 0 behind the stop id. Nats."""
-        head, (b, m, _) = self.head, self.states.shape
+        head: GroupHead = self.head
+        _, b, m, _ = self.states.shape
         if tuple(x.shape) != (b, m, *head.value_shape):
             raise ValueError(f"values are ({b}, {m}, {head.value_shape[0]}) ids, got {tuple(x.shape)}")
-        canvas = head.finished(x.flatten(0, 1))
-        return -head.model.losses(canvas, head.raw(self.states), strict=True).view(x.shape)
+        model, ids = head.model, x.flatten(0, 1)
+        canvas = head.finished(ids)
+        plan = model.factorization.packed(canvas)
+        assert plan is not None
+        h = model.hidden(plan, canvas, None, model.encode(head.raw(self.states[0])))
+        dist, read, _ = model.dist(h, plan, canvas)
+        dist = dist if self.warper is None else self.warper(dist)
+        element = torch.as_tensor(read).expand(len(ids), -1).to(h.device)
+        live, element = element >= 0, element.clamp(min=0)
+        terms = dist.log_prob(ids.to(h.device).gather(1, element)).masked_fill(~live, 0.0)
+        return terms.new_zeros(ids.shape).scatter_add(1, element, terms).view(x.shape)
 
-    def mix(self, others: Sequence[Group], weights: Sequence[float]) -> Group:
-        raise TypeError(
-            "a group head has no mixture: guide the model inside it, or use a depth-wise head, which mixes id by id"
-        )
-
-    def take(self, index: Int[Tensor, "b m"]) -> Group:
-        b, _, d = self.states.shape
-        return Group(self.head, self.states.gather(1, index.clamp(min=0).expand(b, -1)[..., None].expand(-1, -1, d)))
+    def mix(self, others: Sequence[Self], weights: Sequence[float | Tensor]) -> Self:
+        raise TypeError("groups have no mixture: guide by a depth-wise head, whose branches are mixed at every id")
 
 
 class GroupHead(nn.Module):
@@ -113,7 +118,12 @@ class GroupHead(nn.Module):
                 f"{', '.join(kinds)} and {', '.join(model.conditions) or 'no condition'}"
             )
         if model.factorization.likelihood != "exact":
-            raise ValueError(f"{type(model.factorization).__name__} has no exact likelihood: it cannot be a head's order")
+            name = type(model.factorization).__name__
+            raise ValueError(f"{name} has no exact likelihood, so it cannot be the order inside a head")
+        if not getattr(model.heads[kinds[0]], "exact", False):
+            raise ValueError(
+                f"{type(model.heads[kinds[0]]).__name__} has no log_prob: it cannot be the head inside a head"
+            )
         self.model, self.kind = model, kinds[0]
         self.vocab: int = model.heads[self.kind].vocab  # type: ignore[assignment]
         if stop is not None and not 0 <= stop < self.vocab:
@@ -137,7 +147,7 @@ class GroupHead(nn.Module):
         return canvas
 
     def dist(self, h: Float[Tensor, "b m d"], reads: Reads | None, canvas: Canvas) -> Group:
-        return Group(self, h)
+        return Group(self, h[None])
 
     def loss(
         self,
@@ -148,4 +158,4 @@ class GroupHead(nn.Module):
         key: Key | None = None,
     ) -> Float[Tensor, "b m"]:
         """Cross-entropy of a whole group (the sum over its ids, its stop id included) in nats."""
-        return -Group(self, h).log_prob(value)
+        return -Group(self, h[None]).log_prob(value)

@@ -87,5 +87,5 @@ def enumerate_rows(run: Callable[[Paths, int], Sequence[Hashable]], batch: int =
             parts.setdefault(outcome, []).append(random.weight[row])
             taken = [i for i, _ in random.branch[row]]
             for depth in range(len(paths[row]), len(taken)):
-                waiting += [taken[:depth] + [other] for other in range(1, random.branch[row][depth][1])]
+                waiting += [[*taken[:depth], other] for other in range(1, random.branch[row][depth][1])]
     return {outcome: math.fsum(weights) for outcome, weights in parts.items()}

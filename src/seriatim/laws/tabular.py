@@ -7,6 +7,7 @@ key-value cache, and any slip in a mask, a position or the cache gives other num
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -24,10 +25,10 @@ from seriatim.embed import gather_values
 from seriatim.factorization.base import Factorization
 from seriatim.factorization.line import LinePlan
 from seriatim.heads.categorical import CategoricalHead
+from seriatim.laws.enumeration import Paths, enumerate_rows
 from seriatim.layout import Layout
 from seriatim.model import Model
 from seriatim.plan import VALUE, Plan, Reads
-from seriatim.laws.enumeration import Paths, enumerate_rows
 from seriatim.random import mix
 
 Law = dict[tuple[int, ...], float]
@@ -115,9 +116,9 @@ def tabular(layout: Layout, factorization: Factorization, vocab: int, seed: int 
 
 def true_law(model: Model, length: int, warp: Warper | None = None) -> Law:
     """The law of the first `length` tokens of a line by the packed form: every sequence scored in one pass."""
-    vocab, size = model.heads["token"].vocab, model.layout.size
-    heads = torch.cartesian_prod(*[torch.arange(vocab)] * length).reshape(-1, length)
-    value = F.pad(heads, (0, size - length))
+    values = range(model.heads["token"].vocab)  # type: ignore[arg-type]
+    heads = torch.tensor(list(itertools.product(values, repeat=length)))
+    value = F.pad(heads, (0, model.layout.size - length))
     canvas = model.canvas({"token": value})
     plan = model.factorization.packed(canvas)
     assert plan is not None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from seriatim.canvas import Canvas
 from seriatim.model import Model
+from seriatim.random import Generator
 
 Draw = Callable[[int, torch.Generator], tuple[Canvas, Mapping[str, Tensor] | None]]
 Progress = Callable[[int, int, Mapping[str, float]], None]
@@ -86,8 +87,10 @@ def mean_loss(model: Model, draw: Draw, recipe: Recipe, generator: torch.Generat
     canvas, condition = draw(recipe.batch, generator)
     drop = torch.rand(canvas.batch, generator=generator) < recipe.drop if recipe.drop else None
     device = model.device.type
+    random = Generator()
+    random.generator = generator  # one state for everything that is drawn
     with torch.autocast(device, torch.bfloat16, enabled=recipe.bf16):
-        losses = model.losses(canvas, condition, drop)
+        losses = model.losses(canvas, condition, drop, random=random)
     count = (canvas.rank >= 0).sum() if canvas.length is None else losses.numel() - canvas.batch * canvas.given_length
     return losses.sum() / count
 
