@@ -22,6 +22,7 @@ _WHERE = {
     "factorization.line": ("Line",),
     "factorization.static": ("Scales", "Blocks", "AnyOrder"),
     "backbones.transformer": ("Transformer", "TransformerConfig"),
+    "backbones.mamba": ("Mamba", "MambaConfig"),
     "backbones.rope": ("RoPE",),
     "heads.dist": ("Categorical",),
     "heads.categorical": ("CategoricalHead",),

@@ -304,9 +304,9 @@ def _at_readers(per_element: Float[Tensor, "b E d"], plan: Plan, canvas: Canvas,
     if count != canvas.layout.size:
         raise ValueError(f"a condition per element has {count} elements, the canvas has {canvas.layout.size}")
     reads = plan.reads if plan.readers is None else plan.readers
+    # a draft may reach beyond the end, where whatever stands is read by nobody
     slot, where = reads.slot, reads.element.clamp(min=0, max=count - 1).expand(batch, -1)
-    live = (slot >= 0) & (reads.element >= 0) & (reads.element < count)  # a draft may reach beyond the end
-    live = (live & (canvas.rank.gather(1, where) >= 0)).to(x.device)
+    live = ((slot >= 0) & (reads.element >= 0) & (canvas.rank.gather(1, where) >= 0)).to(x.device)
     slot, where = slot.to(x.device), where.to(x.device)
     value = per_element.gather(1, where[..., None].expand(-1, -1, width)) * live[..., None]
     index = slot.clamp(min=0).expand(batch, -1)[..., None].expand_as(value)

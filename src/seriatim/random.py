@@ -20,18 +20,21 @@ T = TypeVar("T")
 
 class Key(NamedTuple):
     """What is drawn: rows (batch,), elements (batch or 1, n; -1: nothing is drawn) or the first of a run, and which
-    draw of that element: one number, or one for each of the n. Draw 0 is the value itself in plain sampling; the
+    draw of that element: one number, or one for each (batch or 1, n). Draw 0 is the value itself in plain sampling; the
     numbers of all others come from `numbered`, so that no noise is used twice."""
 
     row: Int[Tensor, "b"]
     element: Int[Tensor, "b n"] | int
-    draw: int | Int[Tensor, "n"] = 0
+    draw: int | Int[Tensor, "b n"] = 0
 
 
 VALUE, COIN, DRAFT, ORDER = 0, 1, 2, 3  # what a draw is for
 
 
-def numbered(purpose: int, turn: int = 0, index: int = 0) -> int:
+N = TypeVar("N", int, Tensor)
+
+
+def numbered(purpose: int, turn: N, index: int = 0) -> N:
     """The number of a draw of an element: what for, in which turn of the decoder at this element (how far a draft is
     ahead of what is known, the step of a masked decoder), and which of several (up to 4096) in that turn."""
     return purpose + 4 * (index + 4096 * turn)

@@ -19,7 +19,7 @@ from seriatim.layout import line
 from seriatim.model import Model
 from seriatim.random import Keyed
 
-VOCAB, WIDTH, STOP, LIMIT = 4, 16, 3, 9
+VOCAB, WIDTH, STOP, LIMIT = 4, 16, 3, 5
 
 
 def model():

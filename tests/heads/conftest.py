@@ -15,7 +15,7 @@ class ForcedCodes:
     """`Forced` for values of several codes (b, E, D): the j-th draw of an element is its code j."""
 
     def __init__(self, value: Tensor):
-        self.depth = {numbered(VALUE, index=j): Forced(value[..., j]) for j in range(value.shape[-1])}
+        self.depth = {numbered(VALUE, 0, j): Forced(value[..., j]) for j in range(value.shape[-1])}
 
     def categorical(self, logits: Tensor, key: Key) -> Tensor:
         return self.depth[int(key.draw)].categorical(logits, key)
@@ -30,7 +30,7 @@ class Prepared:
 
     def __init__(self, unit: Tensor | None = None, normal: dict[int, Tensor] | None = None):
         self.unit = unit
-        self.prepared = {numbered(VALUE, index=i): x for i, x in (normal or {}).items()}
+        self.prepared = {numbered(VALUE, 0, i): x for i, x in (normal or {}).items()}
 
     def uniform(self, shape, key: Key, device="cpu") -> Tensor:
         assert self.unit is not None

@@ -157,6 +157,22 @@ def test_one_code_is_a_categorical_with_the_same_logits(forced_codes):
     assert torch.equal(y[..., 0], warp(flat[0]).sample(Keyed(4), key()))
 
 
+@pytest.mark.parametrize("feed", ["sum", "last"])
+@torch.no_grad()
+def test_a_slot_carries_the_hidden_state_or_the_codes_above_it(feed):
+    """All of them added up (a residual quantizer's partial reconstruction), or the last; and its place."""
+    head, x = head_of(4, feed), codes(4)
+    got = head.feed(head.state(states())[None], x, slice(0, 4))[0]
+    for b, m in itertools.product(range(2), range(3)):
+        vectors = [head.table[i, x[b, m, i]] for i in range(3)]
+        torch.testing.assert_close(got[b, m, 0], head.state(states()[b, m]) + head.place[0])
+        for j in range(1, 4):
+            want = sum(vectors[:j]) if feed == "sum" else vectors[j - 1]
+            torch.testing.assert_close(got[b, m, j], want + head.place[j])
+            alone = head.feed(head.state(states())[None], x, slice(j, j + 1))[0]
+            torch.testing.assert_close(alone[b, m, 0], got[b, m, j])
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 

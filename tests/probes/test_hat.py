@@ -143,7 +143,7 @@ class ForcedBytes(Forced):
     """A given text, byte by byte: byte j of a word is draw j of its element."""
 
     def categorical(self, logits, key):
-        one = Forced(self.value[..., key.draw // numbered(0, index=1)])
+        one = Forced(self.value[..., key.draw // numbered(0, 0, 1)])
         x = one.categorical(logits, key)
         self.log_prob += one.log_prob
         return x

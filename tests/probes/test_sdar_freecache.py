@@ -87,15 +87,20 @@ class Guided:
 BOUND = {1: "decided in any order inside a block", 2: "decided in any order inside a block"}
 
 
-def case(order=None, given=0, size=3):
-    model = randomise(generator(6, order or Blocks(size, "any")))
-    return Case(model, VOCAB, given, decider=lambda: Select("confidence", threshold=1.0), exempt=BOUND)
+def case(order=None, given=0, rule="confidence"):
+    model = randomise(generator(6, order or Blocks(3, "any")))
+    return Case(model, VOCAB, given, decider=lambda: Select(rule, threshold=1.0), exempt=BOUND)
 
 
 @pytest.mark.parametrize("given", [0, 2])
-@pytest.mark.parametrize("number", [1, 3, 5, 6, 9, 10, 11])
+@pytest.mark.parametrize("number", [1, 3, 5, 6, 9, 10])
 def test_law(number, given):
     LAWS[number][1](case(given=given))
+
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_law_11_a_sample_is_taken_up_again_inside_a_block(given):
+    LAWS[11][1](case(given=given, rule="margin"))
 
 
 def shown(model, x, element):
@@ -234,7 +239,7 @@ def test_cached_blocks_equal_recomputation(select, prompts):
         forced = Forced(x)
         canvas = model.canvas({"token": torch.where(known, x, 0)}, known)
         generate(Target(model, cached=cached), canvas, replace(select), random=forced)
-        met.append(torch.stack([forced.met[e] for e in range(max(prompts), 8)]))
+        met.append(forced.log_prob)
         canvas = model.canvas({"token": torch.where(known, x, 0)}, known)
         target = Target(model, cached=cached, warp=Warper(temperature=0))
         texts.append(generate(target, canvas, replace(select)).value["token"])
@@ -345,16 +350,16 @@ def test_where_blocks_see_no_later_ones_rewritten_entries_are_exact_and_others_a
 
 
 def test_where_everybody_sees_everybody_drift_grows_with_what_is_frozen():
-    """Mean total variation from the exact rows, over 12 texts: none at the neutral setting, less where entries are
+    """Mean total variation from the exact rows, over 6 texts: none at the neutral setting, less where entries are
     rewritten and where blocks are long."""
     model = randomise(generator(8, AnyOrder()))
     policies = [FreeCache(8), FreeCache(4, rewrite=True), FreeCache(4), FreeCache(2, rewrite=True), FreeCache(2)]
     drift = dict.fromkeys(policies, 0.0)
-    for seed in range(12):
+    for seed in range(6):
         exact, _ = met(model, None, 0, seed=seed)
         for policy in policies:
             rows, _ = met(model, policy, 0, seed=seed)
-            drift[policy] += float((rows.exp() - exact.exp()).abs().sum(-1).mean()) / 2 / 12
+            drift[policy] += float((rows.exp() - exact.exp()).abs().sum(-1).mean()) / 2 / 6
     assert drift[FreeCache(8)] < 1e-12
     assert 1e-5 < drift[FreeCache(4, rewrite=True)] < drift[FreeCache(4)] < drift[FreeCache(2)] < 0.2
     assert 1e-5 < drift[FreeCache(2, rewrite=True)] < drift[FreeCache(2)]

@@ -241,11 +241,14 @@ def _mix(
         conv_x, tail = conv_x[:, settled:].clone(), conv_x[:, settled - c.kernel + 1 : settled].mT.clone()
         x, dt, B = (t[:, settled:].clone() for t in (x, dt, B))
         activations = Replay(conv_x, x, dt, A, B, settled, (tail, middle))
-    return y, None if after is None or tree is not None else (conv_after, after), activations
+    return y, None if tree is not None or after is None else (conv_after, after), activations
 
 
 def _settled(c: MambaConfig, line: int) -> int:
-    """How many first slots of a forward that starts with so many in a line are kept, if any is."""
+    """How many first slots of a forward that starts with so many in a line are kept, if any is; enough for a window.
+
+    Not asked where rows have padding: what one of them may still drop can stand anywhere.
+    """
     return line - OPEN if line - OPEN >= c.kernel else 0
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seriatim.canvas import Canvas
-from seriatim.decoding.guess import Guess, branching, depths, room
+from seriatim.decoding.guess import Guess, branching, depths, moved, room
 from seriatim.decoding.loop import Step
 from seriatim.decoding.target import Target
 from seriatim.heads.dist import Categorical
@@ -46,12 +46,12 @@ class DraftModel:
             raise ValueError(f"a draft tree is listed depth by depth, got parents {parent} at depths {depth}")
         self.draft, self.parent, self.siblings = draft, parent, siblings
         self._canvas: Canvas | None = None
-        self._batch = 0
+        self._row = torch.zeros(0, dtype=torch.long)
 
     def propose(self, canvas: Canvas, target: Target, random: Random) -> Guess | None:
         if canvas is not self._canvas:
-            self._canvas, self.draft.cache = canvas, None
-        self._batch = canvas.batch
+            self._canvas, self._row = canvas, canvas.row
+        self._follow(canvas, moved(self._row, canvas.row))
         left = torch.tensor(room(canvas))[:, None]
         depth = depths(self.parent)
         size = sum(d < int(left.max()) for d in depth)
@@ -72,8 +72,13 @@ class DraftModel:
         return Guess(value, None if chain else parent, q, self.siblings)
 
     def observe(self, canvas: Canvas, rows: Rows, step: Step) -> None:
-        if step.select is not None and self.draft.cache is not None:
-            self.draft.select(step.select, self._batch)
+        self._follow(canvas, step.select)
+
+    def _follow(self, canvas: Canvas, rows: Int[Tensor, "b"] | None) -> None:
+        """Rows were copied, dropped or admitted."""
+        if rows is not None:
+            self.draft.select(rows, len(self._row))
+            self._row = canvas.row
 
     def _behind(self, canvas: Canvas, drafted: Int[Tensor, "b n"], nodes: Sequence[int]) -> Float[Tensor, "b m v"]:
         """Log-probabilities of what follows each of these nodes (-1: the last known element)."""
@@ -140,22 +145,28 @@ class NGram:
         self.length, self.sizes = length, tuple(sorted(sizes, reverse=True))
         self.earliest, self.whole = earliest, whole
         self._canvas: Canvas | None = None
+        self._row = torch.zeros(0, dtype=torch.long)
         self._text: list[list[int]] = []
         self._index: list[dict[tuple[int, ...], int]] = []  # n-gram -> where what followed it stands
 
     def propose(self, canvas: Canvas, target: Target, random: Random) -> Guess | None:
         if canvas is not self._canvas:
-            self._canvas = canvas
-            self._text, self._index = [[] for _ in range(canvas.batch)], [{} for _ in range(canvas.batch)]
+            self._canvas, self._row = canvas, canvas.row[:0]
+        self._follow(canvas, moved(self._row, canvas.row))
         drafts = [self._draft(row, canvas, left - 1) for row, left in enumerate(room(canvas))]
         width = max(len(d) for d in drafts)
         return Guess(torch.tensor([d + [-1] * (width - len(d)) for d in drafts])) if width else None
 
     def observe(self, canvas: Canvas, rows: Rows, step: Step) -> None:
-        if step.select is not None:
-            kept = step.select.tolist()
-            self._text = [list(self._text[r]) for r in kept]
-            self._index = [dict(self._index[r]) for r in kept]
+        self._follow(canvas, step.select)
+
+    def _follow(self, canvas: Canvas, rows: Int[Tensor, "b"] | None) -> None:
+        """Rows were copied, dropped or admitted."""
+        if rows is not None:
+            old = rows.tolist()
+            self._text = [list(self._text[r]) if r >= 0 else [] for r in old]
+            self._index = [dict(self._index[r]) if r >= 0 else {} for r in old]
+            self._row = canvas.row
 
     def _draft(self, row: int, canvas: Canvas, most: int) -> list[int]:
         text, index = self._text[row], self._index[row]

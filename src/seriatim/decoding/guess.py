@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from seriatim.canvas import UNKNOWN, Canvas
+from seriatim.canvas import Canvas
 from seriatim.heads.dist import Categorical
 
 
@@ -96,4 +96,12 @@ def room(canvas: Canvas) -> list[int]:
     """How many elements each row of a line has still to decide. A draft is worth one less: the verifier adds one."""
     if canvas.length is not None:
         return [canvas.layout.size - canvas.length] * canvas.batch
-    return (canvas.status == UNKNOWN).sum(1).tolist()
+    return canvas.open.sum(1).tolist()
+
+
+def moved(before: Int[Tensor, "b"], now: Int[Tensor, "b2"]) -> Int[Tensor, "b2"] | None:
+    """Where the rows of a batch, known by their names (`Canvas.row`), stood before; -1: it is new. None: as before."""
+    if before is now or torch.equal(before, now):
+        return None
+    where = {row: i for i, row in reversed(list(enumerate(before.tolist())))}
+    return torch.tensor([where.get(row, -1) for row in now.tolist()])

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seriatim.canvas import Canvas
-from seriatim.decoding.guess import Guess, room
+from seriatim.decoding.guess import Guess, moved, room
 from seriatim.decoding.loop import Step
 from seriatim.decoding.target import Target
 from seriatim.heads.dist import Categorical
@@ -34,12 +34,14 @@ class Window:
             raise ValueError(f"tokens enter a window by 'random' or 'repeat', not {entering!r}")
         self.size, self.entering, self.stride = size, entering, stride
         self._canvas: Canvas | None = None
+        self._row = torch.zeros(0, dtype=torch.long)
         self._rows: Float[Tensor, "b m v"] | None = None  # log-probabilities of the last forward
         self._first = self._last = torch.zeros(0, dtype=torch.long)  # which of them read what is still unknown
 
     def propose(self, canvas: Canvas, target: Target, random: Random) -> Guess | None:
         if canvas is not self._canvas:  # one plain step first: it says how many ids there are
-            self._canvas, self._rows = canvas, None
+            self._canvas, self._row, self._rows = canvas, canvas.row, None
+        self._follow(canvas, moved(self._row, canvas.row))
         left = torch.tensor(room(canvas))[:, None]
         n = min(self.size, int(left.max()) - 1)
         if self._rows is None or n < 1:
@@ -65,8 +67,15 @@ class Window:
         batch = self._rows.shape[0]
         accepted = torch.as_tensor(step.accepted).expand(batch)
         self._first, self._last = accepted + 1, torch.as_tensor(step.drafted).expand(batch)
-        if step.select is not None:
-            self._rows, self._first, self._last = (x[step.select] for x in (self._rows, self._first, self._last))
+        self._follow(canvas, step.select)
+
+    def _follow(self, canvas: Canvas, rows: Int[Tensor, "b"] | None) -> None:
+        """Rows were copied, dropped or admitted; of new ones nothing has been read."""
+        if rows is not None:
+            if self._rows is not None:
+                self._rows, self._first, self._last = (x[rows] for x in (self._rows, self._first, self._last))
+                self._last = self._last.masked_fill(rows < 0, -1)
+            self._row = canvas.row
 
     def _entering(
         self, canvas: Canvas, value: Int[Tensor, "b n"], enters: Tensor, vocab: int, random: Random

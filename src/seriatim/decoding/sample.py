@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from seriatim.canvas import Canvas, Set, Truncate, Unset
-from seriatim.decoding.guess import Guess
+from seriatim.canvas import DELETED, GIVEN, Canvas, Set, Truncate, Unset
+from seriatim.decoding.guess import Guess, moved
 from seriatim.decoding.loop import Step
+from seriatim.heads.dist import Categorical
 from seriatim.model import Rows
-from seriatim.random import Key, Random
+from seriatim.random import ORDER, VALUE, Key, Random, numbered
+from seriatim.slots import ragged
+from seriatim.view import INF
 
 
 class SampleAll:
@@ -51,101 +56,200 @@ Rule = Literal["random", "confidence", "margin", "entropy"]
 
 @dataclass
 class Select:
-    """Sample every unknown element, decide only some: masked generation (MaskGIT, LLaDA and kin).
+    """Decide only some of the unknown elements that were read: masked generation (MaskGIT, LLaDA and kin).
 
-    rule: how unknown elements are ranked, best first: at random, by the probability of what was sampled, by the margin
-    of the two likeliest, by entropy. `steps` spreads the elements evenly ("linear") or slowly at first ("cosine");
-    `threshold` instead decides all whose score exceeds it, and at least one. `remask` makes that many of the least
-    confident decided elements unknown again at each step but the last.
+    rule: which, at random, or those of largest probability of the value that was sampled ("confidence"; Chang et al.
+    2022), largest margin between the two likeliest values, or smallest entropy. `steps` spreads the elements of a block
+    evenly ("linear", the first steps one more; Nie et al. 2025) or few at first ("cosine"); `threshold` decides instead
+    all whose score exceeds it (for entropy: minus the entropy, in nats), and at least one; at random exactly one.
+
+    Has no memory: how far a row is follows from what it has decided. Elements of equal rank are a block.
     """
 
     rule: Rule = "confidence"
     steps: int = 8
     schedule: Literal["linear", "cosine"] = "linear"
     threshold: float | None = None
-    remask: int = 0
-    _turn: int = field(default=0, init=False, repr=False)
-    _score: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.rule not in ("random", "confidence", "margin", "entropy"):
             raise ValueError(f"rule is random, confidence, margin or entropy, not {self.rule!r}")
+        if self.schedule not in ("linear", "cosine"):
+            raise ValueError(f"schedule is linear or cosine, not {self.schedule!r}")
         if self.steps < 1:
             raise ValueError(f"at least one step is needed, got {self.steps}")
 
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
-        element = torch.as_tensor(rows.element).expand(canvas.batch, -1)
+        element = _elements(canvas, guess, rows)
+        left = (element >= 0).sum(1)
+        total = _block(canvas, element)
+        count = left.clamp(max=1)
+        if self.threshold is None:
+            below = [self._below(n, t) for n, t in zip(left.tolist(), total.tolist(), strict=True)]
+            count = left - torch.tensor(below)
+        edit, _, _ = self._some(canvas, element, count, (total - left)[:, None], rows, random)
+        return Step((edit,))
+
+    def _below(self, left: int, total: int) -> int:
+        """How many unknown elements of a block remain after a step that starts with `left` of them."""
+        return next((n for n in schedule(total, self.steps, self.schedule) if n < left), 0)
+
+    def _some(
+        self,
+        canvas: Canvas,
+        element: Int[Tensor, "b m"],
+        count: Int[Tensor, "b"],
+        turn: Int[Tensor, "b 1"],
+        rows: Rows,
+        random: Random,
+    ) -> tuple[Set, Bool[Tensor, "b m"], Float[Tensor, "b m"]]:
+        """Values for `count` elements of each row, which they are, and the scores of all. `turn` never comes twice."""
         live = element >= 0
-        x = rows.dist.sample(random, Key(canvas.row, element))
-        score = self.score(rows, x, element, canvas, random).masked_fill(~live, -torch.inf)
-        chosen = self.choose(score, live, canvas)
-        edits: list = [Set(x, torch.where(chosen, element, -1))]
-        self._turn += 1
-        if self.remask:
-            edits += self._remask(canvas, element, chosen, score)
-        if bool((chosen == live).all()) and not self.remask:
-            self._turn = 0
-        return Step(tuple(edits))
-
-    def score(self, rows: Rows, x: Tensor, element: Tensor, canvas: Canvas, random: Random) -> Float[Tensor, "b m"]:
-        """Larger is decided earlier."""
+        if self.rule == "confidence":  # noise is drawn anew: the choice depends on what was drawn
+            x = rows.dist.sample(random, Key(canvas.row, element, numbered(VALUE, turn)))
+            score = _categorical(rows.dist, self.rule).log_prob(x).exp()
+            chosen = self._best(score, live, count)
+            return Set(x, torch.where(chosen, element, -1)), chosen, score
         if self.rule == "random":
-            m = element.shape[1]
-            uniform = torch.zeros(canvas.batch, 1, m).masked_fill((element < 0)[:, None], -torch.inf)
-            return _random_ranks(uniform, element, canvas, random)
-        p = rows.dist.probs()
-        if self.rule == "confidence":
-            return p.gather(-1, x[..., None])[..., 0]
+            score = torch.zeros(live.shape)
+            chosen = _any(canvas, element, count, turn, random)
+        else:
+            score = self._certainty(_categorical(rows.dist, self.rule))
+            chosen = self._best(score, live, count)
+        pick = ragged(chosen)  # only these are drawn: a draw may cost a network
+        named = torch.where(pick >= 0, element.gather(1, pick.clamp(min=0)), -1)
+        draw = numbered(VALUE, turn) if self.redraws else 0
+        return Set(rows.dist.take(pick).sample(random, Key(canvas.row, named, draw)), named), chosen, score
+
+    redraws = False  # may an element be decided more than once?
+
+    def _certainty(self, dist: Categorical) -> Float[Tensor, "b m"]:
+        """Scores that depend on the distributions only; larger is decided earlier."""
         if self.rule == "entropy":
-            return -rows.dist.entropy()
-        top = p.topk(2, -1).values
-        return top[..., 0] - top[..., 1]
+            return -dist.entropy()
+        top = dist.probs().topk(min(2, dist.logits.shape[-1]), -1).values
+        return top[..., 0] - top[..., 1:].sum(-1)
 
-    def choose(self, score: Tensor, live: Tensor, canvas: Canvas) -> Bool[Tensor, "b m"]:
-        """The elements decided in this step."""
-        order = score.argsort(dim=1, descending=True, stable=True).argsort(1)
-        left = live.sum(1)
-        if self.threshold is not None:
-            return live & ((score > self.threshold) | (order == 0))
-        total = (~torch.isin(canvas.status, torch.tensor([0, 4]))).sum(1)  # elements to be generated in all
-        after = _left_after(min(self._turn + 1, self.steps), self.steps, total, self.schedule)
-        count = torch.minimum((left - after).clamp(min=1), left)
-        return live & (order < count[:, None])
+    def _best(self, score: Float[Tensor, "b m"], live: Tensor, count: Int[Tensor, "b"]) -> Bool[Tensor, "b m"]:
+        """Those of highest score, the first of equals."""
+        order = score.masked_fill(~live, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
+        best = order < count[:, None]
+        return live & (best if self.threshold is None else best | (score > self.threshold))
 
-    def _remask(self, canvas: Canvas, element: Tensor, chosen: Tensor, score: Tensor) -> list:
-        if self._score is None:
-            self._score = torch.full((canvas.batch, canvas.layout.size), torch.inf, dtype=score.dtype)
+
+@dataclass
+class Remask(Select):
+    """`Select` that makes the `again` least certain decided elements of the block unknown again after each step but the
+    last; the others stay as they are. Remembers scores and turns, of one canvas at a time."""
+
+    again: int = 1
+    redraws = True
+    _canvas: Canvas | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.again < 0:
+            raise ValueError(f"0 or more elements are remasked at a step, got {self.again}")
+        if self.threshold is not None or self.rule == "random":
+            raise ValueError("remasking needs scores and a fixed number of steps: no threshold, and no random rule")
+
+    def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
+        element = _elements(canvas, guess, rows)
+        left = (element >= 0).sum(1)
+        self._follow(canvas)
+        total = _block(canvas, element)
+        after = [self._after(t, n) for t, n in zip(self._turn[:, 0].tolist(), total.tolist(), strict=True)]
+        count = torch.minimum((left - torch.tensor(after)).clamp(min=1), left)
+        edit, chosen, score = self._some(canvas, element, count, self._turn, rows, random)
         b, m = chosen.nonzero(as_tuple=True)
-        self._score[b, element[b, m]] = score[b, m]
-        if self._turn >= self.steps:
-            self._turn, self._score = 0, None
-            return []
-        mine = self._score.masked_fill(canvas.status == 0, torch.inf)
-        worst = mine.topk(min(self.remask, mine.shape[1]), 1, largest=False)
-        again = torch.where(worst.values < torch.inf, worst.indices, -1)
-        self._score.scatter_(1, worst.indices, torch.inf)
-        return [Unset(again)]
+        self._score[b, element[b, m]] = score[b, m].to(self._score.dtype)
+        done = count == left
+        self._turn = torch.where(done[:, None], 0, self._turn + 1)
+        worst = self._score.topk(min(self.again, self._score.shape[1]), 1, largest=False)
+        again = torch.where(~done[:, None] & (worst.values < torch.inf), worst.indices, -1)
+        self._score = self._score.scatter(1, worst.indices, torch.where(again >= 0, torch.inf, worst.values))
+        self._score = self._score.masked_fill(done[:, None], torch.inf)
+        return Step((edit, Unset(again)) if bool((again >= 0).any()) else (edit,))
+
+    def _after(self, turn: int, total: int) -> int:
+        """How many unknown elements remain after a turn, before remasking."""
+        plan = schedule(total, self.steps, self.schedule)
+        return plan[turn] if turn < len(plan) else 0
+
+    def _follow(self, canvas: Canvas) -> None:
+        """Another canvas starts anew; rows may have come and gone."""
+        if canvas is not self._canvas:
+            self._canvas, self._row = canvas, canvas.row
+            self._turn = torch.zeros(canvas.batch, 1, dtype=torch.long)
+            self._score = torch.full((canvas.batch, canvas.layout.size), torch.inf, dtype=torch.float64)
+        rows = moved(self._row, canvas.row)
+        if rows is not None:
+            new = (rows < 0)[:, None]
+            self._row = canvas.row
+            self._turn, self._score = (
+                self._turn[rows].masked_fill(new, 0),
+                self._score[rows].masked_fill(new, torch.inf),
+            )
 
 
-def _left_after(turn: int, steps: int, total: Int[Tensor, "b"], schedule: str) -> Int[Tensor, "b"]:
-    """Unknown elements that remain after a number of steps."""
-    share = turn / steps
-    rest = 1 - share if schedule == "linear" else float(torch.cos(torch.tensor(share * torch.pi / 2)))
-    return torch.zeros_like(total) if turn >= steps else (total * rest).floor().long()
-
-
-def _random_ranks(weights: Tensor, element: Tensor, canvas: Canvas, random: Random) -> Float[Tensor, "b m"]:
-    """A uniformly random order of the live entries: one categorical draw a place, so that it can be enumerated."""
-    batch, _, m = weights.shape
-    score = torch.full((batch, m), -torch.inf)
-    left = weights.clone()
-    rows = torch.arange(batch)
-    for turn in range(m):
-        some = (left > -torch.inf).any(-1)[:, 0]
-        if not bool(some.any()):
+@lru_cache(maxsize=4096)
+def schedule(total: int, steps: int, kind: str) -> tuple[int, ...]:
+    """Unknown elements that remain of `total` after each step: at least one fewer each time, none at the end."""
+    left, remaining = total, []
+    for turn in range(1, steps + 1):
+        if kind == "linear":
+            now = total - turn * (total // steps) - min(turn, total % steps)
+        else:
+            now = math.floor(total * math.cos(math.pi / 2 * turn / steps) + 1e-9)
+        left = 0 if turn == steps else max(min(left - 1, now), 0)
+        remaining.append(left)
+        if left == 0:
             break
-        key = Key(canvas.row, torch.where(some, element[:, 0].clamp(min=0), -1)[:, None], draw=1 + turn)
-        pick = random.categorical(torch.where(some[:, None, None], left, torch.zeros_like(left)), key)[:, 0]
-        score[rows[some], pick[some]] = float(m - turn)
-        left[rows[some], 0, pick[some]] = -torch.inf
-    return score
+    return tuple(remaining)
+
+
+def _elements(canvas: Canvas, guess: Guess | None, rows: Rows) -> Int[Tensor, "b m"]:
+    """The elements that were read, -1 where a row has fewer."""
+    if guess is not None:
+        raise ValueError("masked generation verifies nothing: use a verifier as decider, or no proposer")
+    element = rows.element
+    if isinstance(element, int):  # a line, read at its end
+        element = torch.tensor([[element]])
+    return element.expand(canvas.batch, -1)
+
+
+def _block(canvas: Canvas, element: Int[Tensor, "b m"]) -> Int[Tensor, "b"]:
+    """How many elements, known ones included, each row decides together: those of the rank that was read; all, where
+    the order gives each a rank of its own and leaves the choice to the decider."""
+    live = element >= 0
+    rank = canvas.rank.gather(1, element.clamp(min=0))
+    low = rank.masked_fill(~live, INF).amin(1, keepdim=True)
+    high = rank.masked_fill(~live, -1).amax(1, keepdim=True)
+    mine = (canvas.status != GIVEN) & (canvas.status != DELETED)
+    return (mine & ((low != high) | (canvas.rank == low))).sum(1)
+
+
+def _any(
+    canvas: Canvas, element: Int[Tensor, "b m"], count: Int[Tensor, "b"], turn: Int[Tensor, "b 1"], random: Random
+) -> Bool[Tensor, "b m"]:
+    """`count` elements of each row, every set equally likely: drawn one by one, so that it can be enumerated."""
+    live = element >= 0
+    chosen = live & (count == live.sum(1))[:, None]  # where all are taken nothing is drawn
+    wanted = torch.where(chosen.any(1), 0, count)[:, None]
+    first = torch.where(live, element, INF).amin(1, keepdim=True)
+    for i in range(int(wanted.max())):
+        active = wanted > i
+        free = torch.where(live & ~chosen, 0.0, -torch.inf).masked_fill(~active, 0.0)
+        pick = random.categorical(
+            free[:, None], Key(canvas.row, torch.where(active, first, -1), numbered(ORDER, turn, i))
+        )
+        chosen = chosen | (active & torch.zeros_like(chosen).scatter(1, pick, True))
+    return chosen
+
+
+def _categorical(dist: Any, rule: str) -> Categorical:
+    if not isinstance(dist, Categorical):
+        raise TypeError(
+            f"the rule {rule!r} ranks ids by their probabilities; {type(dist).__name__} takes 'random' only"
+        )
+    return dist

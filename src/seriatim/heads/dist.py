@@ -133,7 +133,7 @@ class Greedy(Categorical):
 
 def drawn(key: Key, index: int) -> Key:
     """The key of the index-th of several draws that make up one value: a code of several, the noise of a step."""
-    return key._replace(draw=key.draw + numbered(VALUE, index=index))
+    return key._replace(draw=key.draw + numbered(VALUE, 0, index))
 
 
 class FromStates:
