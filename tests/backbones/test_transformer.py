@@ -151,8 +151,13 @@ def reference(model: Transformer, x: Tensor, plan: Plan, vector=None, memory=Non
                 t = t + (y if ada[s] is None else ada[s][5] * y)
                 after.append(t)
             xs = [t if ran[s] else old for s, (t, old) in enumerate(zip(after, xs, strict=True))]
-        bias = None if model.norm_bias is None else model.norm_bias.detach()
-        rows.append(torch.stack([norm_of(c, t, model.norm.detach(), bias) for t in xs]))
+        weight, bias = (None if p is None else p.detach() for p in (model.norm, model.norm_bias))
+        last = torch.stack([norm_of(c, t, weight, bias) for t in xs])
+        if vector is not None:
+            per_slot = vector[b] if vector.dim() == 3 else vector[b].expand(len(xs), -1)
+            shift, scale = (torch.nn.functional.silu(per_slot) @ model.ada.detach().T + model.ada_bias.detach()).chunk(2, 1)
+            last = last * (1 + scale) + shift
+        rows.append(last)
     return torch.stack(rows)
 
 

@@ -152,14 +152,17 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
-        self.norm = nn.Parameter(torch.ones(config.width))
-        self.norm_bias = nn.Parameter(torch.zeros(config.width)) if config.norm == "layer" else None
+        d, plain = config.width, config.vector is None  # with a vector, the last norm is adaptive too (VAR, DiT)
+        self.norm = nn.Parameter(torch.ones(d)) if plain else None
+        self.norm_bias = nn.Parameter(torch.zeros(d)) if plain and config.norm == "layer" else None
+        self.ada = None if plain else nn.Parameter(torch.zeros(2 * d, config.vector or 0))
+        self.ada_bias = None if plain else nn.Parameter(torch.zeros(2 * d))
         self.rotary = RotaryTable(config.rope, config.dim) if config.rope else None
         self.mixers = dict.fromkeys(config.kinds, "any")
 
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
         """A cache for `batch` rows. On a CPU in bf16 it is float32: attention of one row is three times faster so."""
-        weight = self.norm
+        weight = self.layers[0].out  # type: ignore[union-attr]
         dtype = torch.float32 if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" else weight.dtype
         c = self.config
         return KVCache(c.depth, batch, c.groups, c.dim, dtype, weight.device, capacity, tuple(self.mixers))
@@ -197,7 +200,16 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             w = layer.weights() if layer._modules else layer._parameters
             x = self._layer(i, w, x, masks[c.each_kind[i]], context)
-        return _normalise(c, x, self.norm, self.norm_bias)
+        return self._last(x, vector)
+
+    def _last(self, x: Tensor, vector: Tensor | None) -> Tensor:
+        """The norm before the head."""
+        x = _normalise(self.config, x, self.norm, self.norm_bias)
+        if vector is None:
+            return x
+        assert self.ada is not None
+        shift, scale = F.linear(vector, self.ada, self.ada_bias).chunk(2, -1)
+        return torch.addcmul(shift, x, scale + 1)
 
     def _some(self, x: Tensor, plan: Plan, masks: dict[str, Tensor | str | None], context: Context) -> Tensor:
         """Layers that some of the slots skip: they keep what they have, and are not seen there."""
@@ -209,7 +221,7 @@ class Transformer(nn.Module):
             if ran is None or bool(ran.any()):
                 y = self._layer(i, layer.weights(), x, _placed(mask, c, x), context)
                 x = y if ran is None else torch.where(ran.to(x.device)[:, None], y, x)
-        return _normalise(c, x, self.norm, self.norm_bias)
+        return self._last(x, context.vector)
 
     def _layer(self, i: int, w: Weights, x: Tensor, mask: Tensor | str | None, context: Context) -> Tensor:
         c, vector = self.config, context.vector
@@ -297,7 +309,7 @@ def _qk_norm(c: TransformerConfig, w: Weights, qk: Float[Tensor, "b s h d"]) -> 
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale: float | None) -> Tensor:
-    """Attention where heads share keys or the mask is "causal"; else `mask` is None (see all) or what `_placed` gives."""
+    """Attention where heads share keys or the mask is "causal"; else `mask` is None or what `_placed` gives."""
     b, heads, n, d = q.shape
     groups = k.shape[1]
     if isinstance(mask, str):
