@@ -178,3 +178,12 @@ def test_what_a_policy_cannot_serve_is_refused():
     plain = generator(Line(prefix=1))
     with pytest.raises(OrderError, match="one slot for each element"):
         generate(Target(plain, policy=FreeCache(2)), plain.blank(1), SampleAll())
+
+
+def test_a_policy_on_a_state_space_cache_is_refused_when_joined():
+    from seriatim.backbones.mamba import Mamba, MambaConfig
+
+    backbone = Mamba(MambaConfig(16, 1, head_dim=8, state=4))
+    model = Model(line(4), Line(1), TokenEmbed(3, 16), backbone, CategoricalHead(16, 3))
+    with pytest.raises(ValueError, match=r"FreeCache needs a cache that can evict and subset; that of Mamba cannot"):
+        Target(model, policy=FreeCache(2))

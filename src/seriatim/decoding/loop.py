@@ -49,7 +49,11 @@ class Proposer(Protocol):
 
 
 class Decider(Protocol):
-    """Turns the rows of a forward into edits. `relaxed` deciders change the law and say so."""
+    """Turns the rows of a forward into edits.
+
+    One whose `keep` is more than a path says so by `needs` (a frozenset, see `Cache.can`), and is refused with a cache
+    that cannot.
+    """
 
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step: ...
 
@@ -66,7 +70,7 @@ def decode(
     The caller that drains the stream should hold `torch.inference_mode()`; a streaming caller need not.
     """
     random = random or Generator()
-    needs = getattr(decider, "needs", frozenset())
+    target.demand(getattr(decider, "needs", frozenset()), type(decider).__name__)
     while True:
         with nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode():
             guess = None if proposer is None else proposer.propose(canvas, target, random)
@@ -74,9 +78,6 @@ def decode(
             if plan is None:
                 return
             rows = target.forward(plan, canvas, guess)
-            if needs:
-                _check_cache(needs, target, decider)
-                needs = frozenset()
             step = decider.decide(canvas, guess, rows, random)
             step.slots = plan.size
             target.commit(step.keep, plan, any(type(edit) is Revise for edit in step.edits))
@@ -118,13 +119,3 @@ def generate(
         for _ in decode(target, canvas, decider, proposer, random):
             pass
     return canvas
-
-
-def _check_cache(needs: frozenset[str], target: Target, decider: Decider) -> None:
-    lacking = needs - (target.cache.can if target.cache is not None else needs)
-    if lacking:
-        raise ValueError(
-            f"{type(decider).__name__} needs a cache that can {', '.join(sorted(lacking))}; that of "
-            f"{type(target.model.backbone).__name__} cannot (it keeps paths only). Use a decider that keeps a path, or "
-            "a key-value cache"
-        )

@@ -145,6 +145,9 @@ class Remask(Select):
     again: int = 1
     redraws = True
     _canvas: Canvas | None = field(default=None, init=False, repr=False, compare=False)
+    _row: Tensor = field(init=False, repr=False, compare=False)
+    _turn: Int[Tensor, "b 1"] = field(init=False, repr=False, compare=False)
+    _score: Float[Tensor, "b E"] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

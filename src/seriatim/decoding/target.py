@@ -79,6 +79,18 @@ class Target:
         self._canvas: Canvas | None = None
         self._repeated: tuple[Plan, Plan] | None = None  # the present plan, and the same for the rows of all branches
         self._checked = False
+        if policy is not None:
+            self.demand(frozenset({"subset", "evict"}), type(policy).__name__)
+
+    def demand(self, abilities: frozenset[str], who: str) -> None:
+        """Refuse a part that asks of the cache what it cannot do, before anything is computed."""
+        lacking = abilities - self.model.new_cache(1).can if abilities and self.cached else frozenset()
+        if lacking:
+            raise ValueError(
+                f"{who} needs a cache that can {' and '.join(sorted(lacking))}; that of "
+                f"{type(self.model.backbone).__name__} cannot (it keeps paths only). Use a part that keeps a path, a "
+                "backbone with keys and values, or no cache"
+            )
 
     @property
     def copies(self) -> int:
