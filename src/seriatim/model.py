@@ -51,6 +51,7 @@ class Model(nn.Module):
     ):
         super().__init__()
         self.layout, self.factorization = layout, factorization
+        self._sound: Factorization | None = None  # the order whose packed plan has been checked
         self.embed, self.backbone = embed, backbone
         self.heads = nn.ModuleDict(head if isinstance(head, Mapping) else dict.fromkeys(layout.kinds, head))
         self.conditions = nn.ModuleDict(conditions or {})
@@ -207,6 +208,9 @@ class Model(nn.Module):
         plan = self.factorization.packed(canvas)
         if plan is None:
             raise TypeError(f"{type(self.factorization).__name__} has no packed form; train it by its own objective")
+        if self._sound is not self.factorization:  # an order that peeks is refused before it is trained
+            plan.check(self.mixers)
+            self._sound = self.factorization
         encoded = condition if isinstance(condition, Condition) else self.encode(condition, drop)
         h = self.hidden(plan, canvas, None, encoded)
         out = h.new_zeros(canvas.batch, canvas.layout.size, dtype=torch.float32 if h.dtype != torch.float64 else h.dtype)

@@ -8,6 +8,7 @@ from seriatim.laws.case import Case
 from seriatim.laws.laws import LAWS, NotApplicable
 from seriatim.laws.mutants import MUTANTS
 from seriatim.laws.suite import all_keys, judge, law_mutant_finding, mutant_finding
+from seriatim.plan import OrderError
 from seriatim.systems.meta import catalogue, load
 
 
@@ -52,3 +53,10 @@ def test_cards_match_their_modules():
         assert loaded.__name__ == module
         assert meta == loaded.META
         assert loaded.case().model.factorization.likelihood == meta.likelihood
+
+
+def test_an_order_that_peeks_is_refused_before_it_is_trained():
+    wrong = load("raster-ar").mutant()
+    x = wrong.sample(2)
+    with pytest.raises(OrderError, match=r"slot 0 reads element 0, but sees element 0 through slot 1"):
+        wrong.model.losses(wrong.canvas(x), wrong.rows(2))

@@ -38,20 +38,13 @@ def restarting_positions(case: Case) -> Case:
 
 
 class _OwnFeed(Line):
-    """Slots carry what they read."""
-
-    honest = True
+    """Slots carry what they read, and their labels deny it."""
 
     def packed(self, canvas: Canvas) -> Plan:
         plan = super().packed(canvas)
         element = (plan.slots.element + 1).clamp(max=canvas.layout.size - 1)
-        needs = plan.slots.needs + 1 if self.honest else plan.slots.needs
-        slots = replace(plan.slots, element=element, source=torch.zeros_like(plan.slots.source), needs=needs)
+        slots = replace(plan.slots, element=element, source=torch.zeros_like(plan.slots.source))
         return replace(plan, slots=slots)
-
-
-class _OwnFeedDenied(_OwnFeed):
-    honest = False
 
 
 def own_feed(case: Case) -> Case:
@@ -62,7 +55,7 @@ def own_feed(case: Case) -> Case:
 
 def denied_feed(case: Case) -> Case:
     """Law 3: it peeks and its labels deny it: only edits show."""
-    case.model.factorization = _OwnFeedDenied(prefix=1)
+    case.model.factorization = _OwnFeed(prefix=1)
     return case
 
 
