@@ -201,7 +201,7 @@ class Canvas:
                 self._append(edit.value)
                 continue
             self._write_out()
-            _EDITS[type(edit)](self, edit)
+            _EDITS[type(edit)](self, edit)  # type: ignore[operator]
         return self
 
     def _append(self, value: Tensor) -> None:
@@ -213,12 +213,11 @@ class Canvas:
         if len(kinds) > 1:
             raise EditError(f"elements are of several kinds here ({', '.join(kinds)}): name the elements to set")
         n = value.shape[1]
-        end = start + n
-        if end > self.layout.size:
-            end = self.layout.size
-            value = value[:, : end - start]
-        self.value[kinds[0]][:, start:end] = value
-        self._length = end
+        if start + n > self.layout.size:
+            n = self.layout.size - start
+            value = value[:, :n]
+        self.value[kinds[0]].narrow(1, start, n).copy_(value)
+        self._length = start + n
 
     def _touch(self, element: Tensor, verb: str) -> Tensor:
         """Check that no given element is meant; the boolean of places that are meant at all."""

@@ -53,6 +53,7 @@ class SlotEmbed(nn.Module):
         self.start = nn.Parameter(torch.randn(width) * std) if start else None
         self.mask = nn.Parameter(torch.randn(width) * std) if mask else None
         self.positions = nn.ParameterList(nn.Parameter(torch.randn(n, width) * std) for n in positions)
+        self._placed = len(positions) > 0
 
     def forward(
         self, canvas: Canvas, plan: Plan, guess: Guess | None = None, prefix: Tensor | None = None
@@ -61,13 +62,15 @@ class SlotEmbed(nn.Module):
             x = self._run(canvas, plan, guess, prefix)
         else:
             x = self._slots(canvas, plan, guess, prefix)
-        for axis, table in enumerate(self.positions):
-            x = x + _positions(table, plan, axis)
+        if self._placed:
+            for axis, table in enumerate(self.positions):
+                x = x + _positions(table, plan, axis)
         return x
 
     def _run(self, canvas: Canvas, plan: LinePlan, guess: Guess | None, prefix: Tensor | None) -> Tensor:
         first = plan.base - plan.prefix
-        value = canvas.value[self.kind][:, max(first, 0) : canvas.length]
+        start = max(first, 0)
+        value = canvas.value[self.kind].narrow(1, start, (canvas.length or 0) - start)
         if guess is not None:
             value = torch.cat([value, _drafted(guess)], 1)
         x = self.vectors(value)

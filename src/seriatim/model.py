@@ -21,7 +21,6 @@ from seriatim.layout import Layout
 from seriatim.plan import Plan, Reads
 from seriatim.random import Key, Random
 
-
 NO_CONDITION = Condition()
 
 
@@ -93,9 +92,12 @@ class Model(nn.Module):
         plain = rank.shape[0] == 1 and bool((rank[0] == torch.arange(layout.size)).all())
         return Canvas(layout, value, known, None if plain else _dense(rank, known, layout), row)
 
+    def _head(self, kind: str) -> nn.Module | None:
+        return self.heads[kind] if kind in self.heads else None  # noqa: SIM401 (a ModuleDict has no get)
+
     def _checked(self, kind: str, value: Tensor) -> Tensor:
         """Ids of a kind as int64, inside its vocabulary; vectors as they are."""
-        head = self.heads[kind] if kind in self.heads else None
+        head = self._head(kind)
         if not isinstance(value, Tensor):
             raise TypeError(f"values of {kind!r} are a tensor, got {type(value).__name__}")
         if getattr(head, "continuous", False) or (head is None and value.is_floating_point()):
@@ -105,8 +107,8 @@ class Model(nn.Module):
         vocab = getattr(head, "vocab", None)
         if value.numel() and vocab is not None and not 0 <= int(value.min()) <= int(value.max()) < vocab:
             raise ValueError(
-                f"ids of {kind!r} lie in 0..{vocab - 1}, got {int(value.min())}..{int(value.max())}: the tokenizer and the "
-                "model belong to different vocabularies, or unknown elements hold something else than 0"
+                f"ids of {kind!r} lie in 0..{vocab - 1}, got {int(value.min())}..{int(value.max())}: the tokenizer and "
+                "the model belong to different vocabularies, or unknown elements hold something else than 0"
             )
         return value.long()
 
@@ -115,7 +117,7 @@ class Model(nn.Module):
         layout = layout or self.layout
         value = {}
         for kind in layout.kinds:
-            head = self.heads[kind] if kind in self.heads else None
+            head = self._head(kind)
             shape = getattr(head, "value_shape", ())
             dtype = torch.float32 if getattr(head, "continuous", False) else torch.long
             value[kind] = torch.zeros(batch, layout.count(kind), *shape, dtype=dtype)
@@ -191,7 +193,7 @@ class Model(nn.Module):
         Raises where the order has no exact likelihood (use the bound of its objective)."""
         f = self.factorization
         if f.likelihood != "exact":
-            raise TypeError(f"{type(f).__name__} has no exact likelihood ({f.likelihood}); ask its objective for a bound")
+            raise TypeError(f"{type(f).__name__} has no exact likelihood ({f.likelihood}); ask for a bound")
         return -self.losses(canvas, condition, strict=True).sum(1)
 
     def losses(
@@ -213,7 +215,8 @@ class Model(nn.Module):
             self._sound = self.factorization
         encoded = condition if isinstance(condition, Condition) else self.encode(condition, drop)
         h = self.hidden(plan, canvas, None, encoded)
-        out = h.new_zeros(canvas.batch, canvas.layout.size, dtype=torch.float32 if h.dtype != torch.float64 else h.dtype)
+        precision = torch.float64 if h.dtype == torch.float64 else torch.float32
+        out = h.new_zeros(canvas.batch, canvas.layout.size, dtype=precision)
         for kind, part in by_kind(canvas, plan.reads):
             head = self.heads[kind]
             if strict and not getattr(head, "exact", False):
@@ -292,7 +295,7 @@ def merge_readers(reads: Reads) -> Reads:
 def average(dist, reads: Reads, merged: Reads):
     """Average the logits of all readers of an element: the normalised product of their experts."""
     if not hasattr(dist, "logits"):
-        raise TypeError(f"an element is read at several slots, which {type(dist).__name__} cannot merge: it has no logits")
+        raise TypeError(f"an element is read at several slots, which {type(dist).__name__} cannot merge")
     logits = dist.logits
     index = torch.searchsorted(merged.element, reads.element).to(logits.device)
     batch, columns = logits.shape[0], merged.element.shape[1]

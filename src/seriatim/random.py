@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,10 +31,11 @@ class Key(NamedTuple):
 VALUE, COIN, DRAFT, ORDER = 0, 1, 2, 3  # what a draw is for
 
 
-N = TypeVar("N", int, Tensor)
-
-
-def numbered(purpose: int, turn: N, index: int = 0) -> N:
+@overload
+def numbered(purpose: int, turn: int = 0, index: int = 0) -> int: ...
+@overload
+def numbered(purpose: int, turn: Tensor, index: int = 0) -> Tensor: ...
+def numbered(purpose: int, turn: int | Tensor = 0, index: int = 0) -> int | Tensor:
     """The number of a draw of an element: what for, in which turn of the decoder at this element (how far a draft is
     ahead of what is known, the step of a masked decoder), and which of several (up to 4096) in that turn."""
     return purpose + 4 * (index + 4096 * turn)

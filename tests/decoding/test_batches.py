@@ -98,7 +98,6 @@ def canvas_of(model: Model, rows: list[int], known: dict[int, int]) -> Canvas:
 def alone(model: Model, row: int, known: int, target=None, decider=None) -> list[int]:
     """The row by itself, along the plain path."""
     canvas = model.canvas({"token": prompt_of(row)}, known, row=torch.tensor([row]))
-    assert canvas.length == known
     generate(target or Target(model), canvas, decider or SampleAll(), random=Keyed(5))
     return text_of(canvas, row)
 
@@ -303,7 +302,7 @@ def test_rows_of_another_shape_are_not_admitted():
     with pytest.raises(ValueError, match="a layout of 3 elements .* cannot join a canvas of 12"):
         select_rows(Target(model), canvas, torch.tensor([0, -1]), shorter)
     floats = Canvas(line(LENGTH), {"token": torch.zeros(1, LENGTH)}, 1)
-    with pytest.raises(ValueError, match="int64 here, those of the new rows .* float32"):
+    with pytest.raises(ValueError, match="torch.int64 here, those of the new rows .* torch.float32"):
         select_rows(Target(model), canvas, torch.tensor([0, -1]), floats)
     cond = conditional()
     target = Target(cond, condition_of(0))
@@ -383,30 +382,228 @@ def test_rows_in_different_orders_are_dropped_and_copied_on_the_way():
 
 
 @torch.no_grad()
-def logits_of(model: Model, row: int, ids: Tensor, known: int, drop: frozenset[str], masked: Tensor) -> Tensor:
-    """Logits behind the first `known` elements of a row when conditions are dropped and elements shown as masks; by one
-    forward, from the embedding table up."""
-    raw = condition_of(row)
-    gone = {name: torch.ones(1, dtype=torch.bool) for name in drop}
-    c = model.encode(raw, gone)
-    vectors = torch.where(masked[:known, None], model.embed.mask, model.embed.table[ids[0, :known]])
-    x = torch.cat([c.prefix[0], vectors])[None]
-    canvas = model.canvas({"token": ids}, known)
-    plan = model.factorization.step(canvas, None, 0)
-    x[:, -1] += c.per_element[:, known]
-    if known > 1:  # slots behind the prompt read elements too, and carry their features
-        x[:, 1:-1] += 0
+def logits_of(model: Model, row: int, ids: Tensor, given: int, known: int, drop: set[str], masked: Tensor) -> Tensor:
+    """Logits behind the first `known` elements of a row, `given` of them from the start, when conditions are dropped and
+    elements shown as masks: by one forward without a cache, put together here from the embedding table up."""
+    c = model.encode(condition_of(row), {name: torch.ones(1, dtype=torch.bool) for name in drop})
+    shown = torch.where(masked[:known, None], model.embed.mask, model.embed.table[ids[0, :known]])
+    x = torch.cat([c.prefix[0], shown])[None]
+    x[:, given:] += c.per_element[:, given : known + 1]  # slot i stands before element i
+    plan = model.factorization.step(model.canvas({"token": ids}, known), None, 0)
     h = model.backbone(x, plan, None, c.vector, c.memory)
     return model.heads["token"].logits(h[:, -1])[0]
 
 
 class Recorder(SampleAll):
-    """Keeps the logits of every step."""
+    """Keeps the logits of every step and row."""
 
     def __init__(self):
         super().__init__()
         self.met = []
 
     def decide(self, canvas, guess, rows, random):
-        self.met.append(rows.dist.logits[:, -1])
+        self.met.append({name: rows.dist.logits[i, -1] for i, name in enumerate(canvas.row.tolist())})
         return super().decide(canvas, guess, rows, random)
+
+
+MARKED = torch.arange(LENGTH) % 3 == 1
+BRANCHES = {
+    "classifier-free guidance": (Branch(Guidance(1.5)),),
+    "a prompt masked": (Branch(Guidance(1.5), frozenset(), "given"),),
+    "nothing but a masked history": (Branch(Guidance(0.5, "linear"), None, "earlier"),),
+    "marked elements": (Branch(Guidance(-0.5), frozenset({"text"}), MARKED),),
+    "three branches": (Branch(Guidance(1.0), frozenset({"text"})), Branch(Guidance(2.0, "cosine"))),
+}
+
+
+def hidden_elements(branch: Branch, given: int) -> Tensor:
+    e = torch.arange(LENGTH)
+    return {"given": e < given, "earlier": e >= 0}.get(branch.hide, e < 0) if not isinstance(branch.hide, Tensor) else branch.hide
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "recomputed"])
+def test_branches_are_mixed_step_by_step_as_written(name, cached):
+    """Over a ragged batch: (1 + sum w) full - sum w branch, each with its own view of the canvas and its own cache."""
+    model, branches, rows = conditional(), BRANCHES[name], [0, 1, 2]
+    known = {0: 1, 1: 4, 2: 2}
+    target = Target(model, stacked([condition_of(r) for r in rows]), branches, cached=cached)
+    canvas, decider = canvas_of(model, rows, known), Recorder()
+    generate(target, canvas, decider, random=Keyed(5))
+    nothing = torch.zeros(LENGTH, dtype=torch.bool)
+    for r in rows:
+        ids = torch.tensor([text_of(canvas, r)])
+        total = LENGTH - known[r]
+        for i in range(total):
+            n = known[r] + i
+            want = logits_of(model, r, ids, known[r], n, set(), nothing)
+            full, names = want, set(model.conditions)
+            for branch in branches:
+                drop = names if branch.drop is None else set(branch.drop)
+                other = logits_of(model, r, ids, known[r], n, drop, hidden_elements(branch, known[r]))
+                want = want + branch.guidance.weight(i / (total - 1)) * (full - other)
+            assert (decider.met[i][r] - want).abs().max() < 1e-9, (r, i)
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_guided_drafts_are_verified_by_the_guided_law(name):
+    """Trees over all branches: the string of plain guided sampling, also where the history of a branch is masked, and
+    where guidance grows along the draft."""
+    model, rows, known, branches = conditional(), [0, 1, 2], {0: 1, 1: 4, 2: 2}, BRANCHES[name]
+    texts = []
+    for decider, proposer in ((SampleAll(), None), (Walk(), Drafts(1))):
+        target = Target(model, stacked([condition_of(r) for r in rows]), branches)
+        canvas = canvas_of(model, rows, known)
+        generate(target, canvas, decider, proposer, Keyed(5))
+        texts.append([text_of(canvas, r) for r in rows])
+    assert texts[0] == texts[1]
+
+
+def test_guidance_by_progress_is_that_of_the_row():
+    """A ramp follows how far each row is, not how far the batch is."""
+    model, rows, known = conditional(), [0, 1, 2], {0: 1, 1: 8, 2: 5}
+    guidance = Guidance(3.0, "linear")
+    want = [alone(model, r, known[r], Target(model, condition_of(r), guidance)) for r in rows]
+    target = Target(model, stacked([condition_of(r) for r in rows]), guidance)
+    canvas = generate(target, canvas_of(model, rows, known), SampleAll(), random=Keyed(5))
+    assert [text_of(canvas, r) for r in rows] == want
+
+
+def test_a_masked_history_in_two_streams():
+    """Blocks: the branch sees earlier blocks as masks, over its own cache; scale 0 is the full branch alone."""
+    model = plain(Blocks(3))
+    free = Target(model)
+    for hide in ("earlier", "given"):
+        texts = {}
+        for scale in (0.0, 2.0):
+            for cached in (True, False):
+                target = Target(model, guidance=(Branch(Guidance(scale), hide=hide),), cached=cached)
+                texts[scale, cached] = alone(model, 3, 4, target)
+        assert texts[2.0, True] == texts[2.0, False] != texts[0.0, True] == texts[0.0, False] == alone(model, 3, 4, free)
+
+
+def test_branches_that_cannot_be_are_refused():
+    model = conditional()
+    with pytest.raises(ValueError, match="no condition style to drop; got class, text, sketch"):
+        Target(model, condition_of(0), (Branch(Guidance(1.0), frozenset({"style"})),))
+    with pytest.raises(ValueError, match="hides 'given' or 'earlier' elements or marked ones, not 'later'"):
+        Target(model, condition_of(0), (Branch(Guidance(1.0), hide="later"),))
+    with pytest.raises(ValueError, match="marked by a boolean"):
+        Target(model, condition_of(0), (Branch(Guidance(1.0), hide=torch.arange(LENGTH)),))
+    with pytest.raises(ValueError, match="this model is unconditional"):
+        Target(plain(), guidance=Guidance(1.0))
+    bare = Model(line(LENGTH), Line(1), TokenEmbed(VOCAB, WIDTH), Transformer(BACKBONE), CategoricalHead(WIDTH, VOCAB))
+    with pytest.raises(ValueError, match="has no mask: use mask=True"):
+        generate(Target(bare, guidance=(Branch(Guidance(1.0), hide="earlier"),)), bare.blank(1), SampleAll())
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def ids(*shape: int, value: int = 0) -> Tensor:
+    return torch.full(shape, value)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda m: m.canvas({"token": ids(2, LENGTH, value=VOCAB)}), ValueError, "lie in 0..6, got 7..7"),
+        (lambda m: m.canvas({"token": ids(2, LENGTH, value=-1)}), ValueError, "lie in 0..6, got -1..-1"),
+        (lambda m: m.canvas({"token": torch.zeros(2, LENGTH)}), TypeError, "ids, integers, got torch.float32"),
+        (lambda m: m.canvas({"token": ids(2, LENGTH).bool()}), TypeError, "ids, integers, got torch.bool"),
+        (lambda m: m.canvas({"token": [[0] * LENGTH]}), TypeError, "are a tensor, got list"),
+        (lambda m: m.canvas({"token": ids(0, LENGTH)}), ValueError, "at least one row; the batch is empty"),
+        (lambda m: m.canvas({"token": ids(2, 5)}), ValueError, r"must be \(2, 12, ...\), got \(2, 5\)"),
+        (lambda m: m.canvas({"word": ids(2, LENGTH)}), ValueError, "no values for kind 'token'; got word"),
+        (lambda m: m.canvas({}), ValueError, "values of at least one kind"),
+        (lambda m: m.canvas({"token": ids(2, LENGTH)}, 13), ValueError, "first elements are given, but the layout has 12"),
+        (lambda m: m.canvas({"token": ids(2, LENGTH)}, -1), ValueError, "first elements are given"),
+        (lambda m: m.canvas({"token": ids(2, LENGTH)}, ids(2, value=13)), ValueError, "13, 13.* first elements are given"),
+        (lambda m: m.canvas({"token": ids(2, LENGTH)}, ids(3)), ValueError, "is a number, one a row"),
+        (lambda m: m.canvas({"token": ids(2, LENGTH)}, ids(3, LENGTH).bool()), ValueError, "3 rows, the values have 2"),
+        (lambda m: m.canvas({"token": ids(2, LENGTH)}, row=ids(3)), ValueError, "names each of 2 rows"),
+    ],
+)
+def test_what_is_no_canvas_of_the_model_is_refused(make, error, says):
+    with pytest.raises(error, match=says):
+        make(plain())
+
+
+def test_ids_of_any_integer_type_are_taken():
+    canvas = plain().canvas({"token": ids(2, LENGTH).to(torch.int16)})
+    assert canvas.value["token"].dtype == torch.int64
+
+
+def test_a_canvas_copies_what_it_is_given():
+    """Generation changes neither the tensor of the prompts nor a batch expanded from one row."""
+    model, prompt = plain(), prompt_of(0)
+    before = prompt.clone()
+    canvas = model.canvas({"token": prompt.expand(3, -1)}, 2)
+    generate(Target(model), canvas, SampleAll(), random=Keyed(5))
+    assert torch.equal(prompt, before) and len({tuple(t.tolist()) for t in canvas.read("token")}) == 3
+
+
+def test_edits_that_do_not_fit_are_refused():
+    canvas = plain().canvas({"token": ids(2, LENGTH)}, torch.tensor([2, 3]))
+    with pytest.raises(EditError, match="element 2 of row 1 is given and cannot be set"):
+        canvas.apply([Set(ids(2, 1), ids(2, 1, value=2))])
+    with pytest.raises(EditError, match="element 12 cannot be set: the layout has 12"):
+        canvas.apply([Set(ids(2, 1), ids(2, 1, value=12))])
+    with pytest.raises(EditError, match=r"elements are integers \(2, n\), got \(1, 1\)"):
+        canvas.apply([Set(ids(1, 1), ids(1, 1, value=5))])
+    with pytest.raises(EditError, match="take as many values"):
+        canvas.apply([Set(ids(2, 2), ids(2, 1, value=5))])
+    with pytest.raises(EditError, match="name the elements to set"):
+        canvas.apply([Set(ids(2, 1))])
+    with pytest.raises(EditError, match="cannot be cut off"):
+        canvas.apply([Truncate(torch.tensor([1, 9]))])
+
+
+def test_a_line_without_a_start_is_refused_in_any_row():
+    """Without a prefix slot, every row needs a first element."""
+    model = plain(prefix=0)
+    with pytest.raises(OrderError, match="nothing to start from in row 0"):
+        generate(Target(model), model.canvas({"token": ids(1, LENGTH)}), SampleAll())
+    with pytest.raises(OrderError, match="nothing to start from in row 1"):
+        generate(Target(model), model.canvas({"token": ids(2, LENGTH)}, torch.tensor([2, 0])), SampleAll())
+
+
+def test_a_decider_that_keeps_what_it_did_not_decide_is_told_so():
+    model = plain()
+    canvas = model.canvas({"token": ids(1, LENGTH)}, 3)
+    target = Target(model)
+    plan = target.plan(canvas, guess := Guess(torch.tensor([[1, 2]])))
+    target.forward(plan, canvas, guess)
+    target.commit(6, plan)  # both nodes, but nothing was set
+    with pytest.raises(OrderError, match="3 known elements and 1 prefix slots, but 6 slots are cached"):
+        target.plan(canvas)
+
+
+@pytest.mark.parametrize("broken", ["table", "head", "layer"])
+def test_broken_weights_are_named_at_the_first_step(broken):
+    model = plain()
+    weight = {"table": model.embed.table, "head": model.heads["token"].weight, "layer": model.backbone.layers[1].down}
+    with torch.no_grad():
+        weight[broken][3] = float("nan")
+    with pytest.raises(FloatingPointError, match="NaN or infinity: its weights or inputs are broken"):
+        generate(Target(model), model.canvas({"token": ids(1, LENGTH, value=3)}, 2), SampleAll())
+
+
+def test_impossible_ids_are_not_broken_weights():
+    """A head may rule ids out by -inf; only NaN and +inf are errors."""
+
+    class Forbids(CategoricalHead):
+        def logits(self, h, reads=None):
+            x = super().logits(h, reads)
+            return x.masked_fill(torch.arange(VOCAB) == 2, -torch.inf)
+
+    model = plain()
+    model.heads["token"].__class__ = Forbids
+    canvas = generate(Target(model), model.canvas({"token": ids(3, LENGTH)}, 1), SampleAll(), random=Keyed(5))
+    assert bool((canvas.value["token"] != 2).all())
+
+
+def test_conditions_of_another_number_of_rows_are_refused():
+    model = conditional()
+    with pytest.raises(ValueError, match="conditions of 1 samples were given for a canvas of 2"):
+        generate(Target(model, condition_of(0)), canvas_of(model, [0, 1], KNOWN), SampleAll())

@@ -1,9 +1,13 @@
 """VAR: what its paper says of order, feed and guidance, beyond the laws that every system obeys."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from seriatim import Generator, Guidance, Keyed, SampleAll, Target, decode, generate
+from seriatim.backbones import transformer
+from seriatim.random import Forced
 from seriatim.systems.image import var
 from seriatim.tokenizers.multiscale import MultiScaleConfig
 
@@ -84,3 +88,131 @@ def test_samples_repeat_with_their_seed():
         generate(Target(model, labels), model.blank(2), SampleAll(), random=Generator(5)).value["token"] for _ in "ab"
     )
     assert torch.equal(a, b)
+
+
+# ---- the formulas of the paper, one slot and one head at a time ------------------------------------------------------
+
+SCALES = (1, 2, 3)
+IDS = torch.randint(11, (3, 14), generator=torch.Generator().manual_seed(4))
+LABELS = {"class": torch.tensor([0, 1, 2])}
+
+
+def sharp():
+    """A tiny model whose logits spread, with one head's temperature beyond the clamp."""
+    model = tiny(SCALES, vocab=11)
+    with torch.no_grad():
+        for layer in model.backbone.layers:
+            layer.q_norm.copy_(torch.tensor([[1.2], [6.0]]))
+    return model
+
+
+def plain_norm(x):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / ((centred**2).mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def unit(x):
+    return x / (x * x).sum().sqrt()
+
+
+def attention(layer, x, scale_of):
+    """softmax(tau cos(q, k)) v, tau at most 100; a slot sees its own scale and the coarser ones."""
+    n, width = x.shape
+    q, k, v = (x @ layer.qkv.T + layer.qkv_bias).view(n, 3, 2, width // 2).unbind(1)
+    out = torch.zeros(n, 2, width // 2, dtype=x.dtype)
+    for head in range(2):
+        tau = min(float(layer.q_norm[head, 0].exp()), 100.0)
+        for i in range(n):
+            seen = [j for j in range(n) if scale_of[j] <= scale_of[i]]
+            weight = torch.stack([tau * (unit(q[i, head]) @ unit(k[j, head])) for j in seen]).exp()
+            out[i, head] = sum(w * v[j, head] for w, j in zip(weight / weight.sum(), seen, strict=True))
+    return out.reshape(n, width) @ layer.out.T + layer.out_bias
+
+
+def reference(model, ids, label):
+    """Logits (elements, vocab) of one picture; `label` is a row of the class table, the last one for no class."""
+    embed, head = model.embed, model.heads["token"]
+    scale_of = [k for k, side in enumerate(SCALES) for _ in range(side * side)]
+    c = model.conditions["class"].table[label]
+    feed = embed.project(embed.quantizer.teacher_inputs(ids[None])[0])
+    x = torch.cat([(c + embed.start)[None], feed]) + embed.position + embed.scale[scale_of]
+    c = c * torch.sigmoid(c)
+    for layer in model.backbone.layers:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (layer.ada @ c + layer.ada_bias).view(6, -1)
+        x = x + gate1 * attention(layer, plain_norm(x) * (1 + scale1) + shift1, scale_of)
+        h = (plain_norm(x) * (1 + scale2) + shift2) @ layer.up.T + layer.up_bias
+        h = h * (1 + torch.erf(h / 2**0.5)) / 2
+        x = x + gate2 * (h @ layer.down.T + layer.down_bias)
+    shift, scale = (model.backbone.ada @ c + model.backbone.ada_bias).view(2, -1)
+    return (plain_norm(x) * (1 + scale) + shift) @ head.weight.T + head.bias
+
+
+def expected():
+    """Log-probabilities of every element by the formulas: plain, and guided by t = 3 k / (K - 1) at scale k."""
+    model = sharp()
+    with torch.no_grad():
+        full = torch.stack([reference(model, x, i) for i, x in enumerate(IDS)])
+        null = torch.stack([reference(model, x, 3) for x in IDS])
+    t = torch.tensor([0.0] + [1.5] * 4 + [3.0] * 9, dtype=torch.float64)[:, None]
+    assert 2 < full.std() < 5
+    return full.log_softmax(-1), ((1 + t) * full - t * null).log_softmax(-1)
+
+
+def error(model):
+    """How far teacher forcing, and guided decoding forced to the same ids, are from the formulas; nats."""
+    plain, guided = expected()
+    with torch.no_grad():
+        canvas = model.canvas({"token": IDS})
+        plan = model.factorization.packed(canvas)
+        h = model.hidden(plan, canvas, None, model.encode(LABELS))
+        packed = model.dist(h, plan, canvas)[0].log_probs()
+    forced = Forced(IDS)
+    generate(Target(model, LABELS, Guidance(3.0, "linear")), model.blank(3), SampleAll(), random=forced)
+    stepwise = torch.stack([forced.met[e] for e in range(14)], 1)
+    return max(float((packed - plain).abs().max()), float((stepwise - guided).abs().max()))
+
+
+def test_forced_and_guided_decoding_are_the_papers_formulas():
+    assert error(sharp()) < 1e-10
+
+
+def swap(owner, parts):
+    shift, scale, *rest = owner.ada.data.chunk(parts)
+    owner.ada.data = torch.cat([scale, shift, *rest])
+
+
+MUTANTS = {
+    "shift and scale change places in a layer": lambda m, _: swap(m.backbone.layers[1], 6),
+    "shift and scale change places before the head": lambda m, _: swap(m.backbone, 2),
+    "no adaptive norm before the head": lambda m, _: (m.backbone.ada.data.zero_(), m.backbone.ada_bias.data.zero_()),
+    "no clamp of the temperature": lambda _, patch: patch.setattr(transformer, "LOG_100", 99.0),
+    "guidance a scale early": lambda _, patch: patch.setattr(
+        Guidance, "weight", lambda g, done: g.scale * (done + 0.5)
+    ),
+    "another epsilon": lambda m, _: setattr(m.backbone, "config", replace(m.backbone.config, eps=1e-5)),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_stack_is_not_the_papers(name, monkeypatch):
+    model = sharp()
+    MUTANTS[name](model, monkeypatch)
+    assert error(model) > 1e-4
+
+
+def test_fresh_weights_are_those_of_the_released_code():
+    config = var.Config(MultiScaleConfig(scales=(1, 2, 4), vocab=64, dim=16), width=96, depth=3, heads=4)
+    torch.manual_seed(0)
+    model = var.build(config)
+    std, d, layer = (3 * 96) ** -0.5, 96, model.backbone.layers[2]
+    sizes = {
+        1: [layer.qkv, layer.up, model.embed.project.weight, model.embed.position, model.conditions["class"].table]
+    }
+    sizes[6**-0.5] = [layer.out, layer.down]
+    sizes[0.5] = [model.backbone.ada, layer.ada[: 2 * d], layer.ada[3 * d : 5 * d]]
+    sizes[1e-5] = [layer.ada[2 * d : 3 * d], layer.ada[5 * d :]]
+    sizes[0.02] = [model.heads["token"].weight]
+    for size, tables in sizes.items():
+        assert all(abs(float(x.detach().std()) / (std * size) - 1) < 0.1 for x in tables)
+    assert all(not p.any() for name, p in model.backbone.named_parameters() if name.endswith("bias"))
+    assert torch.allclose(layer.q_norm.exp(), torch.tensor(4.0)) and not model.embed.project.bias.any()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from seriatim.plan import Plan
@@ -132,9 +132,20 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the pending keys and values (batch, heads, slots, head_dim) of a layer; all that can be read there."""
         i = 2 * layer
+        if k.requires_grad:
+            return self._append_differentiably(i, k, v)
         self._new[i].copy_(k)
         self._new[i + 1].copy_(v)
         return self._all[i], self._all[i + 1]
+
+    def _append_differentiably(self, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients flow through what is pending, not through what is remembered (truncated backpropagation)."""
+        start = self.columns
+        with torch.no_grad():
+            self._new[i].copy_(k)
+            self._new[i + 1].copy_(v)
+            old = [self._all[j][:, :, :start].clone() for j in (i, i + 1)]
+        return torch.cat([old[0], k.to(old[0].dtype)], 2), torch.cat([old[1], v.to(old[1].dtype)], 2)
 
     def crossed(self, layer: int, memory: Tensor) -> Tensor | None:
         """What `keep_crossed` kept of this very memory in a layer."""

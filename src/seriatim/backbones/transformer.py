@@ -162,7 +162,7 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
         """A cache for `batch` rows. On a CPU in bf16 it is float32: attention of one row is three times faster so."""
-        weight = self.layers[0].out  # type: ignore[union-attr]
+        weight: Tensor = self.layers[0].out  # type: ignore[union-attr, assignment]
         dtype = torch.float32 if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" else weight.dtype
         c = self.config
         return KVCache(c.depth, batch, c.groups, c.dim, dtype, weight.device, capacity, tuple(self.mixers))
@@ -198,7 +198,7 @@ class Transformer(nn.Module):
             return self._some(x, plan, masks, context)
         masks = {kind: _placed(mask, c, x) for kind, mask in masks.items()}
         for i, layer in enumerate(self.layers):
-            w = layer.weights() if layer._modules else layer._parameters
+            w = layer.weights() if layer._modules else layer._parameters  # type: ignore[operator]
             x = self._layer(i, w, x, masks[c.each_kind[i]], context)
         return self._last(x, vector)
 
@@ -219,7 +219,8 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             mask, ran = _partial(masks[c.each_kind[i]], plan, context.cache, i)
             if ran is None or bool(ran.any()):
-                y = self._layer(i, layer.weights(), x, _placed(mask, c, x), context)
+                w = layer.weights()  # type: ignore[operator]
+                y = self._layer(i, w, x, _placed(mask, c, x), context)
                 x = y if ran is None else torch.where(ran.to(x.device)[:, None], y, x)
         return self._last(x, context.vector)
 

@@ -71,8 +71,9 @@ def decode(
     """
     random = random or Generator()
     target.demand(getattr(decider, "needs", frozenset()), type(decider).__name__)
+    held = nullcontext()
     while True:
-        with nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode():
+        with held if torch.is_inference_mode_enabled() else torch.inference_mode():
             guess = None if proposer is None else proposer.propose(canvas, target, random)
             plan = target.plan(canvas, guess)
             if plan is None:

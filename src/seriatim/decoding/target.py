@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seriatim.backbones.cache import Keep
@@ -169,7 +169,7 @@ class Target:
         self._repeated = (plan, repeated(plan, self.copies))
         h = model.backbone(torch.cat(parts), self._repeated[1], self.cache, both.vector, both.memory)
         (full, element, slot), *others = [model.dist(part, plan, canvas) for part in h.chunk(self.copies)]
-        done = progress(canvas)
+        done = progress(canvas, None if guess is None else plan.reads.element)
         weights = [_weight(branch.guidance, done, h) for branch in self.branches]
         dist = full.mix([other[0] for other in others], [1 + sum(weights), *(-w for w in weights)])
         return dist, element, h, slot
@@ -209,31 +209,33 @@ class Target:
             self.cache.select(torch.cat([torch.where(fresh, -1, rows + i * batch) for i in range(self.copies)]))
 
 
-def progress(canvas: Canvas) -> float | list[float]:
-    """How far generation is before this step: the share of steps done, from 0 to 1; one a row where rows may differ.
+def progress(canvas: Canvas, drafted: Int[Tensor, "b m"] | None = None) -> float | Float[Tensor, "b m"]:
+    """How far generation is before this step: the share of steps done, from 0 to 1. One number where it is the same for
+    all rows, else (batch, 1). A draft reaches ahead: (batch, m), before the step that decides each `drafted` element.
 
     Where elements were decided ahead of their rank (an order that is found on the way), the share of elements."""
-    if canvas.length is not None:
+    if canvas.length is not None and drafted is None:
         done, total = canvas.length - canvas.given_length, canvas.layout.size - canvas.given_length
         return done / max(total - 1, 1)
-    last = canvas.rank.amax(1).clamp(min=1)
-    now = torch.where(canvas.open, canvas.rank, INF).amin(1)
-    decided = canvas.known & (canvas.rank >= 0)
-    ahead = (decided & (canvas.rank > now[:, None])).any(1)
-    count, left = decided.sum(1), canvas.open.sum(1)
+    rank = canvas.rank
+    last = rank.amax(1, keepdim=True).clamp(min=1)
+    now = torch.where(canvas.open, rank, INF).amin(1, keepdim=True)
+    decided = canvas.known & (rank >= 0)
+    ahead = (decided & (rank > now)).any(1, keepdim=True)
+    count, left = decided.sum(1, keepdim=True), canvas.open.sum(1, keepdim=True)
     elements = count / (count + left - 1).clamp(min=1).double()
+    if drafted is not None:
+        now = rank.gather(1, drafted.clamp(min=0, max=canvas.layout.size - 1).expand(canvas.batch, -1)).clamp(min=0)
     share = torch.where(ahead, elements, torch.minimum(now, last).double() / last)
-    return share.tolist()
+    return float(share[0, 0]) if bool((share == share[0, 0]).all()) else share
 
 
-def _weight(guidance: Guidance, done: float | list[float], like: Tensor) -> float | Tensor:
+def _weight(guidance: Guidance, done: float | Tensor, like: Tensor) -> float | Tensor:
     if isinstance(done, float):
         return guidance.weight(done)
-    weights = [guidance.weight(d) for d in done]
-    if len(set(weights)) == 1:
-        return weights[0]
     kind = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.tensor(weights, dtype=kind, device=like.device)[:, None, None]
+    weights = [[guidance.weight(share) for share in row] for row in done.tolist()]
+    return torch.tensor(weights, dtype=kind, device=like.device)[..., None]
 
 
 def hidden(plan: Plan, canvas: Canvas, hide: str | Tensor | None) -> Plan:
@@ -256,7 +258,14 @@ def hidden(plan: Plan, canvas: Canvas, hide: str | Tensor | None) -> Plan:
         carries = carries | drafted if isinstance(hide, str) and hide == "earlier" else carries & ~drafted
     source = torch.where(carries & (slots.source == VALUE), MASK, slots.source)
     masked = Slots(slots.element, source, slots.coord, slots.needs, slots.node)
-    return Plan(masked, plan.views, plan.reads, plan.rank, plan.layers, plan.layout)
+    return _Masked(masked, plan.views, plan.reads, plan.rank, plan.layers, plan.layout, readers=plan.readers)
+
+
+@dataclass(frozen=True, eq=False)
+class _Masked(Plan):
+    """What a branch embeds: conditions of single elements stand where they stood."""
+
+    readers: Reads | None = None  # type: ignore[assignment]
 
 
 def repeated(plan: Plan, copies: int) -> Plan:

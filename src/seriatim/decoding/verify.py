@@ -249,7 +249,7 @@ class Chain(Ratio):
         accepted = torch.where(guess.value >= 0, self.acceptance(wanted, offered), 0.0)
         element: Tensor | int = turn.start[0]
         if turn.batch > 1:
-            element = torch.tensor(turn.start)[:, None] + torch.arange(n)
+            element = torch.where(guess.value >= 0, torch.tensor(turn.start)[:, None] + torch.arange(n), -1)
         draw = torch.tensor([numbered(COIN, depth) for depth in range(n)])
         return random.heads(accepted, Key(turn.canvas.row, element, draw))
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from seriatim.random import Key
 
+ROUNDING = 1e-14  # what is less probable may be 0 in a batch of another size: impossible
+
 
 class Paths:
     """A source of randomness that replays one path of choices a row (rows are named 0, 1, ...), then first choices.
@@ -33,10 +35,10 @@ class Paths:
         self.closed = [a or b for a, b in zip(self.closed, rows, strict=True)]
 
     def _choose(self, row: int, p: Sequence[float]) -> int:
-        options = [i for i, x in enumerate(p) if x > 0]
+        options = [i for i, x in enumerate(p) if x > ROUNDING]
         if not options:
             raise ValueError("a distribution without any possible outcome was drawn from")
-        if self.closed[row]:
+        if self.closed[row] or len(options) == 1:  # no choice: padding may add such draws
             return options[0]
         branch, path = self.branch[row], self.paths[row]
         i = path[len(branch)] if len(branch) < len(path) else 0

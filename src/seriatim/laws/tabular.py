@@ -124,7 +124,7 @@ def true_law(model: Model, length: int, warp: Warper | None = None) -> Law:
     assert plan is not None
     dist, element, _ = model.dist(model.hidden(plan, canvas), plan, canvas)
     dist = dist if warp is None else warp(dist)
-    taken = dist.log_prob(value) * (torch.as_tensor(element) < length)
+    taken = dist.log_prob(value).masked_fill(torch.as_tensor(element) >= length, 0.0)
     return {tuple(x): float(p) for x, p in zip(heads.tolist(), taken.sum(1).exp(), strict=True)}
 
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from seriatim.backbones.transformer import Transformer, TransformerConfig
+from seriatim.backbones.transformer import Layer, Transformer, TransformerConfig
 from seriatim.canvas import Canvas
 from seriatim.conditions.condition import ClassCondition
 from seriatim.data.digits import load_digits, shift_sideways
@@ -66,7 +66,7 @@ class ScaleEmbed(nn.Module):
     """What a slot of the pyramid carries: the accumulated latent of all coarser scales, area-downed to its own and
     projected; plus position and scale. The quantizer belongs to the tokenizer and is frozen."""
 
-    def __init__(self, quantizer: MultiScaleVQ, width: int, std: float = 0.4):
+    def __init__(self, quantizer: MultiScaleVQ, width: int, std: float):
         super().__init__()
         self.quantizer = quantizer.requires_grad_(False)
         self.project = nn.Linear(quantizer.dim, width)
@@ -100,16 +100,42 @@ def build(config: Config | None = None, quantizer: MultiScaleVQ | None = None) -
     c = config or Config()
     t = c.tokenizer
     quantizer = quantizer or MultiScaleVQ(t.scales, t.vocab, t.dim, t.phis, t.phi_ratio, t.beta)
+    std = (3 * c.width) ** -0.5
     backbone = Transformer(
         TransformerConfig(
             c.width, c.depth, c.heads, norm="layer", activation="gelu", bias=True, qk_norm="l2", vector=c.width,
-            dropout=c.dropout,
+            eps=1e-6, dropout=c.dropout,
         )
     )  # fmt: skip
-    embed = ScaleEmbed(quantizer, c.width)
-    condition = {"class": ClassCondition(c.classes, c.width, ("prefix", "vector"), std=0.4)}
+    embed = ScaleEmbed(quantizer, c.width, std)
+    condition = {"class": ClassCondition(c.classes, c.width, ("prefix", "vector"), std)}
     head = CategoricalHead(c.width, t.vocab, bias=True)
+    initialise(embed, backbone, head, std)
     return Model(pyramid(t.scales), Scales(), embed, backbone, head, condition)
+
+
+@torch.no_grad()
+def initialise(embed: ScaleEmbed, backbone: Transformer, head: CategoricalHead, std: float) -> None:
+    """The initial weights of the released code: matrices and tables are normal of deviation `std`, biases 0.
+
+    Smaller are: what ends a branch, by (2 depth)^-1/2; shifts and scales of the adaptive norms, by 1/2; their gates, by
+    1e-5, so that a layer starts as almost the identity; the head, by 1/50. Temperatures of attention start at 4, as the
+    backbone makes them.
+    """
+    embed.project.weight.normal_(0, std)
+    embed.project.bias.zero_()
+    for layer in backbone.layers:
+        assert isinstance(layer, Layer)
+        for matrix in (layer.qkv, layer.up):
+            matrix.normal_(0, std)
+        for matrix in (layer.out, layer.down):
+            matrix.normal_(0, std / (2 * len(backbone.layers)) ** 0.5)
+        parts = layer.get_parameter("ada").chunk(6)
+        for part, size in zip(parts, (0.5, 0.5, 1e-5) * 2, strict=True):  # shift, scale, gate
+            part.normal_(0, std * size)
+    assert backbone.ada is not None
+    backbone.ada.normal_(0, std / 2)
+    head.weight.normal_(0, std / 50)
 
 
 # ---- on built-in data ------------------------------------------------------------------------------------------------
