@@ -145,8 +145,10 @@ def reference(model: Transformer, x: Tensor, plan: Plan, vector=None, memory=Non
                 if c.activation == "swiglu":
                     gate, up = y.chunk(2)
                     y = gate / (1 + (-gate).exp()) * up
-                else:
+                elif c.activation == "gelu":
                     y = y * 0.5 * (1 + torch.erf(y / 2**0.5))
+                else:
+                    y = y * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
                 y = w["down"] @ y if w["down_bias"] is None else w["down"] @ y + w["down_bias"]
                 t = t + (y if ada[s] is None else ada[s][5] * y)
                 after.append(t)
@@ -166,6 +168,7 @@ def reference(model: Transformer, x: Tensor, plan: Plan, vector=None, memory=Non
 ROPE_2 = RoPE(100.0, (2, 2))
 VARIANTS = {
     "llama": replace(BASE, rope=RoPE(50.0)),
+    "gelu by its tanh approximation": replace(BASE, activation="gelu_tanh"),
     "layer norm, gelu, biases": replace(BASE, norm="layer", activation="gelu", bias=True, eps=0.1),
     "an epsilon that matters": replace(BASE, eps=0.5),
     "shared key-value heads": replace(BASE, kv_heads=2, rope=RoPE(50.0)),

@@ -141,7 +141,7 @@ def reference(model, ids, label):
         shift1, scale1, gate1, shift2, scale2, gate2 = (layer.ada @ c + layer.ada_bias).view(6, -1)
         x = x + gate1 * attention(layer, plain_norm(x) * (1 + scale1) + shift1, scale_of)
         h = (plain_norm(x) * (1 + scale2) + shift2) @ layer.up.T + layer.up_bias
-        h = h * (1 + torch.erf(h / 2**0.5)) / 2
+        h = h * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3))) / 2
         x = x + gate2 * (h @ layer.down.T + layer.down_bias)
     shift, scale = (model.backbone.ada @ c + model.backbone.ada_bias).view(2, -1)
     return (plain_norm(x) * (1 + scale) + shift) @ head.weight.T + head.bias

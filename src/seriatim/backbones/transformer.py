@@ -57,7 +57,7 @@ class TransformerConfig:
             raise ValueError(f"dropout is a share from 0 to below 1, got {self.dropout}")
         for name, value, allowed in (
             ("norm", self.norm, ("rms", "layer")),
-            ("activation", self.activation, ("swiglu", "gelu")),
+            ("activation", self.activation, ("swiglu", "gelu", "gelu_tanh")),
             ("qk_norm", self.qk_norm, (None, "rms", "l2")),
         ):
             if value not in allowed:
@@ -79,7 +79,7 @@ class TransformerConfig:
 
     @cached_property
     def inner(self) -> int:
-        return self.hidden or (4 * self.width if self.activation == "gelu" else -(-8 * self.width // 3 // 8) * 8)
+        return self.hidden or (-(-8 * self.width // 3 // 8) * 8 if self.activation == "swiglu" else 4 * self.width)
 
     @cached_property
     def each_kind(self) -> tuple[str, ...]:
@@ -244,7 +244,7 @@ class Transformer(nn.Module):
             gate, up = h.chunk(2, -1)
             h = F.silu(gate) * up
         else:
-            h = F.gelu(h)
+            h = F.gelu(h, approximate="tanh" if c.activation == "gelu_tanh" else "none")
         h = F.linear(h, w["down"], w["down_bias"])
         if self.training and c.dropout:
             h = F.dropout(h, c.dropout)

@@ -96,7 +96,7 @@ def mean_loss(model: Model, draw: Draw, recipe: Recipe, generator: torch.Generat
 
 
 def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; no weight decay on vectors (norms, biases) and tables of positions."""
+    """AdamW; no weight decay on what has fewer than two axes (norms, biases)."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": recipe.weight_decay},

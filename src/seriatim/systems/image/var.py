@@ -103,7 +103,7 @@ def build(config: Config | None = None, quantizer: MultiScaleVQ | None = None) -
     std = (3 * c.width) ** -0.5
     backbone = Transformer(
         TransformerConfig(
-            c.width, c.depth, c.heads, norm="layer", activation="gelu", bias=True, qk_norm="l2", vector=c.width,
+            c.width, c.depth, c.heads, norm="layer", activation="gelu_tanh", bias=True, qk_norm="l2", vector=c.width,
             eps=1e-6, dropout=c.dropout,
         )
     )  # fmt: skip
