@@ -37,3 +37,11 @@ def test_the_order_written_in_the_documentation_works(capsys):
     exec(code[1], names)
     assert "forwards=5" in capsys.readouterr().out
     assert torch.isfinite(names["model"].log_prob(names["canvas"])).all()
+
+
+def test_the_drafts_of_the_documentation_change_nothing():
+    text = (README.parent / "docs" / "decoding.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.S)
+    assert code is not None
+    torch.manual_seed(0)
+    exec(code[1], {})
