@@ -418,7 +418,11 @@ BRANCHES = {
 
 def hidden_elements(branch: Branch, given: int) -> Tensor:
     e = torch.arange(LENGTH)
-    return {"given": e < given, "earlier": e >= 0}.get(branch.hide, e < 0) if not isinstance(branch.hide, Tensor) else branch.hide
+    return (
+        {"given": e < given, "earlier": e >= 0}.get(branch.hide, e < 0)
+        if not isinstance(branch.hide, Tensor)
+        else branch.hide
+    )
 
 
 @pytest.mark.parametrize("name", BRANCHES)
@@ -479,7 +483,9 @@ def test_a_masked_history_in_two_streams():
             for cached in (True, False):
                 target = Target(model, guidance=(Branch(Guidance(scale), hide=hide),), cached=cached)
                 texts[scale, cached] = alone(model, 3, 4, target)
-        assert texts[2.0, True] == texts[2.0, False] != texts[0.0, True] == texts[0.0, False] == alone(model, 3, 4, free)
+        assert (
+            texts[2.0, True] == texts[2.0, False] != texts[0.0, True] == texts[0.0, False] == alone(model, 3, 4, free)
+        )
 
 
 def test_branches_that_cannot_be_are_refused():
@@ -516,9 +522,17 @@ def ids(*shape: int, value: int = 0) -> Tensor:
         (lambda m: m.canvas({"token": ids(2, 5)}), ValueError, r"must be \(2, 12, ...\), got \(2, 5\)"),
         (lambda m: m.canvas({"word": ids(2, LENGTH)}), ValueError, "no values for kind 'token'; got word"),
         (lambda m: m.canvas({}), ValueError, "values of at least one kind"),
-        (lambda m: m.canvas({"token": ids(2, LENGTH)}, 13), ValueError, "first elements are given, but the layout has 12"),
+        (
+            lambda m: m.canvas({"token": ids(2, LENGTH)}, 13),
+            ValueError,
+            "first elements are given, but the layout has 12",
+        ),
         (lambda m: m.canvas({"token": ids(2, LENGTH)}, -1), ValueError, "first elements are given"),
-        (lambda m: m.canvas({"token": ids(2, LENGTH)}, ids(2, value=13)), ValueError, "13, 13.* first elements are given"),
+        (
+            lambda m: m.canvas({"token": ids(2, LENGTH)}, ids(2, value=13)),
+            ValueError,
+            "13, 13.* first elements are given",
+        ),
         (lambda m: m.canvas({"token": ids(2, LENGTH)}, ids(3)), ValueError, "is a number, one a row"),
         (lambda m: m.canvas({"token": ids(2, LENGTH)}, ids(3, LENGTH).bool()), ValueError, "3 rows, the values have 2"),
         (lambda m: m.canvas({"token": ids(2, LENGTH)}, row=ids(3)), ValueError, "names each of 2 rows"),

@@ -19,11 +19,11 @@ def read(path: Path) -> np.ndarray:
 def test_a_grid_shows_each_picture_at_its_place(tmp_path: Path) -> None:
     images = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 1, 2, 2)
     pixels = read(save_grid(images, tmp_path / "new" / "grid.png", columns=3, upscale=6))
-    assert pixels.shape == (2 + 2 * (12 + 2), 2 + 3 * (12 + 2), 3)
-    centres = [pixels[2 + 6 + 14 * (i // 3), 2 + 6 + 14 * (i % 3), 0] for i in range(5)]
+    assert pixels.shape == (6 + 2 * (12 + 6), 6 + 3 * (12 + 6), 3)
+    centres = [pixels[6 + 6 + 18 * (i // 3), 6 + 6 + 18 * (i % 3), 0] for i in range(5)]
     assert centres == [0, 64, 128, 191, 255]
     inverted = read(save_grid(images, tmp_path / "grid.png", columns=3, upscale=6, invert=True))
-    assert inverted[8, 8, 0] == 255 and inverted[8 + 14, 8 + 14, 0] == 0
+    assert inverted[12, 12, 0] == 255 and inverted[12 + 18, 12 + 18, 0] == 0
 
 
 def test_colours_and_labels(tmp_path: Path) -> None:

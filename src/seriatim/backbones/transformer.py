@@ -196,7 +196,7 @@ class Transformer(nn.Module):
         context = Context(cache, rope, vector, memory)
         if plan.layers is not None or (cache is not None and cache.skips):
             return self._some(x, plan, masks, context)
-        masks = {kind: _placed(mask, c, x) for kind, mask in masks.items()}
+        masks = {kind: _placed(mask, c, x, cache) for kind, mask in masks.items()}
         for i, layer in enumerate(self.layers):
             w = layer.weights() if layer._modules else layer._parameters  # type: ignore[operator]
             x = self._layer(i, w, x, masks[c.each_kind[i]], context)
@@ -220,7 +220,7 @@ class Transformer(nn.Module):
             mask, ran = _partial(masks[c.each_kind[i]], plan, context.cache, i)
             if ran is None or bool(ran.any()):
                 w = layer.weights()  # type: ignore[operator]
-                y = self._layer(i, w, x, _placed(mask, c, x), context)
+                y = self._layer(i, w, x, _placed(mask, c, x, context.cache), context)
                 x = y if ran is None else torch.where(ran.to(x.device)[:, None], y, x)
         return self._last(x, context.vector)
 
@@ -274,7 +274,8 @@ class Transformer(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         else:
             out = _attention(q, k, v, mask, scale)
-        return out.to(dtype).transpose(1, 2).reshape(b, n, heads * dim)
+        out = out.to(dtype)
+        return (out if n == 1 else out.transpose(1, 2)).reshape(b, n, heads * dim)
 
     def _cross(self, i: int, w: Weights, x: Tensor, context: Context) -> Tensor:
         """Attention to a memory, whose keys and values a cache remembers."""
@@ -320,13 +321,16 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).reshape(b, heads, n, d)
 
 
-def _placed(mask: Tensor | str | None, c: TransformerConfig, x: Tensor) -> Tensor | str | None:
-    """The mask where the vectors are, with its rows repeated for the queries that share a key-value head."""
+def _placed(mask: Tensor | str | None, c: TransformerConfig, x: Tensor, cache: KVCache | None) -> Tensor | str | None:
+    """The mask as attention wants it, once for all layers: where the vectors are, its rows repeated for the queries that
+    share a key-value head, and as what is added to the scores."""
     if not isinstance(mask, Tensor):
         return mask
-    if mask.device != x.device:
-        mask = mask.to(x.device)
-    return mask if c.groups == c.heads else mask.repeat(1, 1, c.heads // c.groups, 1)
+    mask = mask.to(x.device)
+    if c.groups < c.heads:
+        mask = mask.repeat(1, 1, c.heads // c.groups, 1)
+    kind = x.dtype if cache is None else cache.buffer.dtype
+    return torch.zeros(mask.shape, dtype=kind, device=x.device).masked_fill_(~mask, -torch.inf)
 
 
 def _rope(table: RotaryTable, plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:

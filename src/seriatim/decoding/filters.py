@@ -1,10 +1,12 @@
 """Temperature and the sampling filters: part of the law that is sampled, applied to target and draft alike.
 
-Order: temperature, top-k, top-p, min-p, typical, as in common practice; a filter never removes the likeliest token.
+Order: temperature, top-k, top-p, min-p, typical, as in common practice. The likeliest token always stays, but for
+typical sampling, which may leave it out.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +31,8 @@ class Warper:
     typical: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"the temperature is 0 (greedy) or more, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"the temperature is 0 (greedy) or more, and finite, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k keeps at least 1 token, got {self.top_k}")
         for name in ("top_p", "min_p", "typical"):
@@ -54,7 +56,8 @@ class Warper:
         x = dist.logits
         x = x if x.dtype == torch.float64 else x.float()
         if self.temperature != 1:
-            x = x / self.temperature
+            x = x - x.amax(-1, keepdim=True)  # the largest becomes 0, so that nothing overflows
+            x = x / max(self.temperature, torch.finfo(x.dtype).tiny)
         if self.top_k is not None and self.top_k < x.shape[-1]:
             x = x.masked_fill(x < x.topk(self.top_k, -1).values[..., -1:], -torch.inf)
         if self.top_p is not None and self.top_p < 1:

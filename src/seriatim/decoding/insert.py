@@ -8,6 +8,7 @@ from seriatim.canvas import Canvas, Delete, Edit
 from seriatim.canvas import Insert as Insertion
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.loop import Step
+from seriatim.heads.dist import Categorical
 from seriatim.model import Rows
 from seriatim.random import Key, Random
 
@@ -16,8 +17,8 @@ class Insert:
     """One insertion a row and step, or the end of it: what is drawn of (slot, token) pairs and stopping.
 
     Sampled as the filters of the target say; with temperature 0 the likeliest. limit: the most known elements of a row,
-    which is then finished; stop: finish a row as soon as stopping is more probable than this, never by chance (None: by
-    chance, as the model says).
+    which is then finished; stop: finish a row as soon as stopping is more probable than this (at temperature 0, as the
+    model says), and never by chance (None: by chance).
     """
 
     def __init__(self, limit: int, stop: float | None = None):
@@ -38,7 +39,7 @@ class Insert:
         known = canvas.known.sum(1)
         ends = going & (known >= self.limit)
         if self.stop is not None:
-            ends = ends | (going & (dist.probs()[:, 0, -1] > self.stop))
+            ends = ends | (going & (Categorical(dist.logits).probs()[:, 0, -1] > self.stop))
             no_stop = torch.arange(choices + 1) < choices
             dist = type(dist)(dist.logits.masked_fill(~no_stop & going[:, None, None], -torch.inf))
         draws = going & ~ends

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from seriatim.canvas import DELETED, GIVEN, Canvas, Set, Truncate, Unset
+from seriatim.canvas import DECIDED, DELETED, GIVEN, Canvas, Set, Truncate, Unset
 from seriatim.decoding.guess import Guess, moved
 from seriatim.decoding.loop import Step
 from seriatim.heads.dist import Categorical
@@ -87,7 +87,8 @@ class Select:
         if self.threshold is None:
             below = [self._below(n, t) for n, t in zip(left.tolist(), total.tolist(), strict=True)]
             count = left - torch.tensor(below)
-        edit, _, _ = self._some(canvas, element, count, (total - left)[:, None], rows, random)
+        decided = (canvas.status == DECIDED).sum(1, keepdim=True)
+        edit, _, _ = self._some(canvas, element, count, decided, rows, random)
         return Step((edit,))
 
     def _below(self, left: int, total: int) -> int:

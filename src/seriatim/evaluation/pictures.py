@@ -103,7 +103,7 @@ def _sheet(
     rows = -(-n // columns)
     if row_labels is not None and len(row_labels) != rows:
         raise ValueError(f"one label a row: {len(row_labels)} labels for {rows} rows")
-    height, width, gap = height * upscale, width * upscale, max(2, upscale // 3)
+    height, width, gap = height * upscale, width * upscale, max(2, upscale)
     font = ImageFont.load_default(size=max(11, min(20, height // 3)))
     left = gap + max((round(font.getlength(label)) + 3 * LABEL_MARGIN for label in row_labels or ()), default=0)
     mode, paper = ("L", PAPER) if channels == 1 else ("RGB", (PAPER,) * 3)

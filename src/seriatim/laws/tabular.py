@@ -101,10 +101,10 @@ class TableHead(CategoricalHead):
 
     def __init__(self, vocab: int, seed: int, spread: float):
         super().__init__(1, vocab)
-        self.seed, self.spread = seed, spread
+        self.key, self.spread = mix(torch.tensor(seed)), spread
 
     def logits(self, h: Float[Tensor, "b m 1"], reads: Reads | None = None) -> Float[Tensor, "b m v"]:
-        which = torch.arange(self.vocab) * 0x3C6EF372FE94F82B + self.seed * 0x632BE59BD9B4E019
+        which = self.key + torch.arange(self.vocab) * 0x3C6EF372FE94F82B
         unit = (mix(h.long() + which) & ((1 << 52) - 1)).double() / float(1 << 52)
         return unit * self.spread
 

@@ -1,0 +1,236 @@
+"""Generation by insertion: the law over texts equals a recursion by hand; order of arrival is immaterial; rows end when
+they say so."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from seriatim.backbones.rope import RoPE
+from seriatim.backbones.transformer import Transformer, TransformerConfig
+from seriatim.canvas import Delete
+from seriatim.canvas import Insert as Insertion_
+from seriatim.decoding.filters import Warper
+from seriatim.decoding.guess import Guess
+from seriatim.decoding.insert import Insert
+from seriatim.decoding.loop import decode, generate
+from seriatim.decoding.target import Target
+from seriatim.embed import TokenEmbed
+from seriatim.factorization.insertion import Insertion
+from seriatim.factorization.line import Line
+from seriatim.heads.insertion import InsertionHead
+from seriatim.laws.case import randomise
+from seriatim.laws.tabular import tabular
+from seriatim.layout import line
+from seriatim.model import Model
+from seriatim.plan import OrderError
+from seriatim.random import Keyed, enumerate_law
+
+LIMIT = 3
+
+
+def model_of(vocab=2, seed=0):
+    backbone = Transformer(TransformerConfig(16, 2, 2, rope=RoPE()))
+    return randomise(Model(line(1), Insertion(), TokenEmbed(vocab, 16), backbone, InsertionHead(16, vocab)), seed, 0.6)
+
+
+MODEL = model_of()
+
+
+def holding(model, *texts):
+    """A canvas whose rows are these texts, given, and open."""
+    n = max(map(len, texts))
+    value = torch.tensor([[0, *t, *[0] * (n - len(t))] for t in texts])
+    known = torch.tensor([[False] + [True] * len(t) + [False] * (n - len(t)) for t in texts])
+    assert all(len(t) == n for t in texts)
+    return model.canvas({"token": value}, known, layout=line(n + 1))
+
+
+def choices(model, text, warp=None):
+    """Probabilities of all (slot, token) pairs and of stopping, from a forward over a finished text."""
+    target, canvas = Target(model, warp=warp), holding(model, text)
+    with torch.no_grad():
+        return target.forward(target.plan(canvas), canvas).dist.probs()[0, 0].tolist()
+
+
+def by_hand(model, limit, warp=None, start=(), stop=None):
+    """The law over texts: a recursion over all ways to insert."""
+    law, vocab = {}, model.heads["token"].vocab
+    ask = cache(lambda text: choices(model, text, warp))
+
+    def go(text, p):
+        if p == 0:
+            return
+        if len(text) == limit:
+            law[text] = law.get(text, 0.0) + p
+            return
+        *pairs, ends = ask(text)
+        if stop is not None:
+            if ends > stop:
+                law[text] = law.get(text, 0.0) + p
+                return
+            pairs, ends = [x / sum(pairs) for x in pairs], 0.0
+        law[text] = law.get(text, 0.0) + p * ends
+        for i, x in enumerate(pairs):
+            slot, token = divmod(i, vocab)
+            go((*text[:slot], token, *text[slot:]), p * x)
+
+    go(tuple(start), 1.0)
+    return {text: p for text, p in law.items() if p > 0}
+
+
+def enumerated(model, decider, warp=None, start=()):
+    def run(random):
+        canvas = generate(Target(model, warp=warp), holding(model, start), decider(), random=random)
+        return tuple(canvas.read("token")[0].tolist())
+
+    return enumerate_law(run)
+
+
+def gap(a, b):
+    return max(abs(a.get(x, 0.0) - b.get(x, 0.0)) for x in a.keys() | b.keys())
+
+
+# ---- laws ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_law_over_texts_is_that_of_all_ways_to_insert():
+    """Slots are in reading order whatever the order of arrival, and a text such as "aa" adds up over its ways."""
+    law, want = enumerated(MODEL, lambda: Insert(LIMIT)), by_hand(MODEL, LIMIT)
+    assert abs(sum(law.values()) - 1) < 1e-12
+    assert law.keys() == want.keys() and len(law) == 1 + 2 + 4 + 8
+    assert gap(law, want) < 1e-12
+
+
+@pytest.mark.parametrize("warp", [Warper(0.7), Warper(top_k=3)], ids=str)
+def test_filters_apply_to_the_joint_choice(warp):
+    assert gap(enumerated(MODEL, lambda: Insert(LIMIT), warp), by_hand(MODEL, LIMIT, warp)) < 1e-12
+
+
+@pytest.mark.parametrize("stop", [0.0, 0.3, 0.99])
+def test_a_threshold_ends_a_text_instead_of_chance(stop):
+    assert gap(enumerated(MODEL, lambda: Insert(LIMIT, stop)), by_hand(MODEL, LIMIT, stop=stop)) < 1e-12
+
+
+def test_given_elements_are_continued_in_place():
+    start = (1, 0)
+    law = enumerated(MODEL, lambda: Insert(LIMIT), start=start)
+    assert gap(law, by_hand(MODEL, LIMIT, start=start)) < 1e-12
+    assert all(text == start or text[:2] == start or text[1:] == start or (text[0], text[2]) == start for text in law)
+
+
+class SlotOff(Insert):
+    """Inserts behind the neighbour of the slot that was chosen."""
+
+    def decide(self, canvas, guess, rows, random):
+        step = super().decide(canvas, guess, rows, random)
+        for edit in step.edits:
+            if isinstance(edit, Insertion_):
+                places = rows.element[0].tolist()
+                edit.after = torch.tensor([places[(places.index(int(edit.after)) + 1) % len(places)]])
+        return step
+
+
+class ByArrival(Insertion):
+    """Slots in the order in which tokens arrived."""
+
+    def step(self, canvas, guess, cached):
+        place, canvas._place = canvas._place, None if canvas._place is None else torch.arange(canvas.layout.size)[None]
+        try:
+            return super().step(canvas, guess, cached)
+        finally:
+            canvas._place = place
+
+
+def test_wrong_slots_and_wrong_places_give_another_law():
+    model, wrong = model_of(seed=2), model_of(seed=2)
+    want = by_hand(model, LIMIT, stop=0.99)
+    assert gap(enumerated(model, lambda: Insert(LIMIT, 0.99)), want) < 1e-12
+    assert gap(enumerated(model, lambda: SlotOff(LIMIT, 0.99)), want) > 0.01
+    wrong.factorization = ByArrival()
+    assert gap(enumerated(wrong, lambda: Insert(LIMIT, 0.99)), want) > 0.001
+
+
+# ---- order and company -----------------------------------------------------------------------------------------------
+
+
+def test_the_order_of_arrival_is_immaterial():
+    """A text inserted in any order is read as the same text given."""
+    want = choices(MODEL, (1, 0, 1))
+    for first, edits in [(0, [(0, 1), (1, 0), (2, 1)]), (1, [(0, 1), (1, 1), (1, 0)]), (2, [(0, 1), (0, 0), (0, 1)])]:
+        canvas = MODEL.blank(1)
+        for after, value in edits:
+            canvas.apply([Insertion_(torch.tensor([after]), torch.tensor([value]))])
+        assert canvas.read("token")[0].tolist() == [1, 0, 1]
+        target = Target(MODEL)
+        with torch.no_grad():
+            got = target.forward(target.plan(canvas), canvas).dist.probs()[0, 0]
+        assert float((got - torch.tensor(want, dtype=got.dtype)).abs().max()) < 1e-12, first
+
+
+def test_a_row_does_not_depend_on_its_company():
+    model = model_of(5, seed=3)
+    canvas = generate(Target(model), model.blank(6), Insert(7), random=Keyed(1))
+    texts = [x.tolist() for x in canvas.read("token")]
+    assert len(set(map(len, texts))) > 2
+    for row, text in enumerate(texts):
+        alone = model.canvas({"token": torch.zeros(1, 1, dtype=torch.long)}, row=torch.tensor([row]))
+        generate(Target(model), alone, Insert(7), random=Keyed(1))
+        assert alone.read("token")[0].tolist() == text
+
+
+def test_every_step_inserts_one_element_or_ends_and_nothing_is_cached():
+    model = model_of(5, seed=3)
+    canvas, target, inserted = model.blank(3), Target(model), 0
+    for step in decode(target, canvas, Insert(6, 0.8), random=Keyed(0)):
+        for edit in step.edits:
+            inserted += int((edit.after > -2).sum()) if isinstance(edit, Insertion_) else 0
+            assert isinstance(edit, Insertion_ | Delete)
+        assert target.cache.length == 0
+    assert sum(len(x) for x in canvas.read("token")) == inserted > 3
+    assert canvas.done
+
+
+def test_temperature_zero_inserts_the_likeliest():
+    model, text = model_of(4, seed=5), []
+    warp = Warper(temperature=0)
+    canvas = generate(Target(model, warp=warp), model.blank(1), Insert(5, stop=0.9))
+    while len(text) < 5:
+        *pairs, ends = choices(model, tuple(text))
+        if ends > 0.9:
+            break
+        slot, token = divmod(max(range(len(pairs)), key=pairs.__getitem__), 4)
+        text.insert(slot, token)
+    assert canvas.read("token")[0].tolist() == text
+
+
+# ---- misuse ----------------------------------------------------------------------------------------------------------
+
+
+def test_drafts_and_unknown_elements_are_refused():
+    with pytest.raises(OrderError, match="drafted"):
+        Insertion().step(MODEL.blank(1), Guess(torch.tensor([[0]])), 0)
+    with pytest.raises(ValueError, match="without a proposer"):
+        Target(MODEL).plan(MODEL.blank(1), Guess(torch.tensor([[0]])))
+    with pytest.raises(OrderError, match="element 0 stands for"):
+        generate(Target(MODEL), MODEL.canvas({"token": torch.zeros(1, 3, dtype=torch.long)}, layout=line(3)), Insert(4))
+
+
+def test_other_orders_and_deciders_do_not_fit():
+    model = tabular(line(3), Line(1), 3)
+    with pytest.raises(ValueError, match="order and the head of insertions"):
+        generate(Target(model), model.blank(1), Insert(3))
+    with pytest.raises(TypeError, match="no exact likelihood"):
+        MODEL.log_prob(holding(MODEL, (1,)))
+    with pytest.raises(TypeError, match="no packed form"):
+        MODEL.losses(holding(MODEL, (1,)))
+
+
+@pytest.mark.parametrize("wrong", [(-1, None), (3, 1.0), (3, -0.1)])
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(ValueError):
+        Insert(*wrong)
+    with pytest.raises(ValueError, match="at least 1 id"):
+        InsertionHead(8, 0)
