@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -173,7 +174,7 @@ def interleaved(arms: dict[str, Callable[[], tuple[Tensor, list[float]]]], runs:
         for name in order.sample(list(arms), len(arms)):
             times = arms[name]()[1]
             if run:  # the first warms up
-                took[name].append([1e6 * (b - a) for a, b in zip(times, times[1:], strict=False)])
+                took[name].append([1e6 * (b - a) for a, b in pairwise(times)])
     best = {name: statistics.fmean(min(p) for p in zip(*rows, strict=True)) for name, rows in took.items()}
     middle = {name: statistics.median(statistics.fmean(row) for row in rows) for name, rows in took.items()}
     return {name: {"least": round(best[name], 1), "median": round(middle[name], 1)} for name in arms}
@@ -296,7 +297,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-hf", action="store_true", help="leave Hugging Face out")
-    parser.add_argument("--busy", action="store_true", help="one thread's processor time, for a machine that is not quiet")
+    parser.add_argument(
+        "--busy", action="store_true", help="one thread's processor time, for a machine that is not quiet"
+    )
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
     if args.busy:
@@ -310,7 +313,8 @@ def main() -> None:
     result = {
         "key": "next-token-speed", "small": small, "tiny": tiny, "gates": gates(small, tiny), "runs": args.runs,
         "threads": args.threads, "load average": [round(x, 2) for x in load], "others used of a CPU": round(share, 2),
-        "clock": clock.__name__, "disturbed": share > 0.2, "torch": torch.__version__, "machine": platform.processor() or platform.machine(),
+        "clock": clock.__name__, "disturbed": share > 0.2, "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
     }  # fmt: skip
     for name in ("small", "tiny"):
         part = result[name]
@@ -318,7 +322,7 @@ def main() -> None:
         base = part["microseconds a token"]["bare loop"]
         for arm, t in part["microseconds a token"].items():
             ratio = t["least"] / base["least"]
-            print(f"  {arm:24s} {t['least']:8.1f} us a token (median run {t['median']:8.1f}), {ratio:5.3f} of the bare loop")
+            print(f"  {arm:24s} {t['least']:8.1f} us a token (median run {t['median']:8.1f}), {ratio:5.3f} of bare")
         print("  parts, us:", ", ".join(f"{k} {v}" for k, v in part["parts"].items()))
     print(f"\nload average {load[0]:.2f}; other processes used {share:.2f} of a CPU" + ("  DISTURBED" * (share > 0.2)))
     for name, gate in result["gates"].items():

@@ -163,7 +163,9 @@ class Session:
     def check_read(self, layer: int, k: Tensor, v: Tensor) -> None:
         """A layer reads what each row holds, and behind all of it what is pending."""
         assert k.shape == v.shape == (self.batch, HEADS, self.cache.columns + self.n, DIM)
-        assert torch.equal(k[:, :, -self.n :], self.new[layer, 0]) and torch.equal(v[:, :, -self.n :], self.new[layer, 1])
+        assert torch.equal(k[:, :, -self.n :], self.new[layer, 0]) and torch.equal(
+            v[:, :, -self.n :], self.new[layer, 1]
+        )
         for b, row in enumerate(self.rows):
             for i, entry in enumerate(row):
                 assert torch.equal(k[b, :, i], entry.kv[layer, 0]) and torch.equal(v[b, :, i], entry.kv[layer, 1])
@@ -339,7 +341,9 @@ class Tree:
         parent = tuple(rng.randrange(-1, i) for i in range(nodes))
         if rng.random() < 0.3:
             parent = tuple(range(-1, nodes - 1))
-        value = torch.randint(VOCAB, (canvas.batch, nodes), generator=torch.Generator().manual_seed(rng.randrange(10**6)))
+        value = torch.randint(
+            VOCAB, (canvas.batch, nodes), generator=torch.Generator().manual_seed(rng.randrange(10**6))
+        )
         if canvas.batch > 1 and canvas.length is None:
             for row in value:
                 gone: set[int] = set()
@@ -380,7 +384,7 @@ class RandomPath:
                 if drafts[b][i] >= 0 and p in paths:
                     paths[i] = [*paths[p], i]
                     self.compare(rows, b, i, texts[b] + [drafts[b][j] for j in paths[i]])
-            path = self.rng.choice(list(paths.values())) if self.ragged or b == 0 else path  # noqa: F821
+            path = self.rng.choice(list(paths.values())) if self.ragged or b == 0 else path
             keeps.append([*range(ends[b] + 1), *(known + i for i in path)])
             tokens.append([*(drafts[b][i] for i in path), self.rng.randrange(VOCAB)])
         return self.step(canvas, texts, keeps, tokens)
@@ -480,7 +484,9 @@ def test_a_sliding_window_is_evicted_and_nobody_misses_it():
     assert (forced.log_prob - model.log_prob(model.canvas({"token": ids}, 3))).abs().max() < 1e-10
     assert max(held) == 3  # the three slots that the next one still sees, besides itself
     wide = next_token(0, order=Window(LENGTH))
-    assert (model.log_prob(model.canvas({"token": ids}, 3)) - wide.log_prob(wide.canvas({"token": ids}, 3))).abs().max() > 1e-3
+    assert (
+        model.log_prob(model.canvas({"token": ids}, 3)) - wide.log_prob(wide.canvas({"token": ids}, 3))
+    ).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -489,7 +495,9 @@ def test_slots_that_skip_layers_are_not_seen_there_whatever_the_rows_keep():
     depth, n = 3, 4
     config = TransformerConfig(WIDTH, depth, 4, kv_heads=2)
     g = torch.Generator().manual_seed(3)
-    model = randomised(Model(line(9), Line(1), TokenEmbed(VOCAB, WIDTH), Transformer(config), CategoricalHead(WIDTH, VOCAB)))
+    model = randomised(
+        Model(line(9), Line(1), TokenEmbed(VOCAB, WIDTH), Transformer(config), CategoricalHead(WIDTH, VOCAB))
+    )
     backbone = model.backbone
     cache = backbone.new_cache(2)
     texts: list[list[tuple[Tensor, Tensor, int]]] = [[], []]  # of each row: vector, layers, clock

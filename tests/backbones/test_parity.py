@@ -165,9 +165,7 @@ def test_logits_packed_and_cached_equal_hugging_face(llama, ids):
     assert worst(llama, mapped(llama), ids) <= 1
 
 
-@pytest.mark.parametrize(
-    "trap", ["theta", "convention", "eps", "groups", "gate", "norms", "last norm", "tie"]
-)
+@pytest.mark.parametrize("trap", ["theta", "convention", "eps", "groups", "gate", "norms", "last norm", "tie"])
 def test_each_trap_of_the_family_fails_the_same_check(llama, ids, trap):
     assert worst(llama, mapped(llama, trap), ids) > 10
 

@@ -157,7 +157,9 @@ def reference(model: Transformer, x: Tensor, plan: Plan, vector=None, memory=Non
         last = torch.stack([norm_of(c, t, weight, bias) for t in xs])
         if vector is not None:
             per_slot = vector[b] if vector.dim() == 3 else vector[b].expand(len(xs), -1)
-            shift, scale = (torch.nn.functional.silu(per_slot) @ model.ada.detach().T + model.ada_bias.detach()).chunk(2, 1)
+            shift, scale = (torch.nn.functional.silu(per_slot) @ model.ada.detach().T + model.ada_bias.detach()).chunk(
+                2, 1
+            )
             last = last * (1 + scale) + shift
         rows.append(last)
     return torch.stack(rows)
@@ -306,7 +308,8 @@ def test_learned_positions_by_axis_and_along_a_line():
     plan = plan_of(full(6), range(6), range(6), [(0, 0)], coord=layout.coord)
     model = Model(layout, Line(1), embed, Transformer(BASE), CategoricalHead(WIDTH, 3))
     ids = torch.tensor([[0, 1, 2, 2, 1, 0]])
-    want = [embed.table[i] + embed.positions[0][r] + embed.positions[1][c] for i, (r, c) in zip(ids[0], layout.coord)]
+    pairs = zip(ids[0], layout.coord, strict=False)  # the last element has no coordinate to carry
+    want = [embed.table[i] + embed.positions[0][r] + embed.positions[1][c] for i, (r, c) in pairs]
     assert torch.equal(embed(model.canvas({"token": ids}), plan)[0], torch.stack(want))
 
     flat = TokenEmbed(3, WIDTH, positions=(6,)).double()

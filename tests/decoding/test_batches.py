@@ -299,10 +299,10 @@ def test_rows_of_another_shape_are_not_admitted():
     model = plain()
     canvas = canvas_of(model, [0, 1], KNOWN)
     shorter = Canvas(line(3), {"token": torch.zeros(1, 3, dtype=torch.long)}, 1)
-    with pytest.raises(ValueError, match="a layout of 3 elements .* cannot join a canvas of 12"):
+    with pytest.raises(ValueError, match=r"a layout of 3 elements .* cannot join a canvas of 12"):
         select_rows(Target(model), canvas, torch.tensor([0, -1]), shorter)
     floats = Canvas(line(LENGTH), {"token": torch.zeros(1, LENGTH)}, 1)
-    with pytest.raises(ValueError, match="torch.int64 here, those of the new rows .* torch.float32"):
+    with pytest.raises(ValueError, match=r"torch.int64 here, those of the new rows .* torch.float32"):
         select_rows(Target(model), canvas, torch.tensor([0, -1]), floats)
     cond = conditional()
     target = Target(cond, condition_of(0))
@@ -383,8 +383,8 @@ def test_rows_in_different_orders_are_dropped_and_copied_on_the_way():
 
 @torch.no_grad()
 def logits_of(model: Model, row: int, ids: Tensor, given: int, known: int, drop: set[str], masked: Tensor) -> Tensor:
-    """Logits behind the first `known` elements of a row, `given` of them from the start, when conditions are dropped and
-    elements shown as masks: by one forward without a cache, put together here from the embedding table up."""
+    """Logits behind the first `known` elements of a row, `given` of them from the start, when conditions are dropped
+    and elements shown as masks: by one forward without a cache, put together here from the embedding table up."""
     c = model.encode(condition_of(row), {name: torch.ones(1, dtype=torch.bool) for name in drop})
     shown = torch.where(masked[:known, None], model.embed.mask, model.embed.table[ids[0, :known]])
     x = torch.cat([c.prefix[0], shown])[None]

@@ -1,7 +1,7 @@
 """What a plain decoding step costs beside its mathematics, counted rather than timed: operations and calls a step.
 
-The reference is the hand-written loop of benchmarks/next_token.py. Where a count rises, so does the time of every token;
-the benchmark then says by how much.
+The reference is the hand-written loop of benchmarks/next_token.py. Where a count rises, so does the time of every
+token; the benchmark then says by how much.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def test_a_plain_step_takes_no_more_operations_than_a_loop_written_by_hand(bench
     for depth in (2, 4):
         model, prompt = model_of(bench, depth), prompt_of(bench)
         for name, arm in (("bare", bench.bare), ("core", bench.core)):
-            cost[name, depth] = a_step(operations, lambda n, arm=arm, model=model: arm(model, prompt, n))
+            cost[name, depth] = a_step(operations, lambda n, arm=arm, model=model, prompt=prompt: arm(model, prompt, n))
     a_layer = {name: (cost[name, 4] - cost[name, 2]) / 2 for name in ("bare", "core")}
     once = {name: cost[name, 2] - 2 * a_layer[name] for name in ("bare", "core")}
     assert a_layer["core"] <= a_layer["bare"]
@@ -101,7 +101,7 @@ def test_a_plain_step_enters_few_functions(bench):
     cost = {}
     for depth in (2, 4):
         model, prompt = model_of(bench, depth), prompt_of(bench)
-        cost[depth] = a_step(calls, lambda n, model=model: bench.core(model, prompt, n))
+        cost[depth] = a_step(calls, lambda n, model=model, prompt=prompt: bench.core(model, prompt, n))
     a_layer = (cost[4] - cost[2]) / 2
     assert a_layer <= 6
     assert cost[2] - 2 * a_layer <= 55

@@ -172,6 +172,10 @@ class KVCache:
     # ---- committing -------------------------------------------------------------------------------------------------
 
     def commit(self, keep: Keep, plan: Plan) -> None:
+        if type(keep) is int and keep <= self.pending and self._labels is None and plan.plain:
+            self.columns += keep
+            self.pending = 0
+            return
         if isinstance(keep, Tensor) and self.batch == 1:
             keep = [i for i in keep[0].tolist() if i >= 0]
         if isinstance(keep, int):

@@ -6,12 +6,13 @@ frequencies are shared out among them, axis by axis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from seriatim.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -46,27 +47,36 @@ class RotaryTable:
         cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         return cos.to(dtype)[..., None, :], sin.to(dtype)[..., None, :]
 
+    def of(self, plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
+        """For the slots of a plan, in the number format of the vectors x."""
+        if plan.run is None:
+            return self.at(plan.slots.coord.to(x.device), x.dtype)
+        start, offset = plan.run
+        if offset is None:
+            return self.run(start, plan.size, x.dtype, x.device)
+        return self.offsets(start, offset, x.dtype, x.device)
+
     def run(self, start: int, n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The same for positions start .. start + n - 1 of one axis, as slices."""
-        cos, sin = self._table(start + n, dtype, device)
+        """For positions start .. start + n - 1 of one axis, as slices."""
+        cos, sin = self._runs.get((dtype, device)) or self._table(start + n, dtype, device)
+        if start + n > len(cos):
+            cos, sin = self._table(start + n, dtype, device)
         return cos[start : start + n], sin[start : start + n]
 
     def offsets(
-        self, start: int, offset: Sequence[int] | Tensor, dtype: torch.dtype, device
+        self, start: int, offset: Int[Tensor, "s"], dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Positions start + offset of one axis (a draft tree's depths)."""
-        cos, sin = self._table(start + len(offset) + 1, dtype, device)
-        return cos[start:][offset], sin[start:][offset]
+        """For positions start + offset of one axis (a draft tree's depths)."""
+        cos, sin = self.run(start, len(offset), dtype, device)  # no depth reaches further
+        return cos[offset], sin[offset]
 
     def _table(self, needed: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        table = self._runs.get((dtype, device))
-        if table is None or table[0].shape[0] < needed:
-            if self.axes > 1:
-                raise ValueError(f"rotary embedding over {self.axes} axes met slots along a line, which have one")
-            with torch.inference_mode(False):  # the table outlives the loop that first asks for it
-                cos, sin = self.at(torch.arange(max(256, 2 * needed), device=device)[None, :, None], dtype)
-                table = self._runs[dtype, device] = (cos[0], sin[0])
-        return table
+        if self.axes > 1:
+            raise ValueError(f"rotary embedding over {self.axes} axes met slots along a line, which have one")
+        with torch.inference_mode(False):  # the table outlives the loop that first asks for it
+            cos, sin = self.at(torch.arange(max(256, 2 * needed), device=device)[None, :, None], dtype)
+        self._runs[dtype, device] = cos[0], sin[0]
+        return cos[0], sin[0]
 
 
 def rotate(x: Float[Tensor, "b s h d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "b s h d"]:

@@ -187,7 +187,7 @@ class Transformer(nn.Module):
                 if c.memory
                 else "this backbone attends to no memory"
             )
-        rope = None if self.rotary is None else _rope(self.rotary, plan, x)
+        rope = None if self.rotary is None else self.rotary.of(plan, x)
         if cache is not None:
             cache.begin(plan)
         masks = {kind: plan.attention(kind, cache) for kind in self.mixers}
@@ -196,11 +196,11 @@ class Transformer(nn.Module):
         context = Context(cache, rope, vector, memory)
         if plan.layers is not None or (cache is not None and cache.skips):
             return self._some(x, plan, masks, context)
-        masks = {kind: _placed(mask, c, x, cache) for kind, mask in masks.items()}
+        masks = {kind: _placed(m, c, x, cache) if isinstance(m, Tensor) else m for kind, m in masks.items()}
         for i, layer in enumerate(self.layers):
             w = layer.weights() if layer._modules else layer._parameters  # type: ignore[operator]
             x = self._layer(i, w, x, masks[c.each_kind[i]], context)
-        return self._last(x, vector)
+        return _normalise(c, x, self.norm, self.norm_bias) if vector is None else self._last(x, vector)
 
     def _last(self, x: Tensor, vector: Tensor | None) -> Tensor:
         """The norm before the head."""
@@ -321,26 +321,16 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).reshape(b, heads, n, d)
 
 
-def _placed(mask: Tensor | str | None, c: TransformerConfig, x: Tensor, cache: KVCache | None) -> Tensor | str | None:
-    """The mask as attention wants it, once for all layers: where the vectors are, its rows repeated for the queries that
-    share a key-value head, and as what is added to the scores."""
-    if not isinstance(mask, Tensor):
-        return mask
+def _placed(mask: Tensor, c: TransformerConfig, x: Tensor, cache: KVCache | None) -> Tensor | None:
+    """The mask as attention wants it, once for all layers: where the vectors are, rows repeated for the queries that
+    share a key-value head, and as what is added to the scores. None where a step of decoding sees everything."""
+    if cache is not None and bool(mask.all()):
+        return None
     mask = mask.to(x.device)
     if c.groups < c.heads:
         mask = mask.repeat(1, 1, c.heads // c.groups, 1)
     kind = x.dtype if cache is None else cache.buffer.dtype
     return torch.zeros(mask.shape, dtype=kind, device=x.device).masked_fill_(~mask, -torch.inf)
-
-
-def _rope(table: RotaryTable, plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
-    run = plan.run
-    if run is None:
-        return table.at(plan.slots.coord.to(x.device), x.dtype)
-    start, offset = run
-    if offset is None:
-        return table.run(start, plan.size, x.dtype, x.device)
-    return table.offsets(start, offset, x.dtype, x.device)
 
 
 def _partial(

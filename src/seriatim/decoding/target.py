@@ -175,8 +175,8 @@ class Target:
         return dist, element, h, slot
 
     def commit(self, keep: Keep | None, plan: Plan, repeats: bool = False) -> None:
-        """Keep pending entries: what the decider names, or (None) what the plan says is worth keeping. Of a step that is
-        going to be repeated (denoising) that is what stays the same, and it drops nothing yet."""
+        """Keep pending entries: what the decider names, or (None) what the plan says is worth keeping. Of a step that
+        is going to be repeated (denoising) that is what stays the same, and it drops nothing yet."""
         cache = self.cache
         if cache is None or self.memory is not None:
             return  # a policy keeps what it likes at the next step, when it is known what was decided
@@ -307,7 +307,9 @@ def joined(conditions: Sequence[Condition]) -> Condition:
 def _check_branch(branch: Branch, model: Model) -> None:
     unknown = (branch.drop or frozenset()) - model.conditions.keys()
     if unknown:
-        raise ValueError(f"there is no condition {', '.join(sorted(unknown))} to drop; got {', '.join(model.conditions)}")
+        raise ValueError(
+            f"there is no condition {', '.join(sorted(unknown))} to drop; got {', '.join(model.conditions)}"
+        )
     if isinstance(branch.hide, Tensor):
         if branch.hide.dtype != torch.bool or branch.hide.dim() != 1:
             raise ValueError(f"elements to hide are marked by a boolean (elements,), got {branch.hide.dtype}")

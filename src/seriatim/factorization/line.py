@@ -63,19 +63,14 @@ class LinePlan(Plan):
         # what the hot path needs, past the frozen base class, whose fields are made on demand below
         d = self.__dict__
         d["shape"], d["base"], d["prefix"], d["elements"] = shape, base, prefix, elements
+        d["size"], d["run"] = shape.size, (base, shape.depth)
 
     shape: LineShape
     base: int
     prefix: int
     elements: int
-
-    @property
-    def size(self) -> int:
-        return self.shape.size
-
-    @property
-    def run(self) -> tuple[int, Tensor | None]:  # type: ignore[override]
-        return self.base, self.shape.depth
+    size = 0  # in place of the property of the base class; each instance has its own
+    run: tuple[int, Tensor | None]  # type: ignore[assignment]
 
     def attention(self, view: str, cache) -> Tensor | str | None:
         shape, base = self.shape, self.base
@@ -103,9 +98,7 @@ class LinePlan(Plan):
         source = torch.where(element >= 0, VALUE, LEARNED)
         rank = element  # everything known counts as decided one by one: a draft is checked against its own path
         coord = _within(place, self.prefix, self.elements)
-        return Slots(
-            element.clamp(min=-1)[..., None], source, coord[..., None], rank.clamp(min=-1), node.clamp(min=-1)
-        )
+        return Slots(element.clamp(min=-1)[..., None], source, coord[..., None], rank.clamp(min=-1), node.clamp(min=-1))
 
     @cached_property
     def views(self) -> Mapping[str, View]:  # type: ignore[override]
@@ -256,8 +249,8 @@ def _nothing_new(prefix: int, known: int, cached: int, row: int = 0) -> OrderErr
     if prefix + known == 0:
         return OrderError(f"nothing to start from in row {row}: give its first element, or use a prefix slot")
     return OrderError(
-        f"row {row} has {known} known elements and {prefix} prefix slots, but {cached} slots are cached: nothing is left "
-        "to compute; a step keeps no more than what was known before it and the accepted nodes of its draft"
+        f"row {row} has {known} known elements and {prefix} prefix slots, but {cached} slots are cached: nothing is "
+        "left to compute; a step keeps no more than what was known before it and the accepted nodes of its draft"
     )
 
 
