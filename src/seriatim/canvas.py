@@ -84,10 +84,11 @@ class Canvas:
     layout: the elements; value: kind -> ids (batch, n) or vectors (batch, n, d); `status`, `rank` (the step that
     decides an element; given -1) and `place` (position in reading order) are (batch, elements). `row` identifies a
     sample whatever its batch mates. `noise` and `level` hold the present noisy content of elements and its noise level
-    (1: pure noise, 0: clean), for methods that denoise in place.
+    (1: pure noise, 0: clean), for methods that denoise in place. To be read: `length` is how many first elements are
+    known in every row, and `given_length` how many were given, while rows are prefixes of one length; then None.
     """
 
-    __slots__ = ("_given", "_length", "_place", "_rank", "_status", "layout", "level", "noise", "row", "value")
+    __slots__ = ("given_length", "length", "_place", "_rank", "_status", "layout", "level", "noise", "row", "value")
 
     def __init__(
         self,
@@ -108,12 +109,12 @@ class Canvas:
             raise ValueError(f"`row` names each of {batch} rows, got shape {tuple(self.row.shape)}")
         self.noise: dict[str, Tensor] = {}
         self.level: Tensor | None = None
-        self._length: int | None = None
+        self.length: int | None = None
         self._status = self._rank = self._place = None
-        self._given = 0
+        self.given_length = 0
         given = given_elements(layout, known, batch)
         if isinstance(known, int) and rank is None and not bool(layout.given.any()):
-            self._length = self._given = known
+            self.length = self.given_length = known
             return
         if rank is None:
             rank = (~given).long().cumsum(1) - 1
@@ -128,16 +129,6 @@ class Canvas:
     @property
     def batch(self) -> int:
         return self.row.shape[0]
-
-    @property
-    def length(self) -> int | None:
-        """How many first elements are known in every row, while rows are prefixes of one length; else None."""
-        return self._length
-
-    @property
-    def given_length(self) -> int:
-        """How many first elements were given, while rows are prefixes of one length."""
-        return self._given
 
     @property
     def status(self) -> Int[Tensor, "b E"]:
@@ -164,14 +155,14 @@ class Canvas:
     @property
     def done(self) -> bool:
         """No element is left unknown."""
-        if self._length is not None:
-            return self._length >= self.layout.size
+        if self.length is not None:
+            return self.length >= self.layout.size
         return not bool(self.open.any())
 
     def lengths(self) -> Int[Tensor, "b"]:
         """Elements known from the front of each row."""
-        if self._length is not None:
-            return torch.full((self.batch,), self._length)
+        if self.length is not None:
+            return torch.full((self.batch,), self.length)
         return self.known.long().cumprod(1).sum(1)
 
     def read(self, kind: str) -> list[Tensor]:
@@ -181,16 +172,16 @@ class Canvas:
         return [self.value[kind][b][place[b].argsort()][alive[b][place[b].argsort()]] for b in range(self.batch)]
 
     def _derive(self) -> tuple[Tensor, Tensor, Tensor]:
-        assert self._length is not None
+        assert self.length is not None
         e = torch.arange(self.layout.size).expand(self.batch, -1)
-        status = torch.where(e < self._given, GIVEN, torch.where(e < self._length, DECIDED, UNKNOWN))
-        rank = torch.where(e < self._given, -1, e - self._given)
+        status = torch.where(e < self.given_length, GIVEN, torch.where(e < self.length, DECIDED, UNKNOWN))
+        rank = torch.where(e < self.given_length, -1, e - self.given_length)
         return status, rank, e
 
     def _write_out(self) -> None:
-        if self._length is not None:
+        if self.length is not None:
             self._status, self._rank, self._place = (x.contiguous().clone() for x in self._derive())
-            self._length = None
+            self.length = None
 
     # ---- editing ----------------------------------------------------------------------------------------------------
 
@@ -206,7 +197,7 @@ class Canvas:
 
     def _append(self, value: Tensor) -> None:
         """The next elements of every row (the hot path)."""
-        start = self._length
+        start = self.length
         if start is None:
             raise EditError("rows have different lengths here: name the elements to set")
         kinds = self.layout.kinds
@@ -217,7 +208,7 @@ class Canvas:
             n = self.layout.size - start
             value = value[:, :n]
         self.value[kinds[0]].narrow(1, start, n).copy_(value)
-        self._length = start + n
+        self.length = start + n
 
     def _touch(self, element: Tensor, verb: str) -> Tensor:
         """Check that no given element is meant; the boolean of places that are meant at all."""
@@ -323,11 +314,11 @@ class Canvas:
         if rows.dim() != 1 or rows.numel() == 0 or int(rows.max()) >= self.batch:
             raise ValueError(f"rows {rows.tolist()} cannot be selected of {self.batch}")
         canvas = Canvas.__new__(Canvas)
-        canvas.layout, canvas._given = self.layout, self._given
+        canvas.layout, canvas.given_length = self.layout, self.given_length
         if new is None:
             stores = [self.row, self.level, self._status, self._rank, self._place]
             row, *rest = [None if x is None else x[rows] for x in stores]
-            canvas._length = self._length
+            canvas.length = self.length
             canvas.value = {k: v[rows] for k, v in self.value.items()}
             canvas.noise = {k: v[rows] for k, v in self.noise.items()}
         else:
@@ -336,7 +327,7 @@ class Canvas:
             pairs = [(self.row, new.row), (self.level, new.level), (self.status, new.status)]
             pairs += [(self.rank, new.rank), (self.place, new.place)]
             row, *rest = [_rows_of_both(a, b, where, self.batch) for a, b in pairs]
-            canvas._length = None
+            canvas.length = None
             canvas.value = {k: torch.cat([v, new.value[k]])[where] for k, v in self.value.items()}
             noise = {k: _rows_of_both(self.noise.get(k), new.noise.get(k), where, self.batch) for k in self.value}
             canvas.noise = {k: v for k, v in noise.items() if v is not None}

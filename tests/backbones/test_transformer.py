@@ -308,7 +308,7 @@ def test_learned_positions_by_axis_and_along_a_line():
     plan = plan_of(full(6), range(6), range(6), [(0, 0)], coord=layout.coord)
     model = Model(layout, Line(1), embed, Transformer(BASE), CategoricalHead(WIDTH, 3))
     ids = torch.tensor([[0, 1, 2, 2, 1, 0]])
-    pairs = zip(ids[0], layout.coord, strict=False)  # the last element has no coordinate to carry
+    pairs = zip(ids[0], layout.coord, strict=True)
     want = [embed.table[i] + embed.positions[0][r] + embed.positions[1][c] for i, (r, c) in pairs]
     assert torch.equal(embed(model.canvas({"token": ids}), plan)[0], torch.stack(want))
 
