@@ -48,7 +48,7 @@ _WHERE = {
     "decoding.jacobi": ("Window",),
     "decoding.beam": ("Beam",),
     "decoding.grow": ("Growing",),
-    "decoding.insert": ("Insert",),
+    "decoding.insert": ("Inserting",),
     "decoding.kinds": ("PerKind",),
     "decoding.solver": ("SolverStep",),
     "training.loop": ("Recipe", "fit"),

@@ -168,7 +168,8 @@ class Model(nn.Module):
     ) -> Float[Tensor, "b s d"]:
         """Embed the slots of a plan and contextualise them."""
         c = condition or NO_CONDITION
-        return self.backbone(self.vectors(plan, canvas, c, guess), plan, cache, c.vector, c.memory)
+        x = self.embed(canvas, plan, guess) if c.rows is None else self.vectors(plan, canvas, c, guess)
+        return self.backbone(x, plan, cache, c.vector, c.memory)
 
     def dist(self, h: Float[Tensor, "b s d"], plan: Plan, canvas: Canvas) -> tuple[Dist, Tensor | int, Any]:
         """The distribution of everything the plan reads, the elements, and the slots read."""

@@ -70,9 +70,9 @@ class Generator:
         self.generator = torch.Generator(device=device).manual_seed(seed)
 
     def categorical(self, logits: Tensor, key: Key) -> Tensor:
-        p = torch.softmax(logits.float(), -1)
-        flat = p.reshape(-1, p.shape[-1])
-        return torch.multinomial(flat, 1, generator=self.generator).reshape(p.shape[:-1])
+        shape, device = logits.shape[:-1], self.generator.device
+        u = torch.rand(shape, generator=self.generator, device=device, dtype=torch.float64)
+        return _inverse(torch.softmax(logits.float(), -1), u.to(logits.device))
 
     def heads(self, probability: Tensor, key: Key) -> Tensor:
         u = torch.rand(probability.shape, generator=self.generator, device=self.generator.device, dtype=torch.float64)
@@ -108,12 +108,7 @@ class Keyed:
         return unit.reshape(*shape).to(device)
 
     def categorical(self, logits: Tensor, key: Key) -> Tensor:
-        p = torch.softmax(logits.double(), -1)
-        total = p.cumsum(-1)
-        u = self._unit(logits.shape[:-1], key, logits.device) * total[..., -1]
-        index = torch.searchsorted(total, u[..., None], right=True)[..., 0]
-        last = (p > 0).to(torch.int8).cumsum(-1).argmax(-1)  # never an impossible index, whatever the rounding
-        return torch.minimum(index, last)
+        return _inverse(torch.softmax(logits.double(), -1), self._unit(logits.shape[:-1], key, logits.device))
 
     def heads(self, probability: Tensor, key: Key) -> Tensor:
         return _leading(self._unit(probability.shape, key, probability.device) < probability)
@@ -132,6 +127,14 @@ def mix(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
     return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def _inverse(p: Float[Tensor, "*n v"], unit: Float[Tensor, "*n"]) -> Int[Tensor, "*n"]:
+    """The inverse of the distribution function, in float64; never an index of probability 0."""
+    total = p.cumsum(-1, dtype=torch.float64)
+    whole = total[..., -1]
+    at = torch.minimum(unit * whole, whole * (1 - 2**-52))
+    return torch.searchsorted(total, at[..., None], right=True)[..., 0].clamp(max=p.shape[-1] - 1)
 
 
 def _leading(heads: Bool[Tensor, "b n"]) -> Int[Tensor, "b"]:

@@ -14,7 +14,7 @@ from seriatim.canvas import Delete
 from seriatim.canvas import Insert as Insertion_
 from seriatim.decoding.filters import Warper
 from seriatim.decoding.guess import Guess
-from seriatim.decoding.insert import Insert
+from seriatim.decoding.insert import Inserting
 from seriatim.decoding.loop import decode, generate
 from seriatim.decoding.target import Target
 from seriatim.embed import TokenEmbed
@@ -98,7 +98,7 @@ def gap(a, b):
 
 def test_the_law_over_texts_is_that_of_all_ways_to_insert():
     """Slots are in reading order whatever the order of arrival, and a text such as "aa" adds up over its ways."""
-    law, want = enumerated(MODEL, lambda: Insert(LIMIT)), by_hand(MODEL, LIMIT)
+    law, want = enumerated(MODEL, lambda: Inserting(LIMIT)), by_hand(MODEL, LIMIT)
     assert abs(sum(law.values()) - 1) < 1e-12
     assert law.keys() == want.keys() and len(law) == 1 + 2 + 4 + 8
     assert gap(law, want) < 1e-12
@@ -106,22 +106,22 @@ def test_the_law_over_texts_is_that_of_all_ways_to_insert():
 
 @pytest.mark.parametrize("warp", [Warper(0.7), Warper(top_k=3)], ids=str)
 def test_filters_apply_to_the_joint_choice(warp):
-    assert gap(enumerated(MODEL, lambda: Insert(LIMIT), warp), by_hand(MODEL, LIMIT, warp)) < 1e-12
+    assert gap(enumerated(MODEL, lambda: Inserting(LIMIT), warp), by_hand(MODEL, LIMIT, warp)) < 1e-12
 
 
 @pytest.mark.parametrize("stop", [0.0, 0.3, 0.99])
 def test_a_threshold_ends_a_text_instead_of_chance(stop):
-    assert gap(enumerated(MODEL, lambda: Insert(LIMIT, stop)), by_hand(MODEL, LIMIT, stop=stop)) < 1e-12
+    assert gap(enumerated(MODEL, lambda: Inserting(LIMIT, stop)), by_hand(MODEL, LIMIT, stop=stop)) < 1e-12
 
 
 def test_given_elements_are_continued_in_place():
     start = (1, 0)
-    law = enumerated(MODEL, lambda: Insert(LIMIT), start=start)
+    law = enumerated(MODEL, lambda: Inserting(LIMIT), start=start)
     assert gap(law, by_hand(MODEL, LIMIT, start=start)) < 1e-12
     assert all(text == start or text[:2] == start or text[1:] == start or (text[0], text[2]) == start for text in law)
 
 
-class SlotOff(Insert):
+class SlotOff(Inserting):
     """Inserts behind the neighbour of the slot that was chosen."""
 
     def decide(self, canvas, guess, rows, random):
@@ -147,10 +147,10 @@ class ByArrival(Insertion):
 def test_wrong_slots_and_wrong_places_give_another_law():
     model, wrong = model_of(seed=2), model_of(seed=2)
     want = by_hand(model, LIMIT, stop=0.99)
-    assert gap(enumerated(model, lambda: Insert(LIMIT, 0.99)), want) < 1e-12
+    assert gap(enumerated(model, lambda: Inserting(LIMIT, 0.99)), want) < 1e-12
     assert gap(enumerated(model, lambda: SlotOff(LIMIT, 0.99)), want) > 0.01
     wrong.factorization = ByArrival()
-    assert gap(enumerated(wrong, lambda: Insert(LIMIT, 0.99)), want) > 0.001
+    assert gap(enumerated(wrong, lambda: Inserting(LIMIT, 0.99)), want) > 0.001
 
 
 # ---- order and company -----------------------------------------------------------------------------------------------
@@ -172,19 +172,19 @@ def test_the_order_of_arrival_is_immaterial():
 
 def test_a_row_does_not_depend_on_its_company():
     model = model_of(5, seed=3)
-    canvas = generate(Target(model), model.blank(6), Insert(7), random=Keyed(1))
+    canvas = generate(Target(model), model.blank(6), Inserting(7), random=Keyed(1))
     texts = [x.tolist() for x in canvas.read("token")]
     assert len(set(map(len, texts))) > 2
     for row, text in enumerate(texts):
         alone = model.canvas({"token": torch.zeros(1, 1, dtype=torch.long)}, row=torch.tensor([row]))
-        generate(Target(model), alone, Insert(7), random=Keyed(1))
+        generate(Target(model), alone, Inserting(7), random=Keyed(1))
         assert alone.read("token")[0].tolist() == text
 
 
 def test_every_step_inserts_one_element_or_ends_and_nothing_is_cached():
     model = model_of(5, seed=3)
     canvas, target, inserted = model.blank(3), Target(model), 0
-    for step in decode(target, canvas, Insert(6, 0.8), random=Keyed(0)):
+    for step in decode(target, canvas, Inserting(6, 0.8), random=Keyed(0)):
         for edit in step.edits:
             inserted += int((edit.after > -2).sum()) if isinstance(edit, Insertion_) else 0
             assert isinstance(edit, Insertion_ | Delete)
@@ -196,7 +196,7 @@ def test_every_step_inserts_one_element_or_ends_and_nothing_is_cached():
 def test_temperature_zero_inserts_the_likeliest():
     model, text = model_of(4, seed=5), []
     warp = Warper(temperature=0)
-    canvas = generate(Target(model, warp=warp), model.blank(1), Insert(5, stop=0.9))
+    canvas = generate(Target(model, warp=warp), model.blank(1), Inserting(5, stop=0.9))
     while len(text) < 5:
         *pairs, ends = choices(model, tuple(text))
         if ends > 0.9:
@@ -215,13 +215,15 @@ def test_drafts_and_unknown_elements_are_refused():
     with pytest.raises(ValueError, match="without a proposer"):
         Target(MODEL).plan(MODEL.blank(1), Guess(torch.tensor([[0]])))
     with pytest.raises(OrderError, match="element 0 stands for"):
-        generate(Target(MODEL), MODEL.canvas({"token": torch.zeros(1, 3, dtype=torch.long)}, layout=line(3)), Insert(4))
+        generate(
+            Target(MODEL), MODEL.canvas({"token": torch.zeros(1, 3, dtype=torch.long)}, layout=line(3)), Inserting(4)
+        )
 
 
 def test_other_orders_and_deciders_do_not_fit():
     model = tabular(line(3), Line(1), 3)
     with pytest.raises(ValueError, match="order and the head of insertions"):
-        generate(Target(model), model.blank(1), Insert(3))
+        generate(Target(model), model.blank(1), Inserting(3))
     with pytest.raises(TypeError, match="no exact likelihood"):
         MODEL.log_prob(holding(MODEL, (1,)))
     with pytest.raises(TypeError, match="no packed form"):
@@ -231,6 +233,6 @@ def test_other_orders_and_deciders_do_not_fit():
 @pytest.mark.parametrize("wrong", [(-1, None), (3, 1.0), (3, -0.1)])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError):
-        Insert(*wrong)
+        Inserting(*wrong)
     with pytest.raises(ValueError, match="at least 1 id"):
         InsertionHead(8, 0)

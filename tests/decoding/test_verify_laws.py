@@ -65,7 +65,8 @@ def test_the_table_is_a_distribution_that_depends_on_everything_before():
 @pytest.mark.parametrize("shape", [2, (-1, -1, 0)])
 def test_outcomes_side_by_side_and_one_by_one_have_the_same_law(shape):
     """A batch of one takes the path without labels, hundreds of rows that of rows of different lengths."""
-    one, many = (decoded_law(MODEL, 2, Recursive, drafting(shape), None, batch) for batch in (1, 512))
+    model = model_of(1, 3)
+    one, many = (decoded_law(model, 2, Recursive, drafting(shape), None, batch) for batch in (1, 512))
     assert one.keys() == many.keys()
     assert max(abs(one[x] - many[x]) for x in one) < 1e-12
 
@@ -85,9 +86,9 @@ def test_a_walk_is_exact_for_drafts_of_every_kind(length, kind):
     assert gap(Walk, drafting(length, kind=kind)) < 1e-12
 
 
-@pytest.mark.parametrize("verifier", [Chain, Recursive, Walk])
+@pytest.mark.parametrize("verifier", [Chain, Recursive])
 def test_chains_are_exact_without_company(verifier):
-    assert gap(verifier, drafting(1), batch=1) < 1e-12
+    assert gap(verifier, drafting(1), model=model_of(1, 3), batch=1) < 1e-12
 
 
 @pytest.mark.parametrize("verifier", [Chain, Recursive, Walk, KSeq])
@@ -144,8 +145,11 @@ def test_trees_are_exact_without_company(once):
     assert gap(Walk, drafting(branching((2, 2)), "top"), batch=1) < 1e-12
 
 
-@pytest.mark.parametrize("kind", ["other", "uniform", "same"])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (3, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [((1, 1), "other"), ((2, 1), "other"), ((3, 1), "other"), ((2, 2), "other"), ((2, 1), "uniform"), ((2, 1), "same")],
+    ids=str,
+)
 def test_k_seq_is_exact(shape, kind, once):
     draft = drafting(branching(shape), kind=kind)
     assert gap(KSeq, lambda: once(draft())) < 1e-12

@@ -13,7 +13,7 @@ from seriatim.model import Rows
 from seriatim.random import Key, Random
 
 
-class Insert:
+class Inserting:
     """One insertion a row and step, or the end of it: what is drawn of (slot, token) pairs and stopping.
 
     Sampled as the filters of the target say; with temperature 0 the likeliest. limit: the most known elements of a row,
@@ -31,7 +31,7 @@ class Insert:
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
         element, dist = rows.element, rows.dist
         if isinstance(element, int) or dist.logits.shape[1] != 1 or guess is not None:
-            raise ValueError("Insert decides (slot, token) pairs: use it with the order and the head of insertions")
+            raise ValueError("Inserting decides (slot, token) pairs: use it with the order and the head of insertions")
         element = element.expand(canvas.batch, -1)
         choices = dist.logits.shape[-1] - 1
         vocab = choices // element.shape[1]

@@ -28,6 +28,9 @@ from seriatim.slots import Reads, Slots
 from seriatim.view import INF, View
 
 
+EXAMINE = 16  # forwards along a line between two looks for NaN: a look costs as much as the bookkeeping of a step
+
+
 @dataclass(frozen=True, eq=False)
 class Branch:
     """A second opinion to move away from: the same step with something taken away.
@@ -78,7 +81,8 @@ class Target:
         self.cache: Any = None
         self._canvas: Canvas | None = None
         self._repeated: tuple[Plan, Plan] | None = None  # the present plan, and the same for the rows of all branches
-        self._checked = False
+        self._turn = 0  # forwards of this canvas
+        self._unseen: Tensor | None = None  # hidden states that nobody has looked at for NaN
         if policy is not None:
             self.demand(frozenset({"subset", "evict"}), type(policy).__name__)
 
@@ -111,14 +115,16 @@ class Target:
             name = type(self.model.factorization).__name__
             raise ValueError(f"{name} cannot verify drafts; use a decider without a proposer")
         if canvas is not self._canvas:
-            self._canvas, self.cache, self._checked = canvas, None, False
+            self._canvas, self.cache, self._turn, self._unseen = canvas, None, 0, None
             self.memory = None if self.policy is None else Memory(self.policy)
         cache = self.cache
         held = 0 if cache is None or self.memory is not None else cache.length
         if isinstance(held, Tensor):
             held = held[: canvas.batch]  # branches remember equally many
         plan = self.model.factorization.step(canvas, guess, held)
-        if not self._checked and plan is not None:
+        if plan is None:
+            self._examine(self._unseen)
+        elif self._turn == 0:
             plan.check(self.model.mixers)
         return plan if plan is None or self.memory is None else self._remember(plan, self.memory)
 
@@ -147,15 +153,25 @@ class Target:
         else:
             h = model.hidden(plan, canvas, self.cache, self.conditions[0], guess)
             dist, element, slot = model.dist(h, plan, canvas)
-        if not math.isfinite(h.sum(dtype=torch.float32).item()) or not (self._checked or _sound(dist)):
-            raise FloatingPointError(
-                "the model returned NaN or infinity: its weights or inputs are broken (check the checkpoint and the "
-                "number format; bfloat16 needs no loss scaling, float16 does)"
-            )
-        self._checked = True
+        if plan.run is None or self._turn % EXAMINE == 0:
+            self._examine(h, None if self._turn else dist)
+        else:
+            self._unseen = h
+        self._turn += 1
         if self.warp is not None:
             dist = self.warp(dist)
         return Rows(dist, element, h if not self.branches else h[: canvas.batch], slot)
+
+    def _examine(self, h: Tensor | None, dist: Any = None) -> None:
+        """Raise where the model broke down. Along a line NaN stays in the cache, so that a look now and then, and at the
+        end, misses nothing."""
+        self._unseen = None
+        if (h is None or math.isfinite(h.sum(dtype=torch.float32).item())) and _sound(dist):
+            return
+        raise FloatingPointError(
+            "the model returned NaN or infinity: its weights or inputs are broken (check the checkpoint and the number "
+            "format; bfloat16 needs no loss scaling, float16 does)"
+        )
 
     def _guided(self, plan: Plan, canvas: Canvas, guess: Guess | None) -> tuple[Any, Any, Tensor, Any]:
         """All branches in one forward, each in its own rows of the cache; mixed as the head defines it."""

@@ -371,7 +371,7 @@ def kseq_scale(p: Float[Tensor, "n v"], q: Float[Tensor, "n v"], k: Int[Tensor, 
 
     low, high = p.new_ones(len(k)), torch.maximum(k.to(p.dtype), p.new_ones(()))
     high = torch.where(valid(low), low, high)
-    for _ in range(20 if bool((high > low).any()) else 0):
+    for _ in range(12 if bool((high > low).any()) else 0):
         middle = (low + high) / 2
         fits = valid(middle)
         low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
