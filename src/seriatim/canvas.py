@@ -88,7 +88,7 @@ class Canvas:
     known in every row, and `given_length` how many were given, while rows are prefixes of one length; then None.
     """
 
-    __slots__ = ("given_length", "length", "_place", "_rank", "_status", "layout", "level", "noise", "row", "value")
+    __slots__ = ("_place", "_rank", "_status", "given_length", "layout", "length", "level", "noise", "row", "value")
 
     def __init__(
         self,

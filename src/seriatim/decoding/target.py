@@ -27,7 +27,6 @@ from seriatim.plan import DERIVED, MASK, VALUE, Plan
 from seriatim.slots import Reads, Slots
 from seriatim.view import INF, View
 
-
 EXAMINE = 16  # forwards along a line between two looks for NaN: a look costs as much as the bookkeeping of a step
 
 
@@ -163,8 +162,8 @@ class Target:
         return Rows(dist, element, h if not self.branches else h[: canvas.batch], slot)
 
     def _examine(self, h: Tensor | None, dist: Any = None) -> None:
-        """Raise where the model broke down. Along a line NaN stays in the cache, so that a look now and then, and at the
-        end, misses nothing."""
+        """Raise where the model broke down. Along a line NaN stays in the cache, so that a look now and then, and at
+        the end, misses nothing."""
         self._unseen = None
         if (h is None or math.isfinite(h.sum(dtype=torch.float32).item())) and _sound(dist):
             return
