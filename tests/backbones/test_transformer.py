@@ -167,7 +167,6 @@ def reference(model: Transformer, x: Tensor, plan: Plan, vector=None, memory=Non
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
 
-ROPE_2 = RoPE(100.0, (2, 2))
 VARIANTS = {
     "llama": replace(BASE, rope=RoPE(50.0)),
     "gelu by its tanh approximation": replace(BASE, activation="gelu_tanh"),
@@ -378,6 +377,49 @@ def test_decoding_first_leaves_training_possible():
     assert model.backbone.layers[0].qkv.grad is not None
 
 
+@pytest.mark.parametrize("order", ["a line", "two streams"])
+def test_training_forwards_are_one_graph(order):
+    """What `torch.compile(fullgraph=True)` captures, without compiling it: no break, the same for every batch."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = randomised(VARIANTS["shared key-value heads"])
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    canvases = Model(line(SLOTS), Line(1), TokenEmbed(3, WIDTH), model, CategoricalHead(WIDTH, 3))
+    for seed in range(3):
+        x = noise(BATCH, SLOTS, WIDTH, seed=seed).requires_grad_()
+        if order == "a line":
+            plan = canvases.factorization.packed(canvases.blank(BATCH))
+        else:
+            plan = plan_with(two_stream([0, 0, 1, seed, 0, 1, seed], [1, 1, 1, 1, 0, 0, 0]))
+        y = compiled(x, plan)
+        assert torch.allclose(y, model(x, plan))
+        y.sum().backward()
+        assert x.grad is not None
+    assert len(graphs) == 1
+
+
+def test_gradients_through_a_step_are_those_of_one_pass_with_the_past_held_still():
+    """Over a cache: full gradients through what is computed now, none into what is remembered."""
+    model, x = randomised(VARIANTS["shared key-value heads"]), noise(1, SLOTS, WIDTH)
+    cache, first, then = model.new_cache(1), plan_with(inclusive(range(4))), plan_with(inclusive(range(4, SLOTS)))
+    with torch.no_grad():
+        model(x[:, :4], first, cache)
+    cache.commit(4, first)
+    late = x[:, 4:].clone().requires_grad_()
+    coord = torch.arange(4, SLOTS)[None, :, None]
+    then = replace(then, slots=replace(then.slots, coord=coord))
+    (got,) = torch.autograd.grad((model(late, then, cache) * noise(1, 3, WIDTH, seed=4)).sum(), late)
+    whole = x.clone().requires_grad_()
+    out = model(whole, plan_with(inclusive(range(SLOTS))))[:, 4:]
+    (want,) = torch.autograd.grad((out * noise(1, 3, WIDTH, seed=4)).sum(), whole)
+    assert (got - want[:, 4:]).abs().max() < 1e-10
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -399,16 +441,8 @@ def test_impossible_configurations_are_refused(wrong, says):
         replace(BASE, **wrong)
 
 
-def test_impossible_rotary_embeddings_are_refused():
-    with pytest.raises(ValueError, match="add up to the head dimension 4"):
-        Transformer(replace(BASE, rope=RoPE(axes=(2, 4))))
-    with pytest.raises(ValueError, match="must be even"):
-        Transformer(TransformerConfig(6, 1, 2, rope=RoPE()))
-    with pytest.raises(ValueError, match="positive"):
-        RoPE(theta=0.0)
-    model = Transformer(replace(BASE, rope=ROPE_2))
-    with pytest.raises(ValueError, match="over 2 axes met coordinates with 1"):
-        model(torch.zeros(1, SLOTS, WIDTH), plan_with(full(SLOTS)))
+def test_a_line_has_one_coordinate():
+    model = Transformer(replace(BASE, rope=RoPE(axes=(2, 2))))
     canvas = Model(line(4), Line(1), TokenEmbed(3, WIDTH), model, CategoricalHead(WIDTH, 3)).blank(1)
     with pytest.raises(ValueError, match="over 2 axes met slots along a line"):
         model(torch.zeros(1, 1, WIDTH), Line(1).step(canvas, None, 0))

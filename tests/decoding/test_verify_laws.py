@@ -259,17 +259,13 @@ class PathByPath(Walk):
 class Unscaled(KSeq):
     """Tries k drafts as if there were one."""
 
-    def choose(self, turn, rows, nodes, p, random):
-        if turn.guess is None:
-            return super().choose(turn, rows, nodes, p, random)
-        accepted, scale = [-1] * len(rows), p.new_ones(len(rows))
-        first = turn.guess.laws(rows, [n[0] if n else 0 for n in nodes], p)
-        for i in range(max(len(n) for n in nodes)):
-            self._try(turn, rows, nodes, i, accepted, p, scale, random)
-        none = [j for j, n in enumerate(nodes) if n and accepted[j] < 0]
+    def choose(self, turn, guess, level, random):
+        first = guess.laws(level.rows, [n[0] if n else 0 for n in level.nodes], level.p)
+        for i in range(level.tries):
+            self.attempt(turn, guess, level, i, None, random)
+        none = [j for j, n in enumerate(level.nodes) if n and level.accepted[j] < 0]
         if none:
-            p[none] = self.rest(p[none], first[none])
-        return accepted
+            level.p[none] = self.rest(level.p[none], first[none])
 
 
 def eldest(guess: Guess) -> Guess:

@@ -12,9 +12,11 @@ plain sampling, whatever the draft. Verified so: the first tokens of all of them
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from seriatim.canvas import Canvas, Set, Truncate
@@ -203,7 +205,7 @@ class Ratio(Verifier):
 
     def acceptance(self, p: Float[Tensor, "*n"], q: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """The probability of accepting a token to which target and draft give probabilities p and q > 0."""
-        return (p / q).clamp(max=1)
+        return (p / q.clamp(min=torch.finfo(q.dtype).tiny)).clamp(max=1)
 
     def rest(self, p: Float[Tensor, "*n v"], q: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
         """norm(max(0, p - q)), what is left of p where a token drawn from q was rejected."""
@@ -217,41 +219,58 @@ class Chain(Ratio):
     min(1, p / q); at the first rejection draw from what is left of p; after the last acceptance draw one more."""
 
     def verify(self, turn: Round, random: Random) -> None:
-        guess, p = turn.guess, turn.dist.probs()
-        own = torch.zeros(turn.batch, dtype=torch.long)
+        guess, dist, rows = turn.guess, turn.dist, torch.arange(turn.batch)
+        own = torch.zeros(turn.batch, dtype=torch.long)  # accepted tokens, and the read-out of the row's own token
         if guess is not None:
             if guess.parents() != tuple(range(-1, guess.size - 1)):
                 raise ValueError("Chain verifies one chain of drafted tokens; for a tree use Recursive, KSeq or Walk")
-            drafted = (guess.value >= 0).sum(1)
-            own = self._accepted(turn, guess, p, random)
-        last = p[torch.arange(turn.batch), own]
-        if guess is not None and bool((own < drafted).any()):
-            q = guess.laws(range(turn.batch), own.clamp(max=guess.size - 1).tolist(), last)
-            last = torch.where((own < drafted)[:, None], self.rest(last, q), last)
+            own = self._accepted(turn, guess, random)
+        last = type(dist)(dist.logits[rows, own][:, None]).probs()[:, 0]
+        if guess is not None:
+            rejects = own < (guess.value >= 0).sum(1)
+            if bool(rejects.any()):
+                q = guess.laws(rows.tolist(), own.clamp(max=guess.size - 1).tolist(), last)
+                last = torch.where(rejects[:, None], self.rest(last, q), last)
         element: Tensor | int = turn.start[0] + int(own[0])
         if turn.batch > 1:
             element = torch.tensor(turn.start)[:, None] + own[:, None]
             element = torch.where(torch.tensor(turn.room)[:, None] > 0, element, -1)
         token = random.categorical(last.log()[:, None], Key(turn.canvas.row, element))[:, 0].tolist()
         for r in turn.alive:
-            for i in range(int(own[r])):
-                if not turn.emit(r, turn.value[r][i], i):
-                    break
-            else:
+            if all(turn.emit(r, turn.value[r][i], i) for i in range(int(own[r]))):
                 turn.emit(r, token[r])
 
-    def _accepted(self, turn: Round, guess: Guess, p: Float[Tensor, "b m v"], random: Random) -> Tensor:
-        """How many drafted tokens each row accepts, (batch,)."""
-        n = guess.size
-        node = guess.value.clamp(min=0)[..., None]
-        wanted = p[:, :n].gather(-1, node)[..., 0]
-        offered = torch.ones_like(wanted) if guess.q is None else guess.q.probs().gather(-1, node)[..., 0]
+    def _accepted(self, turn: Round, guess: Guess, random: Random) -> Int[Tensor, "b"]:
+        """How many drafted tokens each row accepts."""
+        n, node = guess.size, guess.value.clamp(min=0)
+        wanted = type(turn.dist)(turn.dist.logits[:, :n]).log_prob(node).exp()
+        offered = torch.ones_like(wanted) if guess.q is None else guess.q.log_prob(node).exp()
         accepted = torch.where(guess.value >= 0, self.acceptance(wanted, offered), 0.0)
         element: Tensor | int = turn.start[0]
         if turn.batch > 1:
             element = torch.where(guess.value >= 0, torch.tensor(turn.start)[:, None] + torch.arange(n), -1)
-        draw = torch.tensor([numbered(COIN, depth) for depth in range(n)])
-        return random.heads(accepted, Key(turn.canvas.row, element, draw))
+        return random.heads(accepted, Key(turn.canvas.row, element, _coins(n)))
+
+
+@lru_cache(maxsize=64)
+def _coins(n: int) -> Int[Tensor, "n"]:
+    """The draws that decide on the first node of n depths."""
+    return torch.tensor([numbered(COIN, depth) for depth in range(n)])
+
+
+@dataclass(slots=True)
+class Level:
+    """One element of a verification: the rows at work, the nodes that each may try, what is left of p, and the node
+    that each row has accepted (-1: none yet)."""
+
+    rows: list[int]
+    nodes: list[list[int]]
+    p: Float[Tensor, "n v"]
+    accepted: list[int]
+
+    @property
+    def tries(self) -> int:
+        return max(len(nodes) for nodes in self.nodes)
 
 
 class Children(Ratio):
@@ -262,55 +281,49 @@ class Children(Ratio):
         here = [[-1] for _ in range(turn.batch)]  # the nodes that stand for what a row has emitted
         alive = turn.alive
         while alive:
-            p = turn.at(alive).probs()[:, 0]
             nodes = [[c for node in here[r] for c in turn.drafted(r, node)] for r in alive]
-            accepted = self.choose(turn, alive, nodes, p, random)
-            none = [j for j, node in enumerate(accepted) if node < 0]
-            own = iter(turn.draw([alive[j] for j in none], p[none], random))
-            going = []
-            for r, node, tried in zip(alive, accepted, nodes, strict=True):
+            level = Level(alive, nodes, turn.at(alive).probs()[:, 0], [-1] * len(alive))
+            if turn.guess is not None and level.tries:
+                self.choose(turn, turn.guess, level, random)
+            none = [j for j, node in enumerate(level.accepted) if node < 0]
+            own = iter(turn.draw([alive[j] for j in none], level.p[none], random))
+            alive = []
+            for r, node, tried in zip(level.rows, level.accepted, nodes, strict=True):
                 token = turn.value[r][node] if node >= 0 else next(own)
                 if turn.emit(r, token, node):
-                    going.append(r)
+                    alive.append(r)
                     here[r] = self.together(node, tried, turn.value[r])
-            alive = going
 
-    def choose(
-        self, turn: Round, rows: list[int], nodes: list[list[int]], p: Float[Tensor, "n v"], random: Random
-    ) -> list[int]:
-        """The node that each row accepts, or -1. On return `p` holds what is left of p where none was."""
+    def choose(self, turn: Round, guess: Guess, level: Level, random: Random) -> None:
+        """Fill in which node each row accepts, and what is left of p where it accepts none."""
         raise NotImplementedError
 
     def together(self, node: int, tried: list[int], value: list[int]) -> list[int]:
         """The nodes below which verification goes on once one is accepted."""
         return [node]
 
-    def _try(
-        self,
-        turn: Round,
-        rows: list[int],
-        nodes: list[list[int]],
-        index: int,
-        accepted: list[int],
-        p: Float[Tensor, "n v"],
-        scale: Float[Tensor, "n"],
-        random: Random,
-    ) -> tuple[list[int], Float[Tensor, "m v"]]:
-        """Toss for the `index`-th node of each row that has accepted none, and note those accepted. Which rows rejected
-        theirs, and the laws from which those nodes were drawn."""
-        trying = [j for j, n in enumerate(nodes) if accepted[j] < 0 and index < len(n)]
-        if not trying or turn.guess is None:
-            return [], p[:0]
-        some, tried = [rows[j] for j in trying], [nodes[j][index] for j in trying]
-        token = torch.tensor([turn.value[r][n] for r, n in zip(some, tried, strict=True)])[:, None]
-        left = p if len(trying) == len(rows) else p[trying]
-        q = turn.guess.laws(some, tried, left)
-        chance = self.acceptance(left.gather(-1, token)[:, 0], scale[trying] * q.gather(-1, token)[:, 0])
-        heads = turn.toss(some, chance, random, index)
+    def attempt(
+        self, turn: Round, guess: Guess, level: Level, index: int, scale: Float[Tensor, "n"] | None, random: Random
+    ) -> tuple[list[int], Float[Tensor, "m v"], Float[Tensor, "m v"]]:
+        """Toss for the `index`-th node of each row that has accepted none, and note what is accepted. Which rows
+        rejected theirs, what is left of p there, and the laws from which those nodes were drawn."""
+        trying = [j for j, n in enumerate(level.nodes) if level.accepted[j] < 0 and index < len(n)]
+        if not trying:
+            return [], level.p[:0], level.p[:0]
+        rows, tried = [level.rows[j] for j in trying], [level.nodes[j][index] for j in trying]
+        token = torch.tensor([turn.value[r][n] for r, n in zip(rows, tried, strict=True)])[:, None]
+        left = level.p if len(trying) == len(level.rows) else level.p[trying]
+        q = guess.laws(rows, tried, left)
+        offered = q.gather(-1, token)[:, 0]
+        chance = self.acceptance(left.gather(-1, token)[:, 0], offered if scale is None else scale[trying] * offered)
+        heads = turn.toss(rows, chance, random, index)
         for j, node, head in zip(trying, tried, heads, strict=True):
             if head:
-                accepted[j] = node
-        return [j for j, head in zip(trying, heads, strict=True) if not head], q[torch.tensor(heads) == 0]
+                level.accepted[j] = node
+        if any(heads):
+            stay = [i for i, head in enumerate(heads) if not head]
+            trying, left, q = [trying[i] for i in stay], left[stay], q[stay]
+        return trying, left, q
 
 
 class Recursive(Children):
@@ -320,16 +333,13 @@ class Recursive(Children):
     Children drawn with or without replacement, or without randomness: the draft's `q` says what each was drawn from.
     """
 
-    def choose(
-        self, turn: Round, rows: list[int], nodes: list[list[int]], p: Float[Tensor, "n v"], random: Random
-    ) -> list[int]:
-        accepted = [-1] * len(rows)
-        scale = p.new_ones(len(rows))
-        for i in range(max(len(n) for n in nodes)):
-            rejected, q = self._try(turn, rows, nodes, i, accepted, p, scale, random)
-            if rejected:
-                p[rejected] = self.rest(p[rejected], q)
-        return accepted
+    def choose(self, turn: Round, guess: Guess, level: Level, random: Random) -> None:
+        for i in range(level.tries):
+            rejected, left, q = self.attempt(turn, guess, level, i, None, random)
+            if len(rejected) == len(level.rows):
+                level.p = self.rest(left, q)
+            elif rejected:
+                level.p[rejected] = self.rest(left, q)
 
 
 class KSeq(Children):
@@ -337,45 +347,47 @@ class KSeq(Children):
     g >= 1 makes up for the number of tries; at least 1 - 1/e of the best possible acceptance. Drafts that carry the
     accepted token go on together, so the next element has as many candidates as drafts survived."""
 
-    def choose(
-        self, turn: Round, rows: list[int], nodes: list[list[int]], p: Float[Tensor, "n v"], random: Random
-    ) -> list[int]:
-        guess = turn.guess
-        accepted = [-1] * len(rows)
-        tries = max(len(n) for n in nodes)
-        if guess is None or tries == 0:
-            return accepted
-        if tries > 1 and (guess.q is None or guess.siblings != "independent"):
+    def choose(self, turn: Round, guess: Guess, level: Level, random: Random) -> None:
+        if level.tries > 1 and (guess.q is None or guess.siblings != "independent"):
             raise ValueError("KSeq verifies drafts that were drawn independently from one law; use Recursive or Walk")
-        q = guess.laws(rows, [n[0] if n else 0 for n in nodes], p)
-        k = torch.tensor([len(n) for n in nodes])
-        scale = kseq_scale(p, q, k)
-        for i in range(tries):
-            self._try(turn, rows, nodes, i, accepted, p, scale, random)
-        none = [j for j, n in enumerate(nodes) if n and accepted[j] < 0]
+        q = guess.laws(level.rows, [n[0] if n else 0 for n in level.nodes], level.p)
+        k = torch.tensor([len(n) for n in level.nodes])
+        scale = kseq_scale(level.p, q, k)
+        for i in range(level.tries):
+            self.attempt(turn, guess, level, i, scale, random)
+        none = [j for j, n in enumerate(level.nodes) if n and level.accepted[j] < 0]
         if none:
-            p[none] = kseq_rest(p[none], q[none], k[none], scale[none])
-        return accepted
+            level.p[none] = kseq_rest(level.p[none], q[none], k[none], scale[none])
 
     def together(self, node: int, tried: list[int], value: list[int]) -> list[int]:
         return [c for c in tried if value[c] == value[node]]
 
 
 def kseq_scale(p: Float[Tensor, "n v"], q: Float[Tensor, "n v"], k: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
-    """The smallest valid g: 1 - (1 - b)^k = g b with b = sum_x min(q, p / g), between 1 and k; approached from above,
-    where every g is valid (SpecTr, theorem 2; their p and q are the other way round)."""
+    """The smallest valid g, between 1 and k: that with 1 - (1 - b)^k = g b, b = sum_x min(q, p / g) (SpecTr, theorem 2;
+    their p and q are the other way round). Approached from above, where every g is valid.
 
-    def valid(g: Float[Tensor, "n"]) -> Bool[Tensor, "n"]:
-        b = torch.minimum(q, p / g[:, None]).sum(-1)
-        return 1 - (1 - b) ** k <= g * b
+    With f(g) = (1 - (1 - b)^k) / b, which grows with g, it is the fixed point: f closes in on it from either side.
+    """
 
-    low, high = p.new_ones(len(k)), torch.maximum(k.to(p.dtype), p.new_ones(()))
-    high = torch.where(valid(low), low, high)
-    for _ in range(12 if bool((high > low).any()) else 0):
+    def f(g: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+        b = torch.minimum(q, p / g[:, None]).sum(-1, keepdim=True)
+        return _tries(b, k[:, None])[:, 0].clamp(min=1)
+
+    low, high = f(p.new_ones(len(k))), f(k.to(p.dtype).clamp(min=1))
+    near = 1e-9 if p.dtype == torch.float64 else 1e-6
+    while bool((going := high - low > near).any()):  # a row that has arrived stays, whatever its company
         middle = (low + high) / 2
-        fits = valid(middle)
-        low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
+        new = f(middle)
+        low = torch.where(going & (new > middle), new, low)
+        high = torch.where(going & (new <= middle), new, high)
     return high
+
+
+def _tries(b: Float[Tensor, "*n"], k: Int[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """(1 - (1 - b)^k) / b: how much likelier than at one try it is to be accepted at one of k."""
+    b = b.clamp(max=1)
+    return torch.where(b > 0, -torch.expm1(k * torch.log1p(-b)) / b, k.to(b.dtype))
 
 
 def kseq_rest(
@@ -383,7 +395,6 @@ def kseq_rest(
 ) -> Float[Tensor, "n v"]:
     """What is left of p where none of k drafts was accepted: [p - min(q, p / g) P / b] / (1 - P), P = 1 - (1 - b)^k."""
     common = torch.minimum(q, p / scale[:, None])
-    b = common.sum(-1, keepdim=True)
-    left = (p - common * ((1 - (1 - b) ** k[:, None]) / b.clamp(min=1e-30))).clamp(min=0)
+    left = (p - common * _tries(common.sum(-1, keepdim=True), k[:, None])).clamp(min=0)
     total = left.sum(-1, keepdim=True)
     return torch.where(total > 0, left / total, p)
