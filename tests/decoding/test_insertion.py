@@ -10,8 +10,7 @@ import torch
 
 from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
-from seriatim.canvas import Delete
-from seriatim.canvas import Insert as Insertion_
+from seriatim.canvas import Delete, Insert
 from seriatim.decoding.filters import Warper
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.insert import Inserting
@@ -114,6 +113,15 @@ def test_a_threshold_ends_a_text_instead_of_chance(stop):
     assert gap(enumerated(MODEL, lambda: Inserting(LIMIT, stop)), by_hand(MODEL, LIMIT, stop=stop)) < 1e-12
 
 
+def test_a_text_ends_where_filters_leave_nothing_but_stopping():
+    """Stopping is likeliest there, but not as likely as the threshold asks."""
+    model = model_of(seed=6)
+    while choices(model, ())[-1] > 0.9 or choices(model, ())[-1] < max(choices(model, ())[:-1]):
+        model.heads["token"].stop_bias.data += 0.1 if choices(model, ())[-1] < 0.9 else -0.1
+    canvas = generate(Target(model, warp=Warper(top_k=1)), model.blank(1), Inserting(5, 0.95))
+    assert canvas.done and canvas.read("token")[0].tolist() == []
+
+
 def test_given_elements_are_continued_in_place():
     start = (1, 0)
     law = enumerated(MODEL, lambda: Inserting(LIMIT), start=start)
@@ -127,7 +135,7 @@ class SlotOff(Inserting):
     def decide(self, canvas, guess, rows, random):
         step = super().decide(canvas, guess, rows, random)
         for edit in step.edits:
-            if isinstance(edit, Insertion_):
+            if isinstance(edit, Insert):
                 places = rows.element[0].tolist()
                 edit.after = torch.tensor([places[(places.index(int(edit.after)) + 1) % len(places)]])
         return step
@@ -162,7 +170,7 @@ def test_the_order_of_arrival_is_immaterial():
     for first, edits in [(0, [(0, 1), (1, 0), (2, 1)]), (1, [(0, 1), (1, 1), (1, 0)]), (2, [(0, 1), (0, 0), (0, 1)])]:
         canvas = MODEL.blank(1)
         for after, value in edits:
-            canvas.apply([Insertion_(torch.tensor([after]), torch.tensor([value]))])
+            canvas.apply([Insert(torch.tensor([after]), torch.tensor([value]))])
         assert canvas.read("token")[0].tolist() == [1, 0, 1]
         target = Target(MODEL)
         with torch.no_grad():
@@ -186,8 +194,8 @@ def test_every_step_inserts_one_element_or_ends_and_nothing_is_cached():
     canvas, target, inserted = model.blank(3), Target(model), 0
     for step in decode(target, canvas, Inserting(6, 0.8), random=Keyed(0)):
         for edit in step.edits:
-            inserted += int((edit.after > -2).sum()) if isinstance(edit, Insertion_) else 0
-            assert isinstance(edit, Insertion_ | Delete)
+            inserted += int((edit.after > -2).sum()) if isinstance(edit, Insert) else 0
+            assert isinstance(edit, Insert | Delete)
         assert target.cache.length == 0
     assert sum(len(x) for x in canvas.read("token")) == inserted > 3
     assert canvas.done

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from seriatim.canvas import Canvas, Delete, Edit
-from seriatim.canvas import Insert as Insertion
+from seriatim.canvas import Canvas, Delete, Edit, Insert
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.loop import Step
 from seriatim.heads.dist import Categorical
@@ -42,6 +41,7 @@ class Inserting:
             ends = ends | (going & (Categorical(dist.logits).probs()[:, 0, -1] > self.stop))
             no_stop = torch.arange(choices + 1) < choices
             dist = type(dist)(dist.logits.masked_fill(~no_stop & going[:, None, None], -torch.inf))
+            ends = ends | (going & (dist.logits[:, 0] == -torch.inf).all(1))  # filters left nothing to insert
         draws = going & ~ends
         pick = dist.sample(random, Key(canvas.row, torch.where(draws, known, -1)[:, None]))[:, 0]
         ends = ends | (draws & (pick == choices))
@@ -50,7 +50,7 @@ class Inserting:
         if bool(inserts.any()):
             slot = (pick // vocab).clamp(max=element.shape[1] - 1)
             after = torch.where(inserts, element.gather(1, slot[:, None])[:, 0], -2)
-            edits.append(Insertion(after, pick % vocab))
+            edits.append(Insert(after, pick % vocab))
         if bool(ends.any()):
             edits.append(Delete(torch.where(ends, 0, -1)[:, None]))
         return Step(tuple(edits))
