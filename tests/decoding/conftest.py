@@ -18,6 +18,7 @@ from seriatim.decoding.target import Target
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.line import Line
 from seriatim.heads.categorical import CategoricalHead
+from seriatim.heads.dist import Categorical
 from seriatim.laws.case import randomise
 from seriatim.layout import line
 from seriatim.model import Model, Rows
@@ -57,11 +58,11 @@ class Altered:
 class Fixed:
     """The same draft whenever there is room for it."""
 
-    def __init__(self, value: list[int], parent: tuple[int, ...] | None = None):
-        self.value, self.parent = value, parent
+    def __init__(self, value: list[int], parent: tuple[int, ...] | None = None, q: Categorical | None = None):
+        self.value, self.parent, self.q = value, parent, q
 
     def propose(self, canvas: Canvas, target: Target, random: Random) -> Guess | None:
-        guess = Guess(torch.tensor([self.value]).expand(canvas.batch, -1), self.parent)
+        guess = Guess(torch.tensor([self.value]).expand(canvas.batch, -1), self.parent, self.q)
         assert canvas.length is not None
         return guess if canvas.layout.size - canvas.length > max(guess.depths()) else None
 

@@ -116,8 +116,11 @@ def test_a_threshold_ends_a_text_instead_of_chance(stop):
 def test_a_text_ends_where_filters_leave_nothing_but_stopping():
     """Stopping is likeliest there, but not as likely as the threshold asks."""
     model = model_of(seed=6)
-    while choices(model, ())[-1] > 0.9 or choices(model, ())[-1] < max(choices(model, ())[:-1]):
-        model.heads["token"].stop_bias.data += 0.1 if choices(model, ())[-1] < 0.9 else -0.1
+    with torch.no_grad():
+        model.heads["token"].stop_bias += torch.logit(torch.tensor(0.8)) - torch.logit(
+            torch.tensor(choices(model, ())[-1])
+        )
+    assert abs(choices(model, ())[-1] - 0.8) < 1e-6
     canvas = generate(Target(model, warp=Warper(top_k=1)), model.blank(1), Inserting(5, 0.95))
     assert canvas.done and canvas.read("token")[0].tolist() == []
 
@@ -199,6 +202,11 @@ def test_every_step_inserts_one_element_or_ends_and_nothing_is_cached():
         assert target.cache.length == 0
     assert sum(len(x) for x in canvas.read("token")) == inserted > 3
     assert canvas.done
+
+
+def test_no_noise_is_used_twice(accountant):
+    model = model_of(5, seed=3)
+    generate(Target(model), model.blank(3), Inserting(6, 0.99), random=accountant(0))
 
 
 def test_temperature_zero_inserts_the_likeliest():

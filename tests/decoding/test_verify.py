@@ -18,7 +18,8 @@ from seriatim.decoding.loop import decode, generate
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.target import Target
 from seriatim.decoding.verify import Chain, GreedyMatch, KSeq, Recursive, Verifier, Walk, kseq_rest, kseq_scale
-from seriatim.heads.dist import Categorical
+from seriatim.heads.dist import Categorical, FromStates
+from seriatim.model import Rows
 from seriatim.random import COIN, Keyed, numbered
 
 TREE = branching((3, 2, 1))
@@ -275,8 +276,10 @@ def test_a_draft_that_reaches_beyond_the_layout_is_cut(transformer, plain, verif
         def observe(self, canvas, rows, step):
             """Learns nothing."""
 
-    canvas = generate(Target(model, warp=warp), model.blank(1), verifier(), Oracle(), Keyed(0))
+    canvas = model.blank(1)
+    steps = list(decode(Target(model, warp=warp), canvas, verifier(), Oracle(), Keyed(0)))
     assert torch.equal(canvas.value["token"], want)
+    assert [(step.edits[0].value.shape[1], step.accepted) for step in steps] == [(5, 5)]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -320,6 +323,12 @@ def test_a_chain_verifier_refuses_a_tree(model, near):
 def test_k_seq_refuses_drafts_that_are_not_independent(model, near, name):
     with pytest.raises(ValueError, match="independently"):
         generate(Target(model), model.blank(1), KSeq(), proposers(near)[name]())
+
+
+def test_what_is_not_categorical_is_refused(model):
+    rows = Rows(FromStates(None, torch.zeros(1, 1, 1, 4)), 0, torch.zeros(1, 1, 4))
+    with pytest.raises(TypeError, match="FromStates"):
+        GreedyMatch().decide(model.blank(1), None, rows, Keyed(0))
 
 
 def test_the_base_class_alone_decides_nothing(model):

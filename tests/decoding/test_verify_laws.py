@@ -15,13 +15,13 @@ from seriatim.decoding.guess import Guess, branching
 from seriatim.decoding.loop import decode
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.target import Target
-from seriatim.decoding.verify import Chain, KSeq, Recursive, Verifier, Walk
+from seriatim.decoding.verify import Chain, KSeq, Recursive, Verifier, Walk, kseq_scale
 from seriatim.factorization.line import Line
 from seriatim.heads.dist import Categorical
 from seriatim.laws.enumeration import enumerate_rows
 from seriatim.laws.tabular import decoded_law, tabular, total_variation, true_law
 from seriatim.layout import line
-from seriatim.random import Key, numbered
+from seriatim.random import Key, enumerate_law, numbered
 
 V = 3
 WRONG = 0.01  # total variation that a wrong verifier must exceed
@@ -188,6 +188,24 @@ def test_all_tokens_drafted_without_replacement_are_never_all_rejected():
 
     law = enumerate_rows(run)
     assert law.get(0, 0.0) < 1e-12 and abs(law[1] - 1) < 1e-12
+
+
+def test_drafts_that_carry_the_accepted_token_go_on_together(fixed):
+    """Two drafts agree on the first token, so both are tried at the second: by hand from the rule of K-SEQ."""
+    q = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    value, parent = [0, 0, 1, 2], (-1, -1, 0, 1)
+    draft = lambda: fixed(value, parent, Categorical(q.log().expand(1, 4, V)))  # noqa: E731
+
+    def run(random):
+        return next(decode(Target(MODEL), MODEL.blank(1), KSeq(), draft(), random)).accepted
+
+    law, p = enumerate_law(run), true_law(MODEL, 2)
+    second = torch.tensor([p[0, x] for x in range(V)], dtype=torch.float64)
+    second = second / second.sum()
+    scale = float(kseq_scale(second[None], q[None], torch.tensor([2])))
+    one, two = (min(1.0, float(second[x]) / (scale * float(q[x]))) for x in (1, 2))
+    assert 0 < one < 1 and 0 < two < 1
+    assert abs(law[2] / (law[1] + law[2]) - (1 - (1 - one) * (1 - two))) < 1e-9
 
 
 # ---- known to be wrong -----------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class Beam:
         element = (
             torch.full((canvas.batch, 1), element) if isinstance(element, int) else element.expand(canvas.batch, -1)
         )
-        lp = rows.dist.log_probs().double()
+        lp = rows.dist.log_probs().double().cpu()
         if lp.shape[1] != 1:
             raise ValueError(f"a beam extends texts by one element a step, but this order reads {lp.shape[1]} at once")
         if canvas is not self._canvas:

@@ -68,8 +68,7 @@ class DraftModel:
             value[:, first:end] = self._children(canvas, p, live, first, depth[first], random)
             laws.append(p)
         q = None if self.siblings == "top" else Categorical(torch.cat(laws, 1))
-        chain = parent == tuple(range(-1, size - 1))
-        return Guess(value, None if chain else parent, q, self.siblings)
+        return self._guess(canvas, value, q)
 
     def observe(self, canvas: Canvas, rows: Rows, step: Step) -> None:
         self._follow(canvas, step.select)
@@ -82,9 +81,7 @@ class DraftModel:
 
     def _behind(self, canvas: Canvas, drafted: Int[Tensor, "b n"], nodes: Sequence[int]) -> Float[Tensor, "b m v"]:
         """Log-probabilities of what follows each of these nodes (-1: the last known element)."""
-        n = drafted.shape[1]
-        parent = self.parent[:n]
-        guess = Guess(drafted, None if parent == tuple(range(-1, n - 1)) else parent) if n else None
+        guess = self._guess(canvas, drafted) if drafted.shape[1] else None
         plan = self.draft.plan(canvas, guess)
         assert plan is not None
         rows = self.draft.forward(plan, canvas, guess)
@@ -94,7 +91,12 @@ class DraftModel:
                 slots = torch.arange(plan.size)[None]
                 keep = torch.where(slots < rows.slot[:, :1], slots, -1)
             self.draft.commit(keep, plan)
-        return rows.dist.take(torch.tensor([nodes]) + 1).log_probs()
+        return type(rows.dist)(rows.dist.logits[:, [n + 1 for n in nodes]]).log_probs()
+
+    def _guess(self, canvas: Canvas, value: Int[Tensor, "b n"], q: Categorical | None = None) -> Guess:
+        parent = self.parent[: value.shape[1]]
+        chain = parent == tuple(range(-1, len(parent) - 1))
+        return Guess(_beside(canvas, value), None if chain else parent, q, self.siblings)
 
     def _children(
         self, canvas: Canvas, p: Float[Tensor, "b n v"], live: Tensor, first: int, depth: int, random: Random
@@ -107,20 +109,25 @@ class DraftModel:
         value = torch.full(live.shape, -1)
         for turn in range(max(birth) + 1):  # eldest siblings first
             now = [j for j, b in enumerate(birth) if b == turn]
-            possible = live[:, now] & (p[:, now] > -torch.inf).any(-1)
-            law = p[:, now].masked_fill(~possible[..., None], 0.0)
+            possible = live[:, now] & (p[:, now] > -torch.inf).any(-1).cpu()
+            law = p[:, now].masked_fill(~possible[..., None].to(p.device), 0.0)
             if self.siblings == "top":
                 x = law.argmax(-1)
             else:
                 element = torch.where(possible, start + depth - 1, -1)
                 draw = torch.tensor([numbered(DRAFT, depth, first + j) for j in now])
                 x = random.categorical(law, Key(canvas.row, element, draw))
-            value[:, now] = torch.where(possible, x, -1)
+            value[:, now] = torch.where(possible, x.cpu(), -1)
             if self.siblings != "independent":
                 for i, j in enumerate(now):
                     later = [k for k in range(j + 1, len(parent)) if parent[k] == parent[j]]
                     p[:, later] = p[:, later].scatter(-1, x[:, i, None, None].expand(-1, len(later), 1), -torch.inf)
         return value
+
+
+def _beside(canvas: Canvas, value: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    """On the device of the ids of a canvas."""
+    return value.to(canvas.value[canvas.layout.kinds[0]].device)
 
 
 @lru_cache(maxsize=64)
@@ -155,7 +162,9 @@ class NGram:
         self._follow(canvas, moved(self._row, canvas.row))
         drafts = [self._draft(row, canvas, left - 1) for row, left in enumerate(room(canvas))]
         width = max(len(d) for d in drafts)
-        return Guess(torch.tensor([d + [-1] * (width - len(d)) for d in drafts])) if width else None
+        if width == 0:
+            return None
+        return Guess(_beside(canvas, torch.tensor([d + [-1] * (width - len(d)) for d in drafts])))
 
     def observe(self, canvas: Canvas, rows: Rows, step: Step) -> None:
         self._follow(canvas, step.select)

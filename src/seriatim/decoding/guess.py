@@ -53,7 +53,8 @@ class Guess:
         """The probabilities from which a node of each of these rows was drawn, in the number format of `like`."""
         r, n = torch.tensor(rows), torch.tensor(nodes)
         if self.q is None:
-            return torch.zeros_like(like).scatter(-1, self.value[r, n].clamp(min=0)[:, None], 1.0)
+            token = self.value[r, n].clamp(min=0)[:, None].to(like.device)
+            return torch.zeros_like(like).scatter(-1, token, 1.0)
         q = type(self.q)(self.q.logits[r, n][:, None])
         return q.probs()[:, 0].to(like.dtype)
 

@@ -38,12 +38,12 @@ class Inserting:
         known = canvas.known.sum(1)
         ends = going & (known >= self.limit)
         if self.stop is not None:
-            ends = ends | (going & (Categorical(dist.logits).probs()[:, 0, -1] > self.stop))
-            no_stop = torch.arange(choices + 1) < choices
-            dist = type(dist)(dist.logits.masked_fill(~no_stop & going[:, None, None], -torch.inf))
-            ends = ends | (going & (dist.logits[:, 0] == -torch.inf).all(1))  # filters left nothing to insert
+            ends = ends | (going & (Categorical(dist.logits).probs()[:, 0, -1].cpu() > self.stop))
+            stops = (torch.arange(choices + 1) == choices) & going[:, None, None]
+            dist = type(dist)(dist.logits.masked_fill(stops.to(dist.logits.device), -torch.inf))
+            ends = ends | (going & (dist.logits[:, 0] == -torch.inf).all(1).cpu())  # filters left nothing to insert
         draws = going & ~ends
-        pick = dist.sample(random, Key(canvas.row, torch.where(draws, known, -1)[:, None]))[:, 0]
+        pick = dist.sample(random, Key(canvas.row, torch.where(draws, known, -1)[:, None]))[:, 0].cpu()
         ends = ends | (draws & (pick == choices))
         inserts = draws & ~ends
         edits: list[Edit] = []

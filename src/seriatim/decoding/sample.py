@@ -108,14 +108,14 @@ class Select:
         live = element >= 0
         if self.rule == "confidence":  # noise is drawn anew: the choice depends on what was drawn
             x = rows.dist.sample(random, Key(canvas.row, element, numbered(VALUE, turn)))
-            score = _categorical(rows.dist, self.rule).log_prob(x).exp()
+            score = _categorical(rows.dist, self.rule).log_prob(x).exp().cpu()
             chosen = self._best(score, live, count)
             return Set(x, torch.where(chosen, element, -1)), chosen, score
         if self.rule == "random":
             score = torch.zeros(live.shape)
             chosen = _any(canvas, element, count, turn, random)
         else:
-            score = self._certainty(_categorical(rows.dist, self.rule))
+            score = self._certainty(_categorical(rows.dist, self.rule)).cpu()
             chosen = self._best(score, live, count)
         pick = ragged(chosen)  # only these are drawn: a draw may cost a network
         named = torch.where(pick >= 0, element.gather(1, pick.clamp(min=0)), -1)

@@ -166,6 +166,8 @@ class Verifier:
         self.stop = frozenset(stop)
 
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
+        if not isinstance(rows.dist, Categorical):
+            raise TypeError(f"drafts of ids can be verified, not what {type(rows.dist).__name__} is a distribution of")
         turn = Round(canvas, guess, rows, self.stop)
         self.verify(turn, random)
         return turn.step()
@@ -224,13 +226,13 @@ class Chain(Ratio):
         if guess is not None:
             if guess.parents() != tuple(range(-1, guess.size - 1)):
                 raise ValueError("Chain verifies one chain of drafted tokens; for a tree use Recursive, KSeq or Walk")
-            own = self._accepted(turn, guess, random)
+            own = self._accepted(turn, guess, random).cpu()
         last = type(dist)(dist.logits[rows, own][:, None]).probs()[:, 0]
         if guess is not None:
-            rejects = own < (guess.value >= 0).sum(1)
+            rejects = own < (guess.value >= 0).sum(1).cpu()
             if bool(rejects.any()):
                 q = guess.laws(rows.tolist(), own.clamp(max=guess.size - 1).tolist(), last)
-                last = torch.where(rejects[:, None], self.rest(last, q), last)
+                last = torch.where(rejects[:, None].to(last.device), self.rest(last, q), last)
         element: Tensor | int = turn.start[0] + int(own[0])
         if turn.batch > 1:
             element = torch.tensor(turn.start)[:, None] + own[:, None]
@@ -242,13 +244,13 @@ class Chain(Ratio):
 
     def _accepted(self, turn: Round, guess: Guess, random: Random) -> Int[Tensor, "b"]:
         """How many drafted tokens each row accepts."""
-        n, node = guess.size, guess.value.clamp(min=0)
+        n, node = guess.size, guess.value.clamp(min=0).to(turn.dist.logits.device)
         wanted = type(turn.dist)(turn.dist.logits[:, :n]).log_prob(node).exp()
         offered = torch.ones_like(wanted) if guess.q is None else guess.q.log_prob(node).exp()
-        accepted = torch.where(guess.value >= 0, self.acceptance(wanted, offered), 0.0)
+        accepted = self.acceptance(wanted, offered).masked_fill((guess.value < 0).to(node.device), 0.0)
         element: Tensor | int = turn.start[0]
         if turn.batch > 1:
-            element = torch.where(guess.value >= 0, torch.tensor(turn.start)[:, None] + torch.arange(n), -1)
+            element = torch.where(guess.value.cpu() >= 0, torch.tensor(turn.start)[:, None] + torch.arange(n), -1)
         return random.heads(accepted, Key(turn.canvas.row, element, _coins(n)))
 
 
@@ -313,6 +315,7 @@ class Children(Ratio):
         rows, tried = [level.rows[j] for j in trying], [level.nodes[j][index] for j in trying]
         token = torch.tensor([turn.value[r][n] for r, n in zip(rows, tried, strict=True)])[:, None]
         left = level.p if len(trying) == len(level.rows) else level.p[trying]
+        token = token.to(left.device)
         q = guess.laws(rows, tried, left)
         offered = q.gather(-1, token)[:, 0]
         chance = self.acceptance(left.gather(-1, token)[:, 0], offered if scale is None else scale[trying] * offered)
@@ -351,7 +354,7 @@ class KSeq(Children):
         if level.tries > 1 and (guess.q is None or guess.siblings != "independent"):
             raise ValueError("KSeq verifies drafts that were drawn independently from one law; use Recursive or Walk")
         q = guess.laws(level.rows, [n[0] if n else 0 for n in level.nodes], level.p)
-        k = torch.tensor([len(n) for n in level.nodes])
+        k = torch.tensor([len(n) for n in level.nodes], device=q.device)
         scale = kseq_scale(level.p, q, k)
         for i in range(level.tries):
             self.attempt(turn, guess, level, i, scale, random)
