@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seriatim.backbones.rope import RoPE
-from seriatim.backbones.transformer import Transformer, TransformerConfig
+from seriatim.backbones.transformer import Transformer, TransformerConfig, rms_norm
 from seriatim.canvas import Canvas
 from seriatim.decoding.filters import Warper
 from seriatim.decoding.loop import decode
@@ -65,7 +65,7 @@ def build(size: dict[str, int], length: int, kind: torch.dtype) -> Model:
 
 
 def bare(model: Model, prompt: Tensor, count: int) -> tuple[Tensor, list[float]]:
-    """The same mathematics written by hand, with a float32 cache too."""
+    """The same mathematics written by hand, with the float32 cache and the norm of ours."""
     c, table, last = model.backbone.config, model.embed.table, model.backbone.norm
     layers = [
         tuple(w[n] for n in ("norm1", "qkv", "out", "norm2", "up", "down"))
@@ -83,7 +83,7 @@ def bare(model: Model, prompt: Tensor, count: int) -> tuple[Tensor, list[float]]
             cosine, sine = cos[start:end], sin[start:end]
             x = F.embedding(ids, table)
             for i, (norm1, qkv, proj, norm2, up, down) in enumerate(layers):
-                y = F.linear(F.rms_norm(x, (c.width,), norm1, c.eps), qkv).view(1, n, 3 * heads, dim)
+                y = F.linear(rms_norm(x, norm1, c.eps), qkv).view(1, n, 3 * heads, dim)
                 qk = y[:, :, : 2 * heads]
                 qk = torch.addcmul(qk * cosine, qk.roll(dim // 2, -1), sine).transpose(1, 2)
                 keys[i][:, :, start:end] = qk[:, heads:]
@@ -91,9 +91,9 @@ def bare(model: Model, prompt: Tensor, count: int) -> tuple[Tensor, list[float]]
                 k, v = keys[i][:, :, :end], values[i][:, :, :end]
                 y = F.scaled_dot_product_attention(qk[:, :heads].float(), k, v, is_causal=n > 1).to(kind)
                 x = x + F.linear(y.transpose(1, 2).reshape(1, n, heads * dim), proj)
-                gate, up_ = F.linear(F.rms_norm(x, (c.width,), norm2, c.eps), up).chunk(2, -1)
+                gate, up_ = F.linear(rms_norm(x, norm2, c.eps), up).chunk(2, -1)
                 x = x + F.linear(F.silu(gate) * up_, down)
-            ids = F.linear(F.rms_norm(x[:, -1:], (c.width,), last, c.eps), table).argmax(-1)
+            ids = F.linear(rms_norm(x[:, -1:], last, c.eps), table).argmax(-1)
             start = end
             out.append(ids)
             times.append(clock())

@@ -58,10 +58,13 @@ class SlotEmbed(nn.Module):
     def forward(
         self, canvas: Canvas, plan: Plan, guess: Guess | None = None, prefix: Tensor | None = None
     ) -> Float[Tensor, "b s d"]:
-        if isinstance(plan, LinePlan):
-            x = self._run(canvas, plan, guess, prefix)
-        else:
+        if not isinstance(plan, LinePlan):
             x = self._slots(canvas, plan, guess, prefix)
+        elif guess is None and plan.base >= plan.prefix:
+            start = plan.base - plan.prefix
+            x = self.vectors(canvas.value[self.kind].narrow(1, start, (canvas.length or 0) - start))
+        else:
+            x = self._run(canvas, plan, guess, prefix)
         if self._placed:
             for axis, table in enumerate(self.positions):
                 x = x + _positions(table, plan, axis)
@@ -149,7 +152,7 @@ class TokenEmbed(SlotEmbed):
         self._furnish(width, kind, positions, mask, start, std)
 
     def vectors(self, value: Int[Tensor, "*rest"]) -> Float[Tensor, "*rest d"]:
-        return F.embedding(value, self.table)
+        return torch.embedding(self.table, value)
 
 
 class CodesEmbed(SlotEmbed):

@@ -55,6 +55,7 @@ class Model(nn.Module):
         self.heads = nn.ModuleDict(head if isinstance(head, Mapping) else dict.fromkeys(layout.kinds, head))
         self.conditions = nn.ModuleDict(conditions or {})
         missing = [k for k in self._read_kinds() if k not in self.heads]
+        self.__dict__.update(self._modules)  # at hand: torch's way to a part costs a call (assigning one undoes this)
         if missing:
             raise ValueError(f"no head for elements of kind {', '.join(missing)}; heads: {', '.join(self.heads)}")
 
@@ -168,15 +169,16 @@ class Model(nn.Module):
     ) -> Float[Tensor, "b s d"]:
         """Embed the slots of a plan and contextualise them."""
         c = condition or NO_CONDITION
-        x = self.embed(canvas, plan, guess) if c.rows is None else self.vectors(plan, canvas, c, guess)
-        return self.backbone(x, plan, cache, c.vector, c.memory)
+        embed, backbone = _direct(self.embed), _direct(self.backbone)
+        x = embed(canvas, plan, guess) if c.rows is None else self.vectors(plan, canvas, c, guess)
+        return backbone(x, plan, cache, c.vector, c.memory)
 
     def dist(self, h: Float[Tensor, "b s d"], plan: Plan, canvas: Canvas) -> tuple[Dist, Tensor | int, Any]:
         """The distribution of everything the plan reads, the elements, and the slots read."""
         if plan.run is not None:
             where = plan.shape.read  # type: ignore[attr-defined]
             h = h if where is None else h[:, where]
-            head = self.heads[canvas.layout.kinds[0]]
+            head = self.heads._modules[canvas.layout.kinds[0]]
             return head.dist(h, None, canvas), canvas.length or 0, where  # type: ignore[operator]
         # nodes of a draft tree read an element each behind a text of its own: nothing to merge
         reads = merge_readers(plan.reads) if plan.slots.node is None else plan.reads
@@ -238,6 +240,13 @@ class Model(nn.Module):
                 loss = head.loss(picked, part, target, *noise)  # type: ignore[operator]
             out = out.scatter_add(1, element.to(h.device), (loss * live.to(h.device)).to(out.dtype))
         return out
+
+
+def _direct(module: nn.Module) -> Any:
+    """Its `forward`, where nothing hangs on the call: torch's way there costs as much as a small step's bookkeeping."""
+    m = module
+    hooked = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return m if hooked or m._compiled_call_impl is not None else m.forward
 
 
 def by_kind(canvas: Canvas, reads: Reads) -> list[tuple[str, Reads]]:

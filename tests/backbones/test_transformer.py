@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from seriatim.backbones.rope import RoPE
-from seriatim.backbones.transformer import Transformer, TransformerConfig
+from seriatim.backbones.transformer import SMALL, Transformer, TransformerConfig, rms_norm
 from seriatim.decoding.guess import Guess
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.line import Line
@@ -200,6 +200,19 @@ def test_each_variant_equals_the_reference(name, view):
     assert (model(x, plan) - reference(model, x, plan)).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("rows", [1, 3, 400], ids=["one", "few", "many"])
+def test_both_ways_to_the_root_mean_square_are_one(rows):
+    """Few numbers take another kernel than many: the same values and gradients, with and without weights."""
+    for weight in (noise(WIDTH, seed=2).requires_grad_(), None):
+        x = (100 * noise(rows, WIDTH)).requires_grad_()
+        leaves = [x] if weight is None else [x, weight]
+        want = x / (x.pow(2).mean(-1, keepdim=True) + 0.3).sqrt() * (1 if weight is None else weight)
+        got = rms_norm(x, weight, 0.3)
+        assert (got - want).abs().max() < 1e-12 and (rows * WIDTH > SMALL) == (rows == 400)
+        grads = [torch.autograd.grad((y * noise(rows, WIDTH, seed=3)).sum(), leaves) for y in (got, want)]
+        assert all((a - b).abs().max() < 1e-12 for a, b in zip(*grads, strict=True))
+
+
 @pytest.mark.parametrize("axes", [(4,), (2, 2), (2, 4, 2)], ids=["1 axis", "2 axes", "3 axes"])
 @torch.no_grad()
 def test_rotary_positions_follow_explicit_coordinates(axes):
@@ -276,15 +289,19 @@ def test_labels_that_differ_by_row():
 
 
 @pytest.mark.parametrize("groups", [4, 2], ids=["own keys", "shared keys"])
-@torch.no_grad()
 def test_slots_skip_layers(groups):
-    """A slot that skips a layer keeps what it has, and is not seen there; a layer that nobody runs is left out."""
+    """A slot that skips a layer keeps what it has, and is not seen there; a layer that nobody runs is left out. So do
+    gradients, also those of slots that see nobody."""
     config = replace(BASE, depth=4, kv_heads=groups, rope=RoPE(50.0))
-    model, x = randomised(config), noise(BATCH, SLOTS, WIDTH)
+    model, x = randomised(config), noise(BATCH, SLOTS, WIDTH).requires_grad_()
     layers = torch.rand(4, SLOTS, generator=torch.Generator().manual_seed(5)) < 0.6
-    layers[2] = False
+    layers[2], layers[1, :3] = False, False
     plan = replace(plan_with(inclusive(range(SLOTS))), layers=layers)
-    assert (model(x, plan) - reference(model, x, plan)).abs().max() < 1e-10
+    got, want = model(x, plan), reference(model, x, plan)
+    assert (got - want).abs().max() < 1e-10
+    weight = noise(BATCH, SLOTS, WIDTH, seed=6)
+    grads = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (got, want)]
+    assert (grads[0] - grads[1]).abs().max() < 1e-10
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
-from seriatim.canvas import Canvas, EditError, Set, Truncate
+from seriatim.canvas import Canvas
 from seriatim.conditions.condition import ClassCondition, MemoryCondition, PerElementCondition
 from seriatim.decoding.filters import Warper
 from seriatim.decoding.guess import Guess
@@ -29,9 +29,10 @@ from seriatim.factorization.base import Factorization
 from seriatim.factorization.line import Line
 from seriatim.factorization.static import Blocks
 from seriatim.heads.categorical import CategoricalHead
+from seriatim.laws.case import randomise
 from seriatim.layout import line
 from seriatim.model import Model
-from seriatim.plan import MASK, VALUE, OrderError, Plan, Reads, Slots
+from seriatim.plan import MASK, VALUE, Plan, Reads, Slots
 from seriatim.random import Forced, Keyed
 from seriatim.view import two_stream
 
@@ -39,15 +40,7 @@ VOCAB, WIDTH, LENGTH, MEMORY = 7, 16, 12, 5
 BACKBONE = TransformerConfig(WIDTH, 2, 4, kv_heads=2, rope=RoPE(50.0))
 
 
-def randomised(model: Model) -> Model:
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * 0.6)
-    return model.double().eval()
-
-
-def conditional(order: Factorization | None = None, length: int = LENGTH) -> Model:
+def conditional() -> Model:
     """A class as prefix and adaptive norm, a memory, and a feature at every element."""
     config = replace(BACKBONE, vector=WIDTH, memory=MEMORY)
     conditions = {
@@ -57,22 +50,22 @@ def conditional(order: Factorization | None = None, length: int = LENGTH) -> Mod
     }
     embed = TokenEmbed(VOCAB, WIDTH, mask=True)
     head = CategoricalHead(WIDTH, VOCAB)
-    return randomised(Model(line(length), order or Line(1), embed, Transformer(config), head, conditions))
+    return randomise(Model(line(LENGTH), Line(1), embed, Transformer(config), head, conditions), std=0.6)
 
 
 def plain(order: Factorization | None = None, prefix: int = 1) -> Model:
     embed = TokenEmbed(VOCAB, WIDTH, mask=True, positions=(LENGTH + 2,))
     head = CategoricalHead(WIDTH, VOCAB)
-    return randomised(Model(line(LENGTH), order or Line(prefix), embed, Transformer(BACKBONE), head))
+    return randomise(Model(line(LENGTH), order or Line(prefix), embed, Transformer(BACKBONE), head), std=0.6)
 
 
-def condition_of(row: int, length: int = LENGTH) -> dict[str, Tensor]:
+def condition_of(row: int) -> dict[str, Tensor]:
     """The raw conditions of a row, whoever stands beside it."""
     g = torch.Generator().manual_seed(100 + row)
     return {
         "class": torch.tensor([row % 4]),
         "text": torch.randn(1, 3, MEMORY, generator=g, dtype=torch.float64),
-        "sketch": torch.randn(1, length, 3, generator=g, dtype=torch.float64),
+        "sketch": torch.randn(1, LENGTH, 3, generator=g, dtype=torch.float64),
     }
 
 
@@ -80,8 +73,8 @@ def stacked(conditions: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([c[name] for c in conditions]) for name in conditions[0]}
 
 
-def prompt_of(row: int, length: int = LENGTH) -> Tensor:
-    return torch.randint(VOCAB, (1, length), generator=torch.Generator().manual_seed(row))
+def prompt_of(row: int) -> Tensor:
+    return torch.randint(VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(row))
 
 
 def text_of(canvas: Canvas, row: int) -> list[int]:
@@ -159,8 +152,7 @@ def test_rows_that_end_early():
         canvas = model.canvas({"token": prompt_of(r)}, KNOWN[r], row=torch.tensor([r]))
         generate(Target(model), canvas, SampleAll(stop), random=Keyed(5))
         texts[r] = text_of(canvas, r)
-    ends = [len(t) for t in texts.values()]
-    assert min(ends) < LENGTH and len(set(ends)) > 2
+    assert len({len(t) for t in texts.values()}) > 2
     for rows in ([0, 1, 2, 3, 4], [4, 3, 2]):
         canvas = generate(Target(model), canvas_of(model, rows, KNOWN), SampleAll(stop), random=Keyed(5))
         assert {r: text_of(canvas, r) for r in rows} == {r: texts[r] for r in rows}
@@ -313,6 +305,12 @@ def test_rows_of_another_shape_are_not_admitted():
         select_rows(target, canvas_of(cond, [0], KNOWN), torch.tensor([0, -1]), canvas_of(cond, [1], KNOWN), longer)
 
 
+def test_conditions_of_another_number_of_rows_are_refused():
+    model = conditional()
+    with pytest.raises(ValueError, match="conditions of 1 samples were given for a canvas of 2"):
+        generate(Target(model, condition_of(0)), canvas_of(model, [0, 1], KNOWN), SampleAll())
+
+
 # ---- orders that differ by row ---------------------------------------------------------------------------------------
 
 
@@ -335,8 +333,7 @@ class AnyRank(Factorization):
 def shuffled(row: int) -> tuple[Tensor, Tensor]:
     """Which elements of a row are given, and the rank of the others; some ranks are shared."""
     g = torch.Generator().manual_seed(row)
-    given = torch.zeros(LENGTH, dtype=torch.bool)
-    given[torch.randperm(LENGTH, generator=g)[: 1 + 2 * row]] = True
+    given = torch.randperm(LENGTH, generator=g) < 1 + 2 * row
     rank = torch.full((LENGTH,), -1)
     rank[~given] = torch.randperm(int((~given).sum()), generator=g) // (1 + row % 2)
     return given, rank
@@ -501,123 +498,3 @@ def test_branches_that_cannot_be_are_refused():
     bare = Model(line(LENGTH), Line(1), TokenEmbed(VOCAB, WIDTH), Transformer(BACKBONE), CategoricalHead(WIDTH, VOCAB))
     with pytest.raises(ValueError, match="has no mask: use mask=True"):
         generate(Target(bare, guidance=(Branch(Guidance(1.0), hide="earlier"),)), bare.blank(1), SampleAll())
-
-
-# ---- mistakes --------------------------------------------------------------------------------------------------------
-
-
-def ids(*shape: int, value: int = 0) -> Tensor:
-    return torch.full(shape, value)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "says"),
-    [
-        (lambda m: m.canvas({"token": ids(2, LENGTH, value=VOCAB)}), ValueError, "lie in 0..6, got 7..7"),
-        (lambda m: m.canvas({"token": ids(2, LENGTH, value=-1)}), ValueError, "lie in 0..6, got -1..-1"),
-        (lambda m: m.canvas({"token": torch.zeros(2, LENGTH)}), TypeError, "ids, integers, got torch.float32"),
-        (lambda m: m.canvas({"token": ids(2, LENGTH).bool()}), TypeError, "ids, integers, got torch.bool"),
-        (lambda m: m.canvas({"token": [[0] * LENGTH]}), TypeError, "are a tensor, got list"),
-        (lambda m: m.canvas({"token": ids(0, LENGTH)}), ValueError, "at least one row; the batch is empty"),
-        (lambda m: m.canvas({"token": ids(2, 5)}), ValueError, r"must be \(2, 12, ...\), got \(2, 5\)"),
-        (lambda m: m.canvas({"word": ids(2, LENGTH)}), ValueError, "no values for kind 'token'; got word"),
-        (lambda m: m.canvas({}), ValueError, "values of at least one kind"),
-        (
-            lambda m: m.canvas({"token": ids(2, LENGTH)}, 13),
-            ValueError,
-            "first elements are given, but the layout has 12",
-        ),
-        (lambda m: m.canvas({"token": ids(2, LENGTH)}, -1), ValueError, "first elements are given"),
-        (
-            lambda m: m.canvas({"token": ids(2, LENGTH)}, ids(2, value=13)),
-            ValueError,
-            "13, 13.* first elements are given",
-        ),
-        (lambda m: m.canvas({"token": ids(2, LENGTH)}, ids(3)), ValueError, "is a number, one a row"),
-        (lambda m: m.canvas({"token": ids(2, LENGTH)}, ids(3, LENGTH).bool()), ValueError, "3 rows, the values have 2"),
-        (lambda m: m.canvas({"token": ids(2, LENGTH)}, row=ids(3)), ValueError, "names each of 2 rows"),
-    ],
-)
-def test_what_is_no_canvas_of_the_model_is_refused(make, error, says):
-    with pytest.raises(error, match=says):
-        make(plain())
-
-
-def test_ids_of_any_integer_type_are_taken():
-    canvas = plain().canvas({"token": ids(2, LENGTH).to(torch.int16)})
-    assert canvas.value["token"].dtype == torch.int64
-
-
-def test_a_canvas_copies_what_it_is_given():
-    """Generation changes neither the tensor of the prompts nor a batch expanded from one row."""
-    model, prompt = plain(), prompt_of(0)
-    before = prompt.clone()
-    canvas = model.canvas({"token": prompt.expand(3, -1)}, 2)
-    generate(Target(model), canvas, SampleAll(), random=Keyed(5))
-    assert torch.equal(prompt, before) and len({tuple(t.tolist()) for t in canvas.read("token")}) == 3
-
-
-def test_edits_that_do_not_fit_are_refused():
-    canvas = plain().canvas({"token": ids(2, LENGTH)}, torch.tensor([2, 3]))
-    with pytest.raises(EditError, match="element 2 of row 1 is given and cannot be set"):
-        canvas.apply([Set(ids(2, 1), ids(2, 1, value=2))])
-    with pytest.raises(EditError, match="element 12 cannot be set: the layout has 12"):
-        canvas.apply([Set(ids(2, 1), ids(2, 1, value=12))])
-    with pytest.raises(EditError, match=r"elements are integers \(2, n\), got \(1, 1\)"):
-        canvas.apply([Set(ids(1, 1), ids(1, 1, value=5))])
-    with pytest.raises(EditError, match="take as many values"):
-        canvas.apply([Set(ids(2, 2), ids(2, 1, value=5))])
-    with pytest.raises(EditError, match="name the elements to set"):
-        canvas.apply([Set(ids(2, 1))])
-    with pytest.raises(EditError, match="cannot be cut off"):
-        canvas.apply([Truncate(torch.tensor([1, 9]))])
-
-
-def test_a_line_without_a_start_is_refused_in_any_row():
-    """Without a prefix slot, every row needs a first element."""
-    model = plain(prefix=0)
-    with pytest.raises(OrderError, match="nothing to start from in row 0"):
-        generate(Target(model), model.canvas({"token": ids(1, LENGTH)}), SampleAll())
-    with pytest.raises(OrderError, match="nothing to start from in row 1"):
-        generate(Target(model), model.canvas({"token": ids(2, LENGTH)}, torch.tensor([2, 0])), SampleAll())
-
-
-def test_a_decider_that_keeps_what_it_did_not_decide_is_told_so():
-    model = plain()
-    canvas = model.canvas({"token": ids(1, LENGTH)}, 3)
-    target = Target(model)
-    plan = target.plan(canvas, guess := Guess(torch.tensor([[1, 2]])))
-    target.forward(plan, canvas, guess)
-    target.commit(6, plan)  # both nodes, but nothing was set
-    with pytest.raises(OrderError, match="3 known elements and 1 prefix slots, but 6 slots are cached"):
-        target.plan(canvas)
-
-
-@pytest.mark.parametrize("broken", ["table", "head", "layer"])
-def test_broken_weights_are_named_at_the_first_step(broken):
-    model = plain()
-    weight = {"table": model.embed.table, "head": model.heads["token"].weight, "layer": model.backbone.layers[1].down}
-    with torch.no_grad():
-        weight[broken][3] = float("nan")
-    with pytest.raises(FloatingPointError, match="NaN or infinity: its weights or inputs are broken"):
-        generate(Target(model), model.canvas({"token": ids(1, LENGTH, value=3)}, 2), SampleAll())
-
-
-def test_impossible_ids_are_not_broken_weights():
-    """A head may rule ids out by -inf; only NaN and +inf are errors."""
-
-    class Forbids(CategoricalHead):
-        def logits(self, h, reads=None):
-            x = super().logits(h, reads)
-            return x.masked_fill(torch.arange(VOCAB) == 2, -torch.inf)
-
-    model = plain()
-    model.heads["token"].__class__ = Forbids
-    canvas = generate(Target(model), model.canvas({"token": ids(3, LENGTH)}, 1), SampleAll(), random=Keyed(5))
-    assert bool((canvas.value["token"] != 2).all())
-
-
-def test_conditions_of_another_number_of_rows_are_refused():
-    model = conditional()
-    with pytest.raises(ValueError, match="conditions of 1 samples were given for a canvas of 2"):
-        generate(Target(model, condition_of(0)), canvas_of(model, [0, 1], KNOWN), SampleAll())

@@ -85,7 +85,9 @@ class KVCache:
         self.columns = 0  # committed, in the longest row
         self.pending = 0
         self._held: Int[Tensor, "b"] | None = None  # committed columns of each row, once they differ
-        self._labels: dict[str, View] | None = None
+        self.plain = True  # every entry is seen by everything later: no labels are held
+        self._labels: dict[str, View] = {}
+        self.skips = False  # some committed entries were not computed in every layer
         self._layers: Bool[Tensor, "L b c"] | None = None  # was this column computed in this layer?
         self._memory: Tensor | None = None
         self._crossed: dict[int, Tensor] = {}
@@ -106,11 +108,6 @@ class KVCache:
     @property
     def device(self) -> torch.device:
         return self.buffer.device
-
-    @property
-    def plain(self) -> bool:
-        """Every entry is seen by everything later; no labels are held."""
-        return self._labels is None
 
     # ---- a forward --------------------------------------------------------------------------------------------------
 
@@ -158,12 +155,7 @@ class KVCache:
         self._crossed[layer] = value
 
     def labels(self, view: str) -> View | None:
-        return None if self._labels is None else self._labels[view]
-
-    @property
-    def skips(self) -> bool:
-        """Some committed entries were not computed in every layer."""
-        return self._layers is not None
+        return None if self.plain else self._labels[view]
 
     def computed(self, layer: int) -> Bool[Tensor, "b c"] | None:
         """Which committed columns were computed in a layer; None: all."""
@@ -172,7 +164,7 @@ class KVCache:
     # ---- committing -------------------------------------------------------------------------------------------------
 
     def commit(self, keep: Keep, plan: Plan) -> None:
-        if type(keep) is int and keep <= self.pending and self._labels is None and plan.plain:
+        if type(keep) is int and keep <= self.pending and self.plain and plan.plain:
             self.columns += keep
             self.pending = 0
             return
@@ -195,7 +187,7 @@ class KVCache:
 
     def _commit_all(self, keep: int | Sequence[int], count: int, plan: Plan) -> None:
         """The same slots in every row."""
-        if self._labels is not None or not plan.plain:
+        if not (self.plain and plan.plain):
             self._note(_as_rows(keep), plan)
         if not isinstance(keep, int):
             self._gather(keep)
@@ -247,12 +239,14 @@ class KVCache:
             new = torch.ones(depth, plan.size, dtype=torch.bool) if plan.layers is None else plan.layers.cpu()
             new = new[:, keep.clamp(min=0)]
             rows = max(before.shape[1], new.shape[1])
+            self.skips = True
             layers = torch.cat([before.expand(-1, rows, -1), new.expand(-1, rows, -1)], 2)
             self._layers = layers if order is None else _picked(layers, order)
 
     def _written_out(self) -> dict[str, View]:
         """The labels, made up where they went without saying."""
-        if self._labels is None:
+        if self.plain:
+            self.plain = False
             start = torch.arange(self.columns)[None]
             self._labels = dict.fromkeys(self.names, View(start, start, torch.full_like(start, INF)))
         return self._labels
@@ -298,7 +292,7 @@ class KVCache:
         if rows.numel() == 0 or int(where.max()) >= self.batch:
             raise ValueError(f"rows {rows.tolist()} cannot be selected of {self.batch}")
         fresh = bool(new.any())
-        labels = self._written_out() if fresh else self._labels
+        labels = self._written_out() if fresh or not self.plain else None
         held = torch.full((self.batch,), self.columns) if self._held is None else self._held
         self._place(self.buffer[:, :, where.to(self.device)])
         held = held[where].masked_fill(new, 0)

@@ -52,23 +52,18 @@ class RotaryTable:
         if plan.run is None:
             return self.at(plan.slots.coord.to(x.device), x.dtype)
         start, offset = plan.run
-        if offset is None:
-            return self.run(start, plan.size, x.dtype, x.device)
-        return self.offsets(start, offset, x.dtype, x.device)
+        return self.run(start, plan.size, x.dtype, x.device, offset)
 
-    def run(self, start: int, n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For positions start .. start + n - 1 of one axis, as slices."""
-        cos, sin = self._runs.get((dtype, device)) or self._table(start + n, dtype, device)
-        if start + n > len(cos):
-            cos, sin = self._table(start + n, dtype, device)
-        return cos[start : start + n], sin[start : start + n]
-
-    def offsets(
-        self, start: int, offset: Int[Tensor, "s"], dtype: torch.dtype, device: torch.device
+    def run(
+        self, start: int, n: int, dtype: torch.dtype, device: torch.device, offset: Int[Tensor, "s"] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """For positions start + offset of one axis (a draft tree's depths)."""
-        cos, sin = self.run(start, len(offset), dtype, device)  # no depth reaches further
-        return cos[offset], sin[offset]
+        """For positions start .. start + n - 1 of one axis, as slices; with offsets (a draft tree's depths, which
+        reach no further) for start + offset."""
+        cos, sin = self._runs.get((dtype, device)) or self._table(start + n, dtype, device)
+        if start + n > cos.shape[0]:
+            cos, sin = self._table(start + n, dtype, device)
+        cos, sin = cos.narrow(0, start, n), sin.narrow(0, start, n)
+        return (cos, sin) if offset is None else (cos[offset], sin[offset])
 
     def _table(self, needed: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         if self.axes > 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -71,23 +70,35 @@ def decode(
     """
     random = random or Generator()
     target.demand(getattr(decider, "needs", frozenset()), type(decider).__name__)
-    held = nullcontext()
     while True:
-        with held if torch.is_inference_mode_enabled() else torch.inference_mode():
-            guess = None if proposer is None else proposer.propose(canvas, target, random)
-            plan = target.plan(canvas, guess)
-            if plan is None:
-                return
-            rows = target.forward(plan, canvas, guess)
-            step = decider.decide(canvas, guess, rows, random)
-            step.slots = plan.size
-            target.commit(step.keep, plan, any(type(edit) is Revise for edit in step.edits))
-            if step.select is not None:
-                select_rows(target, canvas, step.select)
-            canvas.apply(step.edits)
-            if proposer is not None:
-                proposer.observe(canvas, rows, step)
+        if torch.is_inference_mode_enabled():
+            step = _turn(target, canvas, decider, proposer, random)
+        else:
+            with torch.inference_mode():
+                step = _turn(target, canvas, decider, proposer, random)
+        if step is None:
+            return
         yield step
+
+
+def _turn(target: Target, canvas: Canvas, decider: Decider, proposer: Proposer | None, random: Random) -> Step | None:
+    guess = None if proposer is None else proposer.propose(canvas, target, random)
+    plan = target.plan(canvas, guess)
+    if plan is None:
+        return None
+    rows = target.forward(plan, canvas, guess)
+    step = decider.decide(canvas, guess, rows, random)
+    step.slots = plan.size
+    repeats = False
+    for edit in step.edits:
+        repeats = repeats or type(edit) is Revise
+    target.commit(step.keep, plan, repeats)
+    if step.select is not None:
+        select_rows(target, canvas, step.select)
+    canvas.apply(step.edits)
+    if proposer is not None:
+        proposer.observe(canvas, rows, step)
+    return step
 
 
 def select_rows(

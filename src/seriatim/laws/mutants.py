@@ -27,8 +27,8 @@ from seriatim.random import Random
 class _Restarts(RotaryTable):
     """Positions begin anew at every step."""
 
-    def run(self, start: int, n: int, dtype: torch.dtype, device: torch.device):
-        return super().run(0, n, dtype, device)
+    def run(self, start: int, *more):
+        return super().run(0, *more)
 
 
 def restarting_positions(case: Case) -> Case:
