@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 import seriatim as s
-from seriatim.evaluation.pictures import draw_mask
+from seriatim.data import load_data
+from seriatim.evaluation.pictures import draw_mask, save_grid
 
 IMAGES = Path(__file__).parent / "images"
 
@@ -41,9 +42,20 @@ def masks() -> None:
     )
 
 
+def data_sets() -> None:
+    """A look at the glyphs and lines as training sees them: augmented, in all fonts."""
+    random = torch.Generator().manual_seed(0)
+    glyphs, lines = load_data("glyphs", "image"), load_data("lines", "image", line_width=256)
+    shown = torch.randperm(len(glyphs.train), generator=random)[:120]
+    save_grid(glyphs.train.take(shown, random)["image"], IMAGES / "glyphs.png", columns=20, upscale=1, invert=True)
+    shown = torch.randperm(len(lines.train), generator=random)[:15]
+    save_grid(lines.train.take(shown, random)["image"], IMAGES / "lines.png", columns=3, upscale=1, invert=True)
+
+
 def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     masks()
+    data_sets()
     if len(sys.argv) > 1:
         for name in ("samples.png", "film.gif"):
             shutil.copy(Path(sys.argv[1]) / name, IMAGES / f"digits-{name}")

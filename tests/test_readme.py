@@ -3,7 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
+
+from seriatim.plan import OrderError
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -36,7 +39,23 @@ def test_the_order_written_in_the_documentation_works(capsys):
     torch.manual_seed(0)
     exec(code[1], names)
     assert "forwards=5" in capsys.readouterr().out
-    assert torch.isfinite(names["model"].log_prob(names["canvas"])).all()
+    model, canvas = names["model"], names["canvas"]
+    assert torch.isfinite(model.log_prob(canvas)).all()
+    prompted = model.canvas(canvas.value, known=torch.tensor([2, 5]))  # it also goes on from what is given
+    assert (model.losses(prompted) > 0).sum(1).tolist() == [7, 4]
+    names["s"].generate(names["s"].Target(model), prompted, names["s"].SampleAll())
+    assert prompted.done
+
+
+def test_the_documentation_quotes_what_an_order_that_peeks_is_told():
+    text = (README.parent / "docs" / "orders.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.S)
+    said = re.search(r"`(this order peeks: [^`]*)`", text)
+    assert code is not None and said is not None
+    assert "torch.where(query, MASK, VALUE)" in code[1]
+    with pytest.raises(OrderError) as error:
+        exec(code[1].replace("torch.where(query, MASK, VALUE)", "torch.where(query, VALUE, VALUE)"), {})
+    assert str(error.value) == " ".join(said[1].split())
 
 
 def test_the_drafts_of_the_documentation_change_nothing():

@@ -51,7 +51,14 @@ _WHERE = {
     "decoding.insert": ("Inserting",),
     "decoding.kinds": ("PerKind",),
     "decoding.solver": ("SolverStep",),
-    "training.loop": ("Recipe", "fit"),
+    "training.recipe": ("Recipe",),
+    "training.loop": ("fit",),
+    "systems.system": ("System", "Sampling"),
+    "data.base": ("load_data",),
+    "verbs.load": ("load",),
+    "verbs.train": ("train",),
+    "verbs.compare": ("compare",),
+    "verbs.evaluate": ("evaluate",),
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = ["__version__", *_HOME]

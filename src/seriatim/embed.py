@@ -35,6 +35,7 @@ class SlotEmbed(nn.Module):
     """
 
     kind: str
+    width: int
     start: nn.Parameter | None
     mask: nn.Parameter | None
     positions: nn.ParameterList
@@ -49,7 +50,7 @@ class SlotEmbed(nn.Module):
 
     def _furnish(self, width: int, kind: str, positions: Sequence[int], mask: bool, start: bool, std: float) -> None:
         """The vectors that are not of values."""
-        self.kind = kind
+        self.kind, self.width = kind, width
         self.start = nn.Parameter(torch.randn(width) * std) if start else None
         self.mask = nn.Parameter(torch.randn(width) * std) if mask else None
         self.positions = nn.ParameterList(nn.Parameter(torch.randn(n, width) * std) for n in positions)
@@ -163,6 +164,7 @@ class CodesEmbed(SlotEmbed):
         mask: bool = False, start: bool = True, std: float = 0.02,
     ):  # fmt: skip
         super().__init__()
+        self.vocab = vocab
         self.table = nn.Parameter(torch.randn(depth, vocab, width) * std)
         self._furnish(width, kind, positions, mask, start, std)
 

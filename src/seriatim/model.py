@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from seriatim.canvas import Canvas, given_elements
+from seriatim.canvas import DELETED, GIVEN, Canvas, given_elements
 from seriatim.conditions.condition import Condition
 from seriatim.decoding.guess import Guess
 from seriatim.factorization.base import Factorization
@@ -31,6 +31,7 @@ class Rows(NamedTuple):
     element: Tensor | int  # (b, m) element numbers (-1: padding), or the first of a run
     hidden: Tensor
     slot: Any = None  # slots that are read: None all, a slice, or (b, m)
+    said: Any = None  # the distributions before temperature and filters: how sure the model is
 
 
 class Model(nn.Module):
@@ -58,6 +59,22 @@ class Model(nn.Module):
         self.__dict__.update(self._modules)  # at hand: torch's way to a part costs a call (assigning one undoes this)
         if missing:
             raise ValueError(f"no head for elements of kind {', '.join(missing)}; heads: {', '.join(self.heads)}")
+        self._fits()
+
+    def _fits(self) -> None:
+        """Refuse parts of different widths, and a head whose ids the embedding does not know, where they say so."""
+        width = getattr(self.backbone, "width", None)
+        parts = {"embedding": self.embed, **{f"head of {kind!r}": head for kind, head in self.heads.items()}}
+        for name, part in parts.items():
+            own = getattr(part, "width", None)
+            if None not in (width, own) and own != width:
+                raise ValueError(f"the {name} is {own} wide and the backbone {width}; make them equally wide")
+        for kind in self._read_kinds():
+            said, heard = (getattr(part, "vocab", None) for part in (self.heads[kind], _embedding(self.embed, kind)))
+            if said is not None and heard is not None and said > heard:
+                raise ValueError(
+                    f"the head of {kind!r} predicts {said} ids and the embedding knows {heard}; it must know them all"
+                )
 
     def _read_kinds(self) -> list[str]:
         return list(dict.fromkeys(s.kind for s in self.layout.segments if not s.given))
@@ -214,7 +231,7 @@ class Model(nn.Module):
         if plan is None:
             raise TypeError(f"{type(self.factorization).__name__} has no packed form; train it by its own objective")
         if self._sound is not self.factorization:  # an order that peeks is refused before it is trained
-            plan.check(self.mixers)
+            plan.check(self.mixers, self.factorization.due(canvas))
             self._sound = self.factorization
         encoded = condition if isinstance(condition, Condition) else self.encode(condition, drop)
         h = self.hidden(plan, canvas, None, encoded)
@@ -225,8 +242,7 @@ class Model(nn.Module):
             if strict and not getattr(head, "exact", False):
                 raise TypeError(f"{type(head).__name__} has no log_prob, so this model has no likelihood")
             reads = merge_readers(part)
-            live = (reads.element >= 0).expand(canvas.batch, -1)
-            element = reads.element.clamp(min=0).expand(canvas.batch, -1)
+            live, element = counted(canvas, reads.element)
             index = canvas.layout.index[element].to(h.device)
             target = canvas.value[kind]
             target = target[torch.arange(canvas.batch, device=target.device)[:, None], index]
@@ -247,6 +263,12 @@ def _direct(module: nn.Module) -> Any:
     m = module
     hooked = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
     return m if hooked or m._compiled_call_impl is not None else m.forward
+
+
+def _embedding(embed: Any, kind: str) -> Any:
+    """The part that embeds the values of a kind, if it says so."""
+    parts = dict(embed.embeds.items()) if hasattr(embed, "embeds") else {getattr(embed, "kind", None): embed}
+    return parts.get(kind)
 
 
 def by_kind(canvas: Canvas, reads: Reads) -> list[tuple[str, Reads]]:
@@ -283,6 +305,14 @@ def pick_slots(h: Float[Tensor, "b s d"], slot: Tensor) -> Float[Tensor, "b m d"
     if slot.shape[0] == 1:
         return h[:, slot[0].clamp(min=0).to(h.device)]
     return h.gather(1, slot.clamp(min=0).to(h.device)[..., None].expand(-1, -1, h.shape[-1]))
+
+
+def counted(canvas: Canvas, element: Int[Tensor, "b m"]) -> tuple[Bool[Tensor, "b m"], Int[Tensor, "b m"]]:
+    """Which read-outs of these elements count: neither padding (-1) nor given nor cut off; and their numbers, 0 for
+    padding."""
+    number = element.clamp(min=0).expand(canvas.batch, -1)
+    status = canvas.status.gather(1, number)
+    return (element >= 0) & (status != GIVEN) & (status != DELETED), number
 
 
 def merge_readers(reads: Reads) -> Reads:

@@ -103,7 +103,11 @@ class Leak:
         if self.why == "same datum":
             what += ", which is the same datum in another form,"
         how = "itself" if self.through == self.slot else f"slot {self.through}"
-        return f"{where}, but sees {what} through {how}" + (f" (row {self.row} of the batch)" if self.row else "")
+        return f"{where}, but sees {what} through {how}{_of_row(self.row)}"
+
+
+def _of_row(row: int) -> str:
+    return f" (row {row} of the batch)" if row else ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,14 +235,15 @@ class Plan:
 
     def reach(self, mixers: Mapping[str, str] | None = None) -> Int[Tensor, "b s"]:
         """The highest rank that can influence each slot through any number of layers."""
-        return closure(self.seen(mixers), self.slots.needs)
+        return closure(self.seen(mixers), self.needs)
 
     def leaks(self, mixers: Mapping[str, str] | None = None) -> list[Leak]:
-        """Read-outs that peek, by the closure of `needs` over all views; empty when the order is honest."""
+        """Read-outs that peek, by the closure of `needs` over all views; empty when the order is honest. (Read-outs of
+        given elements predict nothing, and are not looked at.)"""
         seen = self.seen(mixers)
         slot, element, due, live = self._readouts()
-        reach = closure(seen, self.slots.needs).expand(self.batch, -1)
-        bad = live & (reach.gather(1, slot.clamp(min=0)) >= due)
+        reach = closure(seen, self.needs).expand(self.batch, -1)
+        bad = live & (due >= 0) & (reach.gather(1, slot.clamp(min=0)) >= due)
         twins = self._twins()
         if twins is None and not bool(bad.any()):
             return []
@@ -250,6 +255,20 @@ class Plan:
                 found += one._datum_leaks(transitive(graph), twins, b)
         return found
 
+    @cached_property
+    def needs(self) -> Int[Tensor, "b s"]:
+        """The highest rank on which the content of each slot depends: what its label says, and at least the rank of
+        every element whose value stands in it, so that a wrong label hides nothing. (Nodes of a draft stand for
+        themselves, whatever the canvas holds.)"""
+        slots = self.slots
+        if not self.rank.shape[1]:
+            return slots.needs
+        value = slots.source == VALUE if slots.node is None else (slots.source == VALUE) & (slots.node < 0)
+        rows = max(slots.element.shape[0], self.rank.shape[0])
+        element, rank = slots.element.expand(rows, -1, -1), self.rank.expand(rows, -1)
+        carried = rank.gather(1, element.clamp(min=0).flatten(1)).view_as(element).masked_fill(element < 0, -1)
+        return torch.maximum(slots.needs, carried.amax(2).masked_fill(~value, -1))
+
     def _readouts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(slot, element, rank of the element, whether it is no padding) of each read-out, in every row."""
         slot, element = (x.expand(self.batch, -1) for x in (self.reads.slot, self.reads.element))
@@ -260,7 +279,7 @@ class Plan:
     def _explain(self, graph: Bool[Tensor, "s s"], row: int, slot: int, element: int) -> Leak:
         """In a plan of one row: the nearest slot through which `slot` sees what it must not, best one that carries the
         element itself."""
-        rank, needs, carried = self.rank[0], self.slots.needs[0], self.slots.element[0]
+        rank, needs, carried = self.rank[0], self.needs[0], self.slots.element[0]
         limit = int(rank[element])
         guilty = nearest(graph, slot, needs >= limit)
         through = min(guilty, key=lambda k: not bool((carried[k] == element).any()))
@@ -291,12 +310,29 @@ class Plan:
             secret = twins[element] & ~self.layout.follows[element]
             guilty = tells & torch.where(noise, twins[element][carried], secret[carried]) & graph[slot][:, None]
             for through, c in guilty.nonzero()[:1].tolist():
-                rank, needs = int(self.rank[0, element]), int(self.slots.needs[0, through])
+                rank, needs = int(self.rank[0, element]), int(self.needs[0, through])
                 found.append(Leak(row, slot, element, through, int(carried[through, c]), "same datum", rank, needs))
         return found
 
-    def check(self, mixers: Mapping[str, str] | None = None) -> Plan:
-        """Raise `OrderError` when a read-out peeks, naming slot and element; otherwise return this plan."""
+    def check(self, mixers: Mapping[str, str] | None = None, due: Bool[Tensor, "b E"] | None = None) -> Plan:
+        """Raise `OrderError`, naming slot and element, when a read-out peeks, when a given element is read, or when one
+        of the elements `due` is read nowhere (in a packed plan: all that are to be decided); else return this plan."""
+        slot, element, rank, live = self._readouts()
+        if bool((given := live & (rank < 0)).any()):
+            b, m = given.nonzero()[0].tolist()
+            raise OrderError(
+                f"slot {int(slot[b, m])} reads element {int(element[b, m])}, which is given and must not be read; let "
+                f"it read -1 where the rank is below 0{_of_row(b)}"
+            )
+        if due is not None:
+            read = torch.zeros(self.batch, self.rank.shape[1] + 1, dtype=torch.bool)
+            read = read.scatter(1, torch.where(live, element, self.rank.shape[1]), True)[:, :-1]
+            if bool((unread := due & ~read).any()):
+                b, e = unread.nonzero()[0].tolist()
+                raise OrderError(
+                    f"no slot reads element {e}, which is to be decided{_of_row(b)}; every element that is not given "
+                    "needs a read-out"
+                )
         leaks = self.leaks(mixers)
         if leaks:
             more = f" (and {len(leaks) - 1} more)" if len(leaks) > 1 else ""
@@ -312,7 +348,7 @@ class Plan:
         """
         seen = self.seen()
         slot, element, due, live = self._readouts()
-        ready = closure(seen, self.slots.needs).expand(self.batch, -1) + 1
+        ready = closure(seen, self.needs).expand(self.batch, -1) + 1
         # the first read-out at each slot; one more column takes the padding of reads
         first = torch.full((self.batch, self.size + 1), INF)
         first = first.scatter_reduce(1, torch.where(live, slot, self.size), torch.where(live, due, INF), "amin")[:, :-1]

@@ -208,7 +208,8 @@ def enumerate_law(run: Callable[[Random], T]) -> dict[Hashable, float]:
 class Forced:
     """Returns given values and adds up their log-probability per row: scores a sample under a decoder's own steps.
 
-    `value` is (batch, elements) of ids; `log_prob` (batch,) in float64.
+    `value` is (batch, elements) of ids; `log_prob` (batch,) in float64. Where a decoder draws an order, which is no
+    value, it gets the first that is possible, and nothing is added.
     """
 
     def __init__(self, value: Int[Tensor, "b E"]):
@@ -217,6 +218,8 @@ class Forced:
         self.met: dict[int, Tensor] = {}
 
     def categorical(self, logits: Tensor, key: Key) -> Tensor:
+        if int(torch.as_tensor(key.draw).flatten()[0]) % 4 == ORDER:
+            return (logits > -torch.inf).int().argmax(-1)
         n = logits.shape[-2]
         element = key.element
         if isinstance(element, int):

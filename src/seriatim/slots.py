@@ -19,7 +19,8 @@ class Slots:
 
     `element` lists what a slot carries (-1: nothing; several: summed codes, a fused window), `source` how: its VALUE,
     a MASK in its place, its NOISE, something DERIVED from other elements, a LEARNED vector. `needs` is the highest
-    rank on which the content depends (-1: nothing that is generated). `node` marks slots that carry a node of the
+    rank on which the content depends (-1: nothing that is generated); a VALUE needs its element, whatever is said here
+    (`Plan.needs`). `node` marks slots that carry a node of the
     guess under verification (-1: none) in place of what stands in the canvas.
     """
 

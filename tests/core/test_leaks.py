@@ -77,8 +77,43 @@ def test_a_leak_through_several_layers_names_its_source():
 
 
 def test_given_elements_are_not_read_out():
+    """Which is no peeking: it is a read-out too many."""
     plan = plan_of(inclusive(range(2)), [-1, 0], [-1, 0], itself(2))
-    assert first_leak(plan) == "slot 0 reads element 0 of rank -1, but sees content of rank -1 through itself"
+    assert plan.leaks() == []
+    with pytest.raises(
+        OrderError, match=r"^slot 0 reads element 0, which is given and must not be read; let it read -1"
+    ):
+        plan.check()
+
+
+def test_a_label_that_denies_what_a_slot_carries_hides_nothing():
+    """`needs` may say more than the values in a slot, never less."""
+    honest = plan_of(inclusive(range(4)), range(4), [-1, 0, 1, 2], itself(4))
+    wrong = plan_of(inclusive(range(4)), range(4), range(4), itself(4), needs=[-1] * 4)
+    assert first_leak(wrong) == "slot 0 reads element 0, but sees element 0 through itself (and 3 more)"
+    denied = replace(honest, slots=replace(honest.slots, needs=torch.full((1, 4), -1)))
+    assert denied.check() is denied and torch.equal(denied.step, honest.step)
+    late = replace(honest, views={"all": full(4)}, slots=denied.slots)
+    assert first_leak(late).startswith("slot 0 reads element 0, but sees element 0 through slot 1")
+    with pytest.raises(OrderError, match="not computable"):
+        late.steps()
+
+
+def test_nodes_of_a_draft_stand_for_themselves():
+    """Several may carry one element, which a text of their own puts behind what they read."""
+    plan = plan_of(full(2), [0, 1], [0, 0], [(0, 1), (1, 0)], needs=[-1, -1])
+    assert first_leak(plan).startswith("slot 1 reads element 0")
+    drafted = replace(plan, slots=replace(plan.slots, node=torch.tensor([[0, 1]])))
+    assert drafted.check() is drafted
+
+
+def test_an_element_that_nobody_reads_is_named():
+    """In a packed plan all that is to be decided has a read-out; a step of it has not."""
+    plan = plan_of(inclusive(range(4)), [-1, 0, 1, 2], range(4), [(0, 1), (2, 3)])
+    assert plan.check() is plan
+    with pytest.raises(OrderError, match=r"^no slot reads element 2, which is to be decided; every element that is"):
+        plan.check(due=plan.rank >= 0)
+    assert plan.check(due=(plan.rank >= 0) & (torch.arange(4) != 2)) is plan
 
 
 def test_what_is_given_may_be_seen_by_all():

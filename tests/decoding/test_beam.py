@@ -11,7 +11,7 @@ import torch
 from seriatim.decoding.beam import Beam
 from seriatim.decoding.draft import NGram
 from seriatim.decoding.filters import Warper
-from seriatim.decoding.loop import decode, generate
+from seriatim.decoding.loop import decode, generate, select_rows
 from seriatim.decoding.target import Target
 from seriatim.factorization.line import Line
 from seriatim.factorization.static import AnyOrder
@@ -162,3 +162,63 @@ def test_orders_that_decide_several_at_once_are_refused():
     x = torch.tensor([[1, 1, 0, 0]])
     with pytest.raises(ValueError, match="no proposer"):
         generate(Target(MODEL), MODEL.canvas({"token": x}, 2), Beam(2), NGram(1, sizes=(1,)))
+
+
+# ---- rows that come, go and change places ----------------------------------------------------------------------------
+
+X = torch.randint(7, (4, 14), generator=torch.Generator().manual_seed(0))
+X[X == 1] = 0
+
+
+def searched(model, row):
+    """The texts and log-probabilities of one sample, searched by itself."""
+    beam = Beam(3, stop=(1,))
+    canvas = generate(Target(model), model.canvas({"token": X[row : row + 1]}, 3), beam)
+    return dict(zip(map(tuple, map(torch.Tensor.tolist, canvas.read("token"))), beam.log_prob.tolist(), strict=True))
+
+
+def running(model, rows, changes):
+    """A search of these samples, whose rows are selected after some steps: {step: (rows, admitted sample)}."""
+    beam, target = Beam(3, stop=(1,)), Target(model)
+    canvas = model.canvas({"token": X[rows]}, 3, row=torch.tensor(rows))
+    for turn, _ in enumerate(decode(target, canvas, beam)):
+        if turn in changes:
+            pick, new = changes[turn](canvas)
+            if new is not None:
+                new = model.canvas({"token": X[new : new + 1]}, 3, row=torch.tensor([new]))
+            select_rows(target, canvas, torch.tensor(pick), new)
+    found = {row: {} for row in canvas.row.tolist()}
+    for row, text, lp in zip(canvas.row.tolist(), canvas.read("token"), beam.log_prob.tolist(), strict=True):
+        found[row][tuple(text.tolist())] = lp
+    return found
+
+
+def agree(found, model):
+    for row, texts in found.items():
+        want = searched(model, row)
+        assert texts.keys() == want.keys()
+        assert max(abs(texts[text] - want[text]) for text in want) < 1e-9
+
+
+def test_rows_that_change_places_keep_their_scores(transformer):
+    """Also rows of one sample, whose names do not tell them apart."""
+    model = transformer(14, seed=1)
+    back = lambda canvas: (list(reversed(range(canvas.batch))), None)  # noqa: E731
+    agree(running(model, [0, 1], {1: back, 2: back, 5: back}), model)
+    agree(running(model, [2], {0: back, 3: back}), model)
+
+
+def test_a_sample_that_is_admitted_is_searched_like_any_other(transformer):
+    model = transformer(14, seed=1)
+    join = lambda canvas: ([-1, *range(canvas.batch)], 3)  # noqa: E731
+    found = running(model, [0, 1], {2: join})
+    assert found.keys() == {0, 1, 3}
+    agree(found, model)
+
+
+def test_a_sample_that_goes_leaves_the_others_as_they_are(transformer):
+    model = transformer(14, seed=1)
+    drop = lambda canvas: ((canvas.row != 1).nonzero()[:, 0].tolist(), None)  # noqa: E731
+    found = running(model, [0, 1, 2], {2: drop})
+    assert found.keys() == {0, 2}
+    agree(found, model)

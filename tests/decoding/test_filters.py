@@ -55,10 +55,15 @@ def test_low_temperatures_approach_it(temperature):
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 9, 100])
-def test_top_k_keeps_what_fewer_than_k_exceed(k):
+def test_top_k_keeps_exactly_k_the_first_of_equals(k):
     x = logits()
-    want = [{i for i, v in enumerate(row) if v > NEG and sum(other > v for other in row) < k} for row in x[0].tolist()]
+    want = []
+    for row in x[0].tolist():
+        best = sorted(range(len(row)), key=lambda i, row=row: (-row[i], i))[:k]
+        want.append({i for i in best if row[i] > NEG})
     assert kept(Warper(top_k=k), x) == want
+    ties = torch.zeros(1, 1, 9)
+    assert kept(Warper(top_k=k), ties) == [set(range(min(k, 9)))]
 
 
 @pytest.mark.parametrize("mass", [0.05, 0.5, 0.9, 0.999])

@@ -19,7 +19,7 @@ from seriatim.factorization.static import AnyOrder, Blocks
 from seriatim.laws.enumeration import enumerate_rows
 from seriatim.laws.tabular import tabular
 from seriatim.layout import line
-from seriatim.random import Keyed, enumerate_law
+from seriatim.random import VALUE, Key, Keyed, enumerate_law, numbered
 
 RULES = ["random", "confidence", "margin", "entropy"]
 
@@ -402,3 +402,54 @@ def test_the_random_order_is_enumerated_once_for_each_set():
 
     enumerate_law(run)
     assert len(outcomes) == 8 * 6
+
+
+# ---- certainty is the model's, whatever is sampled -------------------------------------------------------------------
+
+SHARP = [Warper(0), Warper(1e-3), Warper(1e-30), Warper(top_k=1), Warper(top_p=1e-9), Warper(0.5, top_k=2)]
+
+
+@pytest.mark.parametrize("warp", SHARP, ids=str)
+@pytest.mark.parametrize("rule", ["confidence", "margin", "entropy"])
+def test_scores_are_those_before_temperature_and_filters(rule, warp):
+    """With greedy decoding all values would look certain, and the first elements would be decided first."""
+    model = masked(9)
+    canvas, target = model.blank(2), Target(model, warp=warp)
+    edit = next(decode(target, canvas, Select(rule, steps=3), random=Keyed(3))).edits[0]
+    plain = Target(model)
+    law = plain.forward(plain.plan(empty := model.blank(2)), empty).dist
+    if rule == "confidence":  # of what is drawn
+        drawn = Target(model, warp=warp)
+        turn = torch.zeros(2, 1, dtype=torch.long)
+        key = Key(empty.row, torch.arange(9).expand(2, -1), numbered(VALUE, turn))
+        x = drawn.forward(drawn.plan(empty), empty).dist.sample(Keyed(3), key)
+        score = law.log_prob(x)
+    else:
+        score = scores_by_hand(rule, law, None)
+    for row in range(2):
+        best = set(score[row].topk(3).indices.tolist())
+        assert {e for e in edit.element[row].tolist() if e >= 0} == best != {0, 1, 2}
+
+
+@pytest.mark.parametrize("rule", ["confidence", "margin", "entropy"])
+def test_greedy_remasking_takes_back_the_least_certain(rule):
+    model = masked(9)
+    canvas, target = model.blank(1), Target(model, warp=Warper(0))
+    step = next(decode(target, canvas, Remask(rule, steps=3, again=1), random=Keyed(3)))
+    plain = Target(model)
+    p = plain.forward(plain.plan(empty := model.blank(1)), empty).dist
+    score = p.probs().amax(-1) if rule == "confidence" else scores_by_hand(rule, p, None)
+    chosen = score[0].topk(3).indices.tolist()
+    assert sorted(step.edits[0].element[0][step.edits[0].element[0] >= 0].tolist()) == sorted(chosen)
+    assert step.edits[1].element[0].tolist() == [chosen[-1]]
+
+
+def test_a_threshold_is_compared_with_the_models_certainty():
+    """Greedy decoding with a threshold decides no more than the model is sure of."""
+    model = masked(9)
+    plain = Target(model)
+    top = plain.forward(plain.plan(empty := model.blank(1)), empty).dist.probs().amax(-1)[0]
+    threshold = float(top.sort().values[4:6].mean())
+    step = next(decode(Target(model, warp=Warper(0)), model.blank(1), Select(threshold=threshold)))
+    decided = {e for e in step.edits[0].element[0].tolist() if e >= 0}
+    assert decided == set((top > threshold).nonzero()[:, 0].tolist()) and len(decided) == 4

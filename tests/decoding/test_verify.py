@@ -428,3 +428,18 @@ def test_a_guess_with_laws_gives_those_of_rows_and_nodes():
     guess = Guess(torch.zeros(2, 3, dtype=torch.long), None, q)
     got = guess.laws([1, 0, 1], [2, 0, 0], torch.zeros(3, 4))
     assert torch.equal(got, torch.stack([q.probs()[1, 2], q.probs()[0, 0], q.probs()[1, 0]]))
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(("k", "v", "spread"), [(64, 50, 3.0), (64, 1000, 1.0), (1000, 1000, 1.0), (4000, 50, 8.0)])
+def test_the_scale_of_many_drafts_is_found_in_single_precision(k, v, spread):
+    """Rounding used to keep the search going for ever. Here it ends at a valid scale: 1 - (1 - b)^k <= g b."""
+    g = torch.Generator().manual_seed(0)
+    p, q = (torch.softmax(spread * torch.randn(8, v, generator=g), -1) for _ in range(2))
+    drafts = torch.full((8,), k)
+    scale = kseq_scale(p, q, drafts)
+    assert scale.dtype == torch.float32 and bool(((scale >= 1) & (scale <= k)).all())
+    b = torch.minimum(q, p / scale[:, None]).double().sum(-1)
+    assert float((1 - (1 - b) ** k - scale * b).max()) < 1e-6
+    rest = kseq_rest(p, q, drafts, scale)
+    assert bool(rest.isfinite().all()) and float((rest.sum(-1) - 1).abs().max()) < 1e-5

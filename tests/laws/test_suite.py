@@ -52,7 +52,8 @@ def test_cards_match_their_modules():
         loaded = load(key)
         assert loaded.__name__ == module
         assert meta == loaded.META
-        assert loaded.case().model.factorization.likelihood == meta.likelihood
+        if meta.family != "tokenizer":  # these have no order
+            assert loaded.case().model.factorization.likelihood == meta.likelihood
 
 
 def test_an_order_that_peeks_is_refused_before_it_is_trained():

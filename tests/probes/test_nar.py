@@ -97,13 +97,23 @@ class ReadsItself(Neighbours):
 
 
 class OneDiagonalTooFar(Neighbours):
-    """A slot also sees the next anti-diagonal; its labels deny that this holds anything."""
+    """A slot also sees the next anti-diagonal; a label denies that this holds anything."""
 
     def packed(self, canvas):
         plan = super().packed(canvas)
         at = plan.views["all"].at
         view = replace(plan.views["all"], born=at - (at > 0).long())
         return replace(plan, views={"all": view}, slots=replace(plan.slots, needs=-torch.ones_like(plan.slots.needs)))
+
+
+class NextDiagonal(TokenEmbed):
+    """A slot also holds its right neighbour, of which its labels know nothing."""
+
+    def forward(self, canvas, plan, guess=None, prefix=None):
+        more = (plan.slots.element + 1).clamp(max=canvas.layout.size - 1)
+        element = torch.where(plan.slots.element >= 0, more, -1)
+        x = super().forward(canvas, plan, guess, prefix)
+        return x + super().forward(canvas, replace(plan, slots=replace(plan.slots, element=element)), guess, prefix)
 
 
 class OneRole(Neighbours):
@@ -119,12 +129,21 @@ def test_a_slot_that_reads_what_it_carries_is_found_by_its_labels():
         LAWS[3][1](case(ReadsItself()))
 
 
-def test_a_view_too_wide_is_found_by_edits_though_its_labels_deny_it():
+def test_a_view_too_wide_is_found_by_its_labels_though_one_denies_it():
+    """What a slot carries speaks for itself, whatever `needs` says."""
     subject = case(OneDiagonalTooFar())
+    for number in (1, 3):
+        with pytest.raises(OrderError, match="slot 1 reads element 1, but sees element 1 through slot 2"):
+            LAWS[number][1](subject)
+
+
+def test_a_feed_of_what_comes_later_is_found_by_edits_where_labels_know_nothing():
+    subject = case()
+    subject.model.embed.__class__ = NextDiagonal
     subject.plan(subject.sample(1)).check()
     with pytest.raises(Broken, match="changes what is read of element"):
         LAWS[3][1](subject)
-    with pytest.raises(OrderError, match="not computable"):
+    with pytest.raises(Broken, match="rows of one pass and of single steps differ"):
         LAWS[1][1](subject)
 
 

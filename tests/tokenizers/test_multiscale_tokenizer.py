@@ -14,7 +14,7 @@ from seriatim.data import load_digits, shift_sideways
 from seriatim.evaluation import psnr, train_judge
 from seriatim.tokenizers import MultiScaleConfig, MultiScaleTokenizer, TokenizerRecipe, train_tokenizer
 
-SHORT = TokenizerRecipe(steps=12, batch=8, replace_every=2, survey=32)
+SHORT = TokenizerRecipe(steps=12, batch=8)
 
 
 def pictures(n: int = 40, channels: int = 1, side: int = 8, seed: int = 0) -> Tensor:
@@ -53,7 +53,9 @@ def test_the_training_path_draws_what_the_ids_decode_to() -> None:
 
 
 def test_a_saved_tokenizer_is_the_same_elsewhere(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer(pictures(), MultiScaleConfig(width=8, vocab=8), SHORT, seed=3)
+    tokenizer = train_tokenizer(
+        pictures(), MultiScaleConfig(width=8, vocab=8, revive_every=2, revive_below=0.5), SHORT, seed=3
+    )
     save_file(tokenizer.state_dict(), tmp_path / "tokenizer.safetensors")
     config = MultiScaleConfig(**json.loads(json.dumps(tokenizer.config.to_dict())))
     assert config == tokenizer.config
@@ -66,7 +68,7 @@ def test_a_saved_tokenizer_is_the_same_elsewhere(tmp_path: Path) -> None:
 
 def test_training_follows_from_its_seed_alone() -> None:
     def trained(seed: int) -> dict[str, Tensor]:
-        config = MultiScaleConfig(width=8, vocab=8)
+        config = MultiScaleConfig(width=8, vocab=8, revive_every=2, revive_below=0.5)
         return train_tokenizer(pictures(), config, SHORT, seed=seed, augment=shift_sideways).state_dict()
 
     torch.manual_seed(5)
@@ -81,7 +83,12 @@ def test_training_follows_from_its_seed_alone() -> None:
 
 def test_progress_is_told_after_every_step() -> None:
     told: list[tuple[int, int, dict[str, float]]] = []
-    train_tokenizer(pictures(), MultiScaleConfig(width=8, vocab=8), SHORT, progress=lambda *step: told.append(step))
+    train_tokenizer(
+        pictures(),
+        MultiScaleConfig(width=8, vocab=8, revive_every=2, revive_below=0.5),
+        SHORT,
+        progress=lambda *step: told.append(step),
+    )
     assert [step for step, _, _ in told] == list(range(1, 13))
     assert {total for _, total, _ in told} == {12}
     assert all({"loss", "psnr"} <= metrics.keys() for _, _, metrics in told)

@@ -128,7 +128,10 @@ class MambaLayer(nn.Module):
         optional("out_bias", c.bias, c.width)
 
     def weights(self) -> _Weights:
-        return _Weights(*(getattr(self, name) for name in _Weights.__slots__))
+        """Read anew in each forward, so that they are never stale; from the module's own table, which is quicker."""
+        if "parametrizations" in self._modules:  # computed from other parameters: a low-rank adapter, a masked matrix
+            return _Weights(*(getattr(self, name) for name in _Weights.__slots__))
+        return _Weights(**self._parameters)  # type: ignore[arg-type]
 
 
 class Mamba(nn.Module):
@@ -136,11 +139,10 @@ class Mamba(nn.Module):
 
     def __init__(self, config: MambaConfig):
         super().__init__()
-        self.config = config
+        self.config, self.width = config, config.width
         self.layers = nn.ModuleList(MambaLayer(config) for _ in range(config.depth))
         self.norm = nn.Parameter(torch.ones(config.width))
         self.mixers = {"all": "scan"}
-        self._weights = [layer.weights() for layer in self.layers]  # type: ignore[operator]
 
     def new_cache(self, batch: int, capacity: int = 0) -> StateCache:
         """A cache for `batch` rows. Its size does not depend on `capacity`: a state is a state."""
@@ -171,11 +173,12 @@ class Mamba(nn.Module):
         elif plan.run is not None and plan.run[0]:
             raise ValueError(f"this plan goes on after {plan.run[0]} slots: pass the cache that holds them")
         kind, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)  # the residual stream is never half precision
-        rates = -torch.stack([w.A_log for w in self._weights]).to(wide).exp()
+        weights = [layer.weights() for layer in self.layers]  # type: ignore[operator]
+        rates = -torch.stack([w.A_log for w in weights]).to(wide).exp()
         lane = None if scan.lane is None else scan.lane.to(x.device).expand(x.shape[0], -1)
         tree = _tree(scan, self.config.kernel, x.device) if scan.tree else None
         x = x.to(wide)
-        for i, (w, A) in enumerate(zip(self._weights, rates, strict=True)):
+        for i, (w, A) in enumerate(zip(weights, rates, strict=True)):
             h = F.rms_norm(x.to(kind), (self.config.width,), w.norm, self.config.eps)
             states = None if cache is None else cache.states[i]
             y, after, activations = _mix(self.config, w, A, h, lane, tree, states)

@@ -8,6 +8,7 @@ would cost a tenth of the time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -150,7 +151,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.config = config
+        self.config, self.width = config, config.width
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
         d, plain = config.width, config.vector is None  # with a vector, the last norm is adaptive too (VAR, DiT)
         self.norm = nn.Parameter(torch.ones(d)) if plain else None
@@ -159,6 +160,7 @@ class Transformer(nn.Module):
         self.ada_bias = None if plain else nn.Parameter(torch.zeros(2 * d))
         self.rotary = RotaryTable(config.rope, config.dim) if config.rope else None
         self.mixers = dict.fromkeys(config.kinds, "any")
+        self._compiled: Callable[..., Tensor] | None = None
         self.__dict__.update(self._modules)  # at hand: torch's way to a part costs a call (assigning one undoes this)
 
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
@@ -202,8 +204,18 @@ class Transformer(nn.Module):
         context = Context(cache, rope, vector, memory)
         if some:
             return self._some(x, plan, masks, context)
+        if self._compiled is not None and cache is None and self.training:
+            return self._compiled(x, masks, context)
+        return self._all(x, masks, context)
+
+    def compile_training(self) -> None:
+        """Compile the layers as training runs them; decoding stays as it is."""
+        self._compiled = torch.compile(self._all)
+
+    def _all(self, x: Tensor, masks: dict[str, Tensor | str | None], context: Context) -> Tensor:
+        c, vector = self.config, context.vector
         for i, layer in enumerate(self.layers._modules.values()):
-            w = layer.weights() if layer._modules else layer._parameters  # type: ignore[operator]
+            w = layer.weights() if layer._modules else layer._parameters  # type: ignore[operator, union-attr]
             x = self._layer(i, w, x, masks[c.each_kind[i]], context)
         return _normalise(c, x, self.norm, self.norm_bias) if vector is None else self._last(x, vector)
 

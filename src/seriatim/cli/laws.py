@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich.console import Console
@@ -16,10 +16,11 @@ from seriatim.systems.meta import load
 MARK = {"holds": "[green]holds[/]", "broken": "[bold red]BROKEN[/]", "n/a": "[dim]–[/]"}
 
 
-def run_laws(keys: Sequence[str], as_json: bool, verbose: bool) -> int:
+def run_laws(options: argparse.Namespace) -> int:
     """Hold systems to the laws, and each law to its mutant; exit code 1 when anything is broken."""
     import torch
 
+    keys, as_json, verbose = options.keys, options.json, options.verbose
     torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
     for key in keys:
         load(key)

@@ -1,26 +1,64 @@
-"""`seriatim list`: what there is, read without loading torch."""
+"""`seriatim list` and `seriatim show`: what there is, read without loading torch."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import asdict
+from typing import Any
 
-from seriatim.systems.meta import catalogue
+from rich.console import Console
+from rich.table import Table
+
+from seriatim.systems.meta import card_of, catalogue, status_of
+
+MARKS = {True: "[green]✓[/]", False: "[dim]–[/]"}
 
 
-def show_list(as_json: bool) -> int:
-    """Print the systems as a table or a JSON array."""
-    cards = [meta for meta, _ in catalogue().values()]
-    if as_json:
-        print(json.dumps([asdict(c) for c in cards], indent=2, ensure_ascii=False))
+def show_list(options: argparse.Namespace) -> int:
+    """Print the systems as a table or a JSON array.
+
+    L: the laws hold; E: trained and generated from end to end; C: its claim was measured; W: published weights load.
+    """
+    rows = [{**asdict(meta), **status_of(key)} for key, (meta, _) in catalogue().items()]
+    if options.json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
         return 0
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("key", "family", "likelihood", "what it is"):
+    for column in ("key", "family", "modality", "likelihood", "L", "E", "C", "W", "what it is"):
         table.add_column(column, overflow="fold")
-    for c in cards:
-        table.add_row(c.key, c.family, c.likelihood, c.summary)
-    Console().print(table)
+    for r in rows:
+        marks = [MARKS[r[letter]] for letter in "LECW"]
+        table.add_row(r["key"], r["family"], r["modality"], r["likelihood"], *marks, r["summary"])
+    console = Console()
+    console.print(table)
+    console.print(
+        "[dim]L the laws hold · E runs from end to end · C its claim was measured · W published weights load[/]",
+        highlight=False,
+    )
     return 0
+
+
+def show_system(options: argparse.Namespace) -> int:
+    """Print what a system is, its settings and sizes, its claim and the last result."""
+    meta, text, details, result = card_of(options.key)
+    console = Console()
+    console.print(f"[bold]{meta.title}[/] ({meta.key}; {meta.family})\n{meta.paper}\n", highlight=False)
+    console.print(text.strip() + "\n", highlight=False, markup=False)
+    marks = status_of(options.key)
+    names = {"L": "laws hold", "E": "runs from end to end", "C": "claim measured", "W": "published weights load"}
+    console.print("  ".join(f"{MARKS[marks[k]]} {name}" for k, name in names.items()), highlight=False)
+    console.print(f"likelihood: {meta.likelihood}", highlight=False)
+    for name, values in details.items():
+        console.print(f"{name}: {values}", highlight=False, markup=False)
+    if result:
+        _print_result(console, result)
+    return 0
+
+
+def _print_result(console: Console, result: dict[str, Any]) -> None:
+    console.print(
+        f"claim: {result['claim']}\nlast result: {result['metric']} {result['ours']:.4g} against "
+        f"{result['baseline']:.4g}: [bold]{result['verdict']}[/] (rule: {result['rule']})",
+        highlight=False,
+    )

@@ -1,66 +1,67 @@
-"""`seriatim train` and `seriatim demo`."""
+"""`seriatim train`."""
 
 from __future__ import annotations
 
-import time
+import argparse
+import ast
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from seriatim.cli.options import data_options
 from seriatim.cli.progress import Bar
-from seriatim.systems.meta import catalogue, load
-from seriatim.training.run import Run
+from seriatim.verbs.show import show
+from seriatim.verbs.train import train
 
 
-def run_training(key: str, out: Path | None, steps: int | None, seed: int) -> int:
-    """Train a system on its built-in data and print its figures."""
-    module = load(key)
+def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Train, show, and print the figures."""
     console = Console()
-    summary = _train(module, Path(out or f"runs/{key}"), steps, seed, console)
-    for name, value in summary.items():
+    out = Path(options.out or f"runs/{options.key}")
+    trained = train(
+        options.key, options.data, out=out, size=options.size, tokenizer=options.tokenizer, minutes=options.minutes,
+        resume=options.resume, settings=settings_of(rest), bar=lambda name: Bar(name, console),
+        **data_options(options),
+    )  # fmt: skip
+    for note in trained.data.notes:
+        console.print(f"[yellow]note:[/] {note}", highlight=False)
+    figures = show(trained)
+    for name, value in figures.items():
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        console.print(f"{name:>20}  {text}", highlight=False)
+        console.print(f"{name:>20}  {text}", highlight=False, markup=False)
+    console.print(
+        f"\n[bold]Look at[/] {', '.join(p.name for p in sorted(out.iterdir()) if p.suffix in SHOWN)} in {out}"
+    )
+    console.print(f"[bold]Try next:[/] seriatim generate {out}", highlight=False)
     return 0
 
 
-def run_demo(out: Path, steps: int | None, seed: int) -> int:
-    """Train VAR on the digits, draw and judge samples; exit code 1 when they are not digits (accuracy below 0.5)."""
-    console = Console()
-    meta, _ = catalogue()["var"]
-    console.print(f"[bold]{meta.title}[/] on 1,397 handwritten digits of 8x8 pixels: {meta.summary}", highlight=False)
-    start = time.monotonic()
-    figures = _train(load("var"), out, steps, seed, console)
-    real, generated = figures["accuracy_real"], figures["accuracy_generated"]
-    minutes, seconds = divmod(round(time.monotonic() - start), 60)
-    console.print(
-        f"\nA classifier that has seen only real digits recognises\n"
-        f"  {real:6.1%} of 400 real digits kept apart,\n"
-        f"  {generated:6.1%} of 200 generated ones ({generated / real:.2f} of real).\n"
-        f"Spread within a class: generated {figures['spread_generated']:.3f}, real {figures['spread_real']:.3f}. "
-        f"Distance to the nearest training digit: generated {figures['nearest_generated']:.2f}, "
-        f"real {figures['nearest_real']:.2f}.\n"
-        f"Each picture took {figures['forwards']} forwards. {minutes} min {seconds} s in all.",
-        highlight=False,
-    )
-    console.print(
-        f"\n[bold]Look at them:[/]\n"
-        f"  {out}/samples.png   ten samples of each digit\n"
-        f"  {out}/film.gif      the same samples, coarse to fine, as they are generated\n"
-        f"  {out}/loss.png      how the loss fell\n"
-        f"\n[bold]Try next:[/]\n"
-        f"  seriatim train raster-ar     the same digits pixel by pixel: 64 forwards instead of {figures['forwards']}\n"
-        f"  seriatim train next-token    a language model of Python's standard library\n"
-        f"  seriatim laws                what every system is held to\n"
-        f"(`seriatim` is .venv/bin/seriatim after `make demo`.)",
-        highlight=False,
-    )
-    if generated < 0.5:
-        console.print("[red]The samples are not recognisable: something is wrong.[/]")
-        return 1
-    return 0
+SHOWN = {".png", ".gif", ".txt"}
 
 
-def _train(module: Any, out: Path, steps: int | None, seed: int, console: Console) -> dict[str, Any]:
-    (out / "metrics.jsonl").unlink(missing_ok=True)
-    return module.train(Run(out, seed, steps, lambda name: Bar(name, console)))
+def settings_of(rest: Sequence[str]) -> dict[str, Any]:
+    """`--width 256 --betas 0.9,0.95 --bf16 --tied=false` as names and values. Raises ValueError for loose words."""
+    settings: dict[str, Any] = {}
+    words = list(rest)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} belongs to no option; settings are given as --name value")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        settings[name.replace("-", "_")] = value_of(value)
+    return settings
+
+
+def value_of(text: str) -> Any:
+    """A number, a truth value, none, a tuple by commas, or the text itself."""
+    plain = {"true": True, "false": False, "none": None}
+    if text.lower() in plain:
+        return plain[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

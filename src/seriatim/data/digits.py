@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from seriatim.data.base import Data
+
 GREY_LEVELS = 17
 TEST_SIZE = 400
 
@@ -29,6 +31,13 @@ class DigitSplit:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, index: Int[Tensor, " n"], generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """ "image" (n, 1, 8, 8) and "label" (n,); with a generator, shifted sideways by up to one column."""
+        images = self.images[index]
+        if generator is not None:
+            images = shift_sideways(images, generator)
+        return {"image": images, "label": self.labels[index]}
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,12 @@ def load_digits(seed: int = 0) -> Digits:
         return DigitSplit(levels_to_images(levels[index]), levels[index], labels[index])
 
     return Digits(train=side(train), test=side(test))
+
+
+def digits(seed: int = 0) -> Data:
+    """The digits as a data set; a label is its digit."""
+    both = load_digits(seed)
+    return Data("digits", "image", both.train, both.test, tuple("0123456789"))
 
 
 def levels_to_images(levels: Int[Tensor, "n 8 8"]) -> Float[Tensor, "n 1 8 8"]:

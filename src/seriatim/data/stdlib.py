@@ -1,4 +1,4 @@
-"""Python's own standard library as text: source files, split by a hash of their path, so that nothing is downloaded.
+"""Python's own standard library as text: source and documentation, split by a hash of the path; nothing is downloaded.
 
 `test`, `idlelib` and `encodings` are left out (repetitive, or tables). The side of a file is a hash of its relative
 path: the same file is on the same side on every machine.
@@ -6,8 +6,9 @@ path: the same file is on the same side on every machine.
 
 from __future__ import annotations
 
-import hashlib
+import ast
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,10 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from seriatim.data.base import Data, Texts, check_held_out, share
+
 LEFT_OUT = {"test", "tests", "idlelib", "encodings", "site-packages", "__pycache__", "lib2to3", "turtledemo"}
+NOT_WRITTEN = ("pydoc_data/", "_sysconfigdata", "config-")  # by people, as source: written by tools
 
 
 @dataclass(frozen=True)
@@ -28,23 +32,85 @@ class Text:
     test: UInt8[Tensor, " m"]
 
 
+def stdlib(held_out: float = 0.05) -> Data:
+    """Source files and, as documents of their own, the documentation in them: the docstrings of a file, and the topics
+    of the language reference that `help()` shows.
+
+    Raises FileNotFoundError where Python came without its source.
+    """
+    check_held_out(held_out)
+    sides: dict[bool, list[str]] = {True: topics(), False: []}
+    for name, document in [*source_files(), *docstrings()]:
+        sides[share(name) >= held_out].append(document)
+    if not sides[True] or not sides[False]:
+        raise FileNotFoundError("no source files: this Python came without its standard library's source")
+    return Data("stdlib", "text", Texts(tuple(sides[True])), Texts(tuple(sides[False])))
+
+
 @lru_cache(maxsize=1)
-def load_stdlib(held_out: float = 0.05) -> Text:
-    """Source of the running Python's standard library. Raises FileNotFoundError where Python came without it."""
+def source_files() -> tuple[tuple[str, str], ...]:
+    """(relative path, text) of each file that holds any, sorted; without `pydoc_data`, which is documentation in
+    Python's syntax, and what the build of this Python wrote."""
+    both = [(name, content.decode("utf-8", errors="replace")) for name, content in _files()]
+    return tuple((name, text) for name, text in both if text.strip() and not name.startswith(NOT_WRITTEN))
+
+
+@lru_cache(maxsize=1)
+def docstrings() -> tuple[tuple[str, str], ...]:
+    """(relative path, all docstrings with an empty line between them) of each file that has any."""
+    found = []
+    for name, source in source_files():
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError):
+            continue
+        if texts := [text for node in _documented(tree) if (text := ast.get_docstring(node))]:
+            found.append((name, "\n\n".join(texts) + "\n"))
+    return tuple(found)
+
+
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _documented(node: ast.AST) -> Iterator[Documented]:
+    """Modules, classes and functions in the order of the file; expressions are not searched (slow)."""
+    if isinstance(node, Documented):
+        yield node
+    body = getattr(node, "body", ())
+    for child in body if isinstance(body, list) else ():
+        yield from _documented(child)
+
+
+def topics() -> list[str]:
+    """Topics of the language reference, each text once. Some repeat others, so that all of them are for training."""
+    try:
+        from pydoc_data.topics import topics as reference
+    except ImportError:
+        return []
+    return list(dict.fromkeys(text for _, text in sorted(reference.items())))
+
+
+def _files() -> Iterator[tuple[str, bytes]]:
+    """Relative paths and contents, sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    sides: dict[bool, list[bytes]] = {True: [], False: []}
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if LEFT_OUT & set(relative.parts):
             continue
         try:
-            content = path.read_bytes()
+            yield relative.as_posix(), path.read_bytes()
         except OSError:
             continue
-        share = int.from_bytes(hashlib.sha256(relative.as_posix().encode()).digest()[:4], "big") / 2**32
-        sides[share >= held_out].append(content + b"\0")
+
+
+@lru_cache(maxsize=1)
+def load_stdlib(held_out: float = 0.05) -> Text:
+    """Source of the running Python's standard library. Raises FileNotFoundError where Python came without it."""
+    sides: dict[bool, list[bytes]] = {True: [], False: []}
+    for path, content in _files():
+        sides[share(path) >= held_out].append(content + b"\0")
     if not sides[True] or not sides[False]:
-        raise FileNotFoundError(f"no source files under {root}: this Python came without its standard library's source")
+        raise FileNotFoundError("no source files: this Python came without its standard library's source")
     train, test = (torch.from_numpy(np.frombuffer(b"".join(sides[s]), dtype=np.uint8).copy()) for s in (True, False))
     return Text(train, test)
 

@@ -40,6 +40,8 @@ class DraftModel:
     def __init__(self, draft: Target, shape: int | Sequence[int], siblings: Siblings = "independent"):
         if siblings not in ("independent", "distinct", "top"):
             raise ValueError(f"siblings are independent, distinct or top, not {siblings!r}")
+        if isinstance(shape, int) and shape < 0:
+            raise ValueError(f"a draft has 0 or more tokens, got {shape}")
         parent = branching((1,) * shape) if isinstance(shape, int) else tuple(shape)
         depth = depths(parent)
         if list(depth) != sorted(depth):
@@ -50,6 +52,7 @@ class DraftModel:
 
     def propose(self, canvas: Canvas, target: Target, random: Random) -> Guess | None:
         if canvas is not self._canvas:
+            _same_ids(self.draft, target, canvas.layout.kinds[0])
             self._canvas, self._row = canvas, canvas.row
         self._follow(canvas, moved(self._row, canvas.row))
         left = torch.tensor(room(canvas))[:, None]
@@ -123,6 +126,19 @@ class DraftModel:
                     later = [k for k in range(j + 1, len(parent)) if parent[k] == parent[j]]
                     p[:, later] = p[:, later].scatter(-1, x[:, i, None, None].expand(-1, len(later), 1), -torch.inf)
         return value
+
+
+def _same_ids(draft: Target, target: Target, kind: str) -> None:
+    """Refuse a draft of other ids than the target's."""
+    heads = [dict(t.model.heads.items()).get(kind) for t in (draft, target)]
+    if None in heads:
+        who, model = ("draft", draft.model) if heads[0] is None else ("target", target.model)
+        raise ValueError(f"the {who} model has no head for {kind!r}, which is drafted; it has {', '.join(model.heads)}")
+    ours, theirs = (getattr(head, "vocab", None) for head in heads)
+    if ours != theirs:
+        raise ValueError(
+            f"the draft predicts {ours} ids and the target {theirs}: a draft model shares the vocabulary of its target"
+        )
 
 
 def _beside(canvas: Canvas, value: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:

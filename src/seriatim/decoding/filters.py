@@ -19,7 +19,8 @@ from seriatim.heads.dist import Categorical, Greedy
 
 @dataclass(frozen=True)
 class Warper:
-    """temperature (0: greedy); top_k; top_p (Holtzman et al. 2020); min_p (Nguyen et al. 2024); typical (Meister 2022).
+    """temperature (0: greedy); top_k (exactly so many, the first of equals); top_p (Holtzman et al. 2020); min_p
+    (Nguyen et al. 2024); typical (Meister 2022).
 
     None switches a filter off.
     """
@@ -33,8 +34,8 @@ class Warper:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"the temperature is 0 (greedy) or more, and finite, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k keeps at least 1 token, got {self.top_k}")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"top_k keeps a whole number of tokens, at least 1, got {self.top_k}")
         for name in ("top_p", "min_p", "typical"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
@@ -59,7 +60,7 @@ class Warper:
             x = x - x.amax(-1, keepdim=True)  # the largest becomes 0, so that nothing overflows
             x = x / max(self.temperature, torch.finfo(x.dtype).tiny)
         if self.top_k is not None and self.top_k < x.shape[-1]:
-            x = x.masked_fill(x < x.topk(self.top_k, -1).values[..., -1:], -torch.inf)
+            x = _top(x, self.top_k)
         if self.top_p is not None and self.top_p < 1:
             x = _nucleus(x, self.top_p)
         if self.min_p is not None:
@@ -68,6 +69,14 @@ class Warper:
         if self.typical is not None and self.typical < 1:
             x = _typical(x, self.typical)
         return Categorical(x)
+
+
+def _top(x: Float[Tensor, "... v"], k: int) -> Tensor:
+    """The k likeliest tokens, the first of equals."""
+    least = x.topk(k, -1).values[..., -1:]
+    above, level = x > least, x == least
+    keep = above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    return x.masked_fill(~keep, -torch.inf)
 
 
 def _nucleus(x: Float[Tensor, "... v"], mass: float) -> Tensor:

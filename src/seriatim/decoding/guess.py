@@ -94,10 +94,14 @@ def branching(widths: Sequence[int]) -> tuple[int, ...]:
 
 
 def room(canvas: Canvas) -> list[int]:
-    """How many elements each row of a line has still to decide. A draft is worth one less: the verifier adds one."""
+    """How many elements each row of a line has to decide from its front to the next given one, or to its end. A draft
+    is worth one less: the verifier adds one."""
+    size = canvas.layout.size
     if canvas.length is not None:
-        return [canvas.layout.size - canvas.length] * canvas.batch
-    return canvas.open.sum(1).tolist()
+        return [size - canvas.length] * canvas.batch
+    start, element = canvas.lengths(), torch.arange(size)
+    closed = torch.where(canvas.open | (element < start[:, None]), size, element)
+    return (closed.amin(1) - start).tolist() if size else [0] * canvas.batch
 
 
 def moved(before: Int[Tensor, "b"], now: Int[Tensor, "b2"]) -> Int[Tensor, "b2"] | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +58,14 @@ class Decider(Protocol):
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step: ...
 
 
+def stop_ids(stop: Iterable[int]) -> frozenset[int]:
+    """Ids that end a row, as deciders take them."""
+    ids = tuple(stop) if isinstance(stop, Iterable) else (None,)
+    if not all(isinstance(i, Integral) for i in ids):
+        raise TypeError(f"stop is a collection of ids, such as (3,), got {stop!r}")
+    return frozenset(ids)
+
+
 def decode(
     target: Target,
     canvas: Canvas,
@@ -66,7 +75,9 @@ def decode(
 ) -> Iterator[Step]:
     """Generate in place until the canvas is complete, yielding each step.
 
-    The caller that drains the stream should hold `torch.inference_mode()`; a streaming caller need not.
+    random: `Generator(0)` if left out, so every call draws the same; pass `Generator(seed)` for other samples. Between
+    two steps rows may come and go by `select_rows`; what is known must not be edited: the cache would keep what stood
+    there. The caller that drains the stream should hold `torch.inference_mode()`; a streaming caller need not.
     """
     random = random or Generator()
     target.demand(getattr(decider, "needs", frozenset()), type(decider).__name__)
@@ -126,7 +137,7 @@ def generate(
     proposer: Proposer | None = None,
     random: Random | None = None,
 ) -> Canvas:
-    """Decode to the end and return the canvas."""
+    """Decode to the end and return the canvas. Without `random` every call draws the same, from `Generator(0)`."""
     with torch.inference_mode():
         for _ in decode(target, canvas, decider, proposer, random):
             pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from seriatim.canvas import DECIDED, DELETED, GIVEN, Canvas, Set, Truncate, Unset
 from seriatim.decoding.guess import Guess, moved
-from seriatim.decoding.loop import Step
+from seriatim.decoding.loop import Step, stop_ids
 from seriatim.heads.dist import Categorical
 from seriatim.model import Rows
 from seriatim.random import ORDER, VALUE, Key, Random, numbered
@@ -24,8 +25,8 @@ from seriatim.view import INF
 class SampleAll:
     """Ancestral sampling: decide every element that was read. `stop` ids end a row."""
 
-    def __init__(self, stop: tuple[int, ...] = ()):
-        self.stop = frozenset(stop)
+    def __init__(self, stop: Iterable[int] = ()):
+        self.stop = stop_ids(stop)
 
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
         if guess is not None:
@@ -44,6 +45,11 @@ class SampleAll:
 
     def _stopped(self, canvas: Canvas, x: Tensor, element: Tensor) -> Step:
         """End rows that emitted a stop id."""
+        if x.dim() > 2 or x.is_floating_point():
+            raise TypeError(
+                f"stop ids end rows of ids, but a value here is a {x.dtype} tensor of shape {tuple(x.shape[2:])}: "
+                "decode without `stop` (`Growing` ends samples by a group of ids)"
+            )
         ended = torch.isin(x, torch.tensor(sorted(self.stop))) & (element >= 0)
         if not bool(ended.any()):
             return Step((Set(x) if canvas.length is not None else Set(x, element),))
@@ -59,7 +65,9 @@ class Select:
     """Decide only some of the unknown elements that were read: masked generation (MaskGIT, LLaDA and kin).
 
     rule: which, at random, or those of largest probability of the value that was sampled ("confidence"; Chang et al.
-    2022), largest margin between the two likeliest values, or smallest entropy. `steps` spreads the elements of a block
+    2022), largest margin between the two likeliest values, or smallest entropy. Scores are those of the model (guided,
+    where it is), before temperature and filters, which would make all values look certain: as in LLaDA and Fast-dLLM.
+    `steps` spreads the elements of a block
     evenly ("linear", the first steps one more; Nie et al. 2025) or few at first ("cosine"); `threshold` decides instead
     all whose score exceeds it (for entropy: minus the entropy, in nats), and at least one; at random exactly one.
 
@@ -108,14 +116,14 @@ class Select:
         live = element >= 0
         if self.rule == "confidence":  # noise is drawn anew: the choice depends on what was drawn
             x = rows.dist.sample(random, Key(canvas.row, element, numbered(VALUE, turn)))
-            score = _categorical(rows.dist, self.rule).log_prob(x).exp().cpu()
+            score = _categorical(rows.said, self.rule).log_prob(x).exp().cpu()
             chosen = self._best(score, live, count)
             return Set(x, torch.where(chosen, element, -1)), chosen, score
         if self.rule == "random":
             score = torch.zeros(live.shape)
             chosen = _any(canvas, element, count, turn, random)
         else:
-            score = self._certainty(_categorical(rows.dist, self.rule)).cpu()
+            score = self._certainty(_categorical(rows.said, self.rule)).cpu()
             chosen = self._best(score, live, count)
         pick = ragged(chosen)  # only these are drawn: a draw may cost a network
         named = torch.where(pick >= 0, element.gather(1, pick.clamp(min=0)), -1)

@@ -81,7 +81,7 @@ class Target:
         self._canvas: Canvas | None = None
         self._repeated: tuple[Plan, Plan] | None = None  # the present plan, and the same for the rows of all branches
         self._turn = 0  # forwards of this canvas
-        self._unseen: Tensor | None = None  # hidden states that nobody has looked at for NaN
+        self._unseen: tuple[Tensor, Any] | None = None  # the last hidden states and law, if not yet looked at for NaN
         if policy is not None:
             self.demand(frozenset({"subset", "evict"}), type(policy).__name__)
 
@@ -122,7 +122,7 @@ class Target:
             held = held[: canvas.batch]  # branches remember equally many
         plan = self.model.factorization.step(canvas, guess, held)
         if plan is None:
-            self._examine(self._unseen)
+            self._examine()
         elif self._turn == 0:
             plan.check(self.model.mixers)
         return plan if plan is None or self.memory is None else self._remember(plan, self.memory)
@@ -152,20 +152,22 @@ class Target:
         else:
             h = model.hidden(plan, canvas, self.cache, self.conditions[0], guess)
             dist, element, slot = model.dist(h, plan, canvas)
+        self._unseen = (h, dist)
         if plan.run is None or self._turn % EXAMINE == 0:
-            self._examine(h, None if self._turn else dist)
-        else:
-            self._unseen = h
+            self._examine()
         self._turn += 1
+        said = dist
         if self.warp is not None:
             dist = self.warp(dist)
-        return Rows(dist, element, h if not self.branches else h[: canvas.batch], slot)
+        return Rows(dist, element, h if not self.branches else h[: canvas.batch], slot, said)
 
-    def _examine(self, h: Tensor | None, dist: Any = None) -> None:
-        """Raise where the model broke down. Along a line NaN stays in the cache, so that a look now and then, and at
-        the end, misses nothing."""
-        self._unseen = None
-        if (h is None or math.isfinite(h.sum(dtype=torch.float32).item())) and _sound(dist):
+    def _examine(self) -> None:
+        """Raise where the model broke down. Along a line NaN in a hidden state stays in the cache, so that a look now
+        and then, and at the end, misses nothing; a broken head is found where it breaks in a forward looked at."""
+        if self._unseen is None:
+            return
+        (h, dist), self._unseen = self._unseen, None
+        if math.isfinite(h.sum(dtype=torch.float32).item()) and _sound(dist):
             return
         raise FloatingPointError(
             "the model returned NaN or infinity: its weights or inputs are broken (check the checkpoint and the number "

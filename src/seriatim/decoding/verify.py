@@ -21,7 +21,7 @@ from torch import Tensor
 
 from seriatim.canvas import Canvas, Set, Truncate
 from seriatim.decoding.guess import Guess, children, room
-from seriatim.decoding.loop import Step
+from seriatim.decoding.loop import Step, stop_ids
 from seriatim.heads.dist import Categorical
 from seriatim.model import Rows
 from seriatim.random import COIN, Key, Random, numbered
@@ -163,7 +163,7 @@ class Verifier:
     """
 
     def __init__(self, stop: Iterable[int] = ()):
-        self.stop = frozenset(stop)
+        self.stop = stop_ids(stop)
 
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
         if not isinstance(rows.dist, Categorical):
@@ -366,25 +366,32 @@ class KSeq(Children):
         return [c for c in tried if value[c] == value[node]]
 
 
+HALVINGS = 64  # close the gap between two numbers of any format
+
+
 def kseq_scale(p: Float[Tensor, "n v"], q: Float[Tensor, "n v"], k: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
     """The smallest valid g, between 1 and k: that with 1 - (1 - b)^k = g b, b = sum_x min(q, p / g) (SpecTr, theorem 2;
     their p and q are the other way round). Approached from above, where every g is valid.
 
-    With f(g) = (1 - (1 - b)^k) / b, which grows with g, it is the fixed point: f closes in on it from either side.
+    With f(g) = (1 - (1 - b)^k) / b, which grows with g, it is the fixed point: f closes in on it from either side. In
+    float64: with many drafts f is as good as g over a wide range.
     """
+    kind, p, q = p.dtype, p.double(), q.double()
 
     def f(g: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
         b = torch.minimum(q, p / g[:, None]).sum(-1, keepdim=True)
         return _tries(b, k[:, None])[:, 0].clamp(min=1)
 
     low, high = f(p.new_ones(len(k))), f(k.to(p.dtype).clamp(min=1))
-    near = 1e-9 if p.dtype == torch.float64 else 1e-6
-    while bool((going := high - low > near).any()):  # a row that has arrived stays, whatever its company
+    for _ in range(HALVINGS):  # where rounding keeps the two apart, the upper one will do
+        going = high - low > 1e-9 * high  # a row that has arrived stays, whatever its company
+        if not bool(going.any()):
+            break
         middle = (low + high) / 2
         new = f(middle)
         low = torch.where(going & (new > middle), new, low)
         high = torch.where(going & (new <= middle), new, high)
-    return high
+    return high.to(kind)
 
 
 def _tries(b: Float[Tensor, "*n"], k: Int[Tensor, "*n"]) -> Float[Tensor, "*n"]:

@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seriatim.data.digits import load_digits, shift_sideways
-from seriatim.evaluation.judge import Judge, nearest_distances, spread, train_judge
+from seriatim.evaluation.judge import Judge, train_judge
+from seriatim.evaluation.metrics import nearest_distances, spread
 
 
 @lru_cache(maxsize=2)

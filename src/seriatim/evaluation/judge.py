@@ -1,8 +1,8 @@
 """Judging generated pictures: a classifier trained on real ones only, and what must be reported beside its accuracy.
 
-Accuracy alone flatters: a generator that draws one perfect digit per class scores 1. `spread` shows lost diversity,
-`nearest_distances` shows copying from the training set, `psnr` measures reconstructions. The judge never sees what it
-judges during its training, and its own accuracy on held-out real pictures is the ceiling of every figure it gives.
+Accuracy alone flatters: a generator that draws one perfect digit per class scores 1; `metrics` has what must stand
+beside it. The judge never sees what it judges during its training, and its own accuracy on held-out real pictures is
+the ceiling of every figure it gives.
 """
 
 from __future__ import annotations
@@ -16,38 +16,50 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+FEATURES = 64
+MOST_PIXELS = 64 * 64
+Take = Callable[[Int[Tensor, " b"], torch.Generator], tuple[Tensor, Tensor]]
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+def stages_for(height: int, width: int) -> int:
+    """Halvings that leave the shorter side of a picture, as the judge sees it, at 4 to 7 pixels."""
+    return max(1, (min(_seen(height, width)) // 4).bit_length() - 1)
+
+
+def _seen(height: int, width: int) -> tuple[int, int]:
+    ratio = math.sqrt(MOST_PIXELS / (height * width))
+    return (height, width) if ratio >= 1 else (max(1, round(height * ratio)), max(1, round(width * ratio)))
+
 
 class Judge(nn.Module):
-    """A small convolutional classifier of pictures in [-1, 1]: two resolutions, 45 thousand weights for one channel."""
+    """A small convolutional classifier of pictures in [-1, 1]: 45 thousand weights for one channel and one stage.
 
-    def __init__(self, channels: int = 1, classes: int = 10, width: int = 32) -> None:
+    stages: how often the picture is halved, see `stages_for`; any height and width then go in. Pictures of more than
+    64 x 64 pixels are shrunk to that area first: what is finer, it does not see.
+    """
+
+    def __init__(self, channels: int = 1, classes: int = 10, width: int = 32, stages: int = 1) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(width, 2 * width, 3, padding=1),
-            nn.BatchNorm2d(2 * width),
-            nn.ReLU(),
-            nn.AdaptiveMaxPool2d(2),
-            nn.Flatten(),
-            nn.Dropout(0.3),
-            nn.Linear(8 * width, 64),
-            nn.ReLU(),
-        )
-        self.top = nn.Linear(64, classes)
+        if min(channels, classes, width, stages) < 1:
+            raise ValueError(f"channels={channels}, classes={classes}, width={width}, stages={stages} start at 1")
+        # Full resolution is where the time goes: larger pictures leave it at once.
+        layers = [*_convolve(channels, width, 1 if stages == 1 else 2), *_convolve(width, width)]
+        into = width
+        for _ in range(max(1, stages - 1)):
+            layers += [nn.MaxPool2d(2, ceil_mode=True), *_convolve(into, 2 * width)]
+            into = 2 * width
+        last = [nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Dropout(0.3), nn.Linear(8 * width, FEATURES), nn.ReLU()]
+        self.body = nn.Sequential(*layers, *last)
+        self.top = nn.Linear(FEATURES, classes)
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:
-        return self.top(self.body(images))
+        return self.top(self.body(_shrink(images)))
 
     @torch.no_grad()
     def features(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 64"]:
         """What the last layer reads, for distances between sets of pictures."""
-        return self.body(images)
+        return self.body(_shrink(images))
 
     @torch.no_grad()
     def predict(self, images: Float[Tensor, "n c h w"]) -> Int[Tensor, " n"]:
@@ -63,7 +75,7 @@ class Judge(nn.Module):
 
 @dataclass(frozen=True)
 class JudgeRecipe:
-    """How `train_judge` trains: AdamW, a one-cycle learning rate, cross entropy with smoothed labels."""
+    """How a judge is trained: AdamW, a one-cycle learning rate, cross entropy with smoothed labels."""
 
     epochs: int = 15
     batch: int = 64
@@ -86,62 +98,62 @@ def train_judge(
     `augment(batch, generator)` may vary each batch; `progress(step, steps, metrics)` is called after every step.
     """
     _check_rows(images, labels)
-    recipe = recipe or JudgeRecipe()
+
+    def take(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return augment(images[rows], generator) if augment else images[rows], labels[rows]
+
+    def make() -> Judge:
+        return Judge(images.shape[1], int(labels.max()) + 1)
+
+    return fit_judge(make, len(images), take, recipe or JudgeRecipe(), seed, progress)
+
+
+def fit_judge(
+    make: Callable[[], Judge],
+    count: int,
+    take: Take,
+    recipe: JudgeRecipe,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Judge:
+    """Make a judge and train it on `count` pictures, of which `take(rows, generator)` gives a batch with its labels.
+
+    Weights, dropout, order and augmentation follow from the seed. Raises FloatingPointError if the loss is not finite.
+    """
     generator = torch.Generator().manual_seed(seed)
-    steps = recipe.epochs * math.ceil(len(images) / recipe.batch)
+    steps = recipe.epochs * math.ceil(count / recipe.batch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = Judge(images.shape[1], int(labels.max()) + 1).train()
+        judge = make().train()
         optimizer = torch.optim.AdamW(judge.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps)
         step = 0
         for _ in range(recipe.epochs):
-            for rows in torch.randperm(len(images), generator=generator).split(recipe.batch):
-                batch = augment(images[rows], generator) if augment else images[rows]
-                loss = F.cross_entropy(judge(batch), labels[rows], label_smoothing=recipe.label_smoothing)
+            for rows in torch.randperm(count, generator=generator).split(recipe.batch):
+                batch, labels = take(rows, generator)
+                loss = F.cross_entropy(judge(batch), labels, label_smoothing=recipe.label_smoothing)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 schedule.step()
                 step += 1
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"the judge's loss is {value} at step {step}: do the pictures hold NaN?")
                 if progress:
-                    progress(step, steps, {"loss": loss.item()})
+                    progress(step, steps, {"loss": value})
     return judge.eval()
 
 
-def spread(images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> float:
-    """Diversity within classes: the mean, over classes and pixels, of the standard deviation over a class's pictures.
-
-    In units of the pixels. Compare with real pictures; classes with a single picture are left out.
-    """
-    _check_rows(images, labels)
-    groups = [images[labels == label] for label in labels.unique()]
-    deviations = [group.float().std(dim=0).mean() for group in groups if len(group) > 1]
-    if not deviations:
-        raise ValueError("spread needs a class with at least two pictures")
-    return torch.stack(deviations).mean().item()
+def _shrink(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h2 w2"]:
+    size = _seen(*images.shape[2:])
+    if size == tuple(images.shape[2:]):
+        return images
+    return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def nearest_distances(
-    images: Float[Tensor, "n c h w"], reference: Float[Tensor, "m c h w"], chunk: int = 1024
-) -> Float[Tensor, " n"]:
-    """Euclidean distance of each picture to the nearest one of `reference` (the training set): 0 is a copy.
-
-    Compare the mean with that of real held-out pictures; much smaller means copying.
-    """
-    if images.shape[1:] != reference.shape[1:] or len(reference) == 0:
-        raise ValueError(f"shapes differ or nothing to compare with: {tuple(images.shape)}, {tuple(reference.shape)}")
-    flat = reference.flatten(1)
-    pieces = [torch.cdist(part.flatten(1), flat).amin(dim=1) for part in images.split(chunk)]
-    return torch.cat(pieces)
-
-
-def psnr(images: Float[Tensor, "n c h w"], originals: Float[Tensor, "n c h w"]) -> float:
-    """Peak signal to noise ratio in dB of pictures in [-1, 1], from the squared error over all of them."""
-    if images.shape != originals.shape:
-        raise ValueError(f"pictures and originals differ in shape: {tuple(images.shape)}, {tuple(originals.shape)}")
-    error = F.mse_loss(images, originals).item()
-    return math.inf if error == 0 else 10 * math.log10(4 / error)
+def _convolve(into: int, out: int, stride: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(into, out, 3, stride=stride, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
 
 
 def _check_rows(images: Tensor, labels: Tensor) -> None:

@@ -47,7 +47,7 @@ def save_grid(
     `invert` shows -1 as white and 1 as black: ink on paper.
     """
     sheet = _sheet(images, columns, row_labels, upscale, resample, invert)
-    return _write(path, lambda file: sheet.save(file, format="PNG"))
+    return write_beside(path, lambda file: sheet.save(file, format="PNG"))
 
 
 def save_film(
@@ -84,7 +84,7 @@ def save_film(
             file, format="GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, disposal=1
         )
 
-    return _write(path, save)
+    return write_beside(path, save)
 
 
 def _sheet(
@@ -165,7 +165,7 @@ def save_curve(
     axes.spines[["top", "right"]].set_visible(False)
     if len(history) > 1:
         axes.legend(frameon=False)
-    return _write(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    return write_beside(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
 def draw_mask(
@@ -211,7 +211,7 @@ def draw_mask(
     axes.spines[:].set_visible(False)
     axes.set(xlabel="keys", ylabel="queries")
     axes.set_title(title, fontsize=11)
-    return _write(path, lambda file: figure.savefig(file, format="png", dpi=150, bbox_inches="tight"))
+    return write_beside(path, lambda file: figure.savefig(file, format="png", dpi=150, bbox_inches="tight"))
 
 
 def _group_ends(groups: Sequence[int] | None, labels: Sequence[str] | None, size: int, what: str) -> list[int]:
@@ -270,8 +270,8 @@ def _check_images(images: Tensor) -> None:
         raise ValueError(f"pictures lie in [-1, 1], these in [{low:.3g}, {high:.3g}]: rescale or clamp them first")
 
 
-def _write(path: str | os.PathLike[str], save: Callable[[BinaryIO], object]) -> Path:
-    """Write through a temporary file in the same folder, then rename it."""
+def write_beside(path: str | os.PathLike[str], save: Callable[[BinaryIO], object]) -> Path:
+    """Write through a temporary file in the same folder, then rename it: a failure leaves what was there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:

@@ -10,10 +10,10 @@ from collections import OrderedDict
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from seriatim.canvas import DELETED, Canvas
+from seriatim.canvas import DELETED, GIVEN, Canvas
 from seriatim.decoding.guess import Guess
 from seriatim.factorization.turns import Turns
 from seriatim.layout import Layout
@@ -36,6 +36,10 @@ class Factorization:
         """All steps of a finished sample in one forward; None where no single pass exists."""
         return None
 
+    def due(self, canvas: Canvas) -> Bool[Tensor, "b E"]:
+        """What `packed` has to read: all that is not given; an order that shows a part and reads the rest says so."""
+        return canvas.status.ne(GIVEN) & canvas.status.ne(DELETED)
+
     def step(self, canvas: Canvas, guess: Guess | None, cached: int | Tensor) -> Plan | None:
         """The next forward, given how many slots are cached; None when everything is decided."""
         if guess is not None:
@@ -53,10 +57,11 @@ class Factorization:
         shared = rank.shape[0] > 1 and bool((rank == rank[:1]).all())
         key = (canvas.layout, (rank[:1] if shared else rank).numpy().tobytes())
         if key not in memo:
-            plan = self.packed(canvas.select(torch.tensor([0])) if shared else canvas)
+            one = canvas.select(torch.tensor([0])) if shared else canvas
+            plan = self.packed(one)
             if plan is None:
                 raise OrderError(f"{type(self).__name__} has neither a packed form nor steps of its own")
-            memo[key] = Turns(plan.check())
+            memo[key] = Turns(plan.check(due=self.due(one)))
             while len(memo) > 8:
                 memo.popitem(last=False)
         memo.move_to_end(key)

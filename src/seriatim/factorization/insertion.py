@@ -55,4 +55,12 @@ class Insertion(Factorization):
             view = view.narrow(lane=torch.where(live, 0, -1))
         reads = Reads(torch.where(live, slot, -1), read)
         rank = torch.zeros(1, canvas.layout.size, dtype=torch.long)  # what is inserted comes after all that is there
-        return Plan(slots, {"all": view}, reads, rank, kept=slot[:, :0])
+        return _Between(slots, {"all": view}, reads, rank, kept=slot[:, :0])
+
+
+class _Between(Plan):
+    """What is read here is new: it is named by what it comes behind, which is there already."""
+
+    @property
+    def needs(self) -> Tensor:  # type: ignore[override]
+        return self.slots.needs

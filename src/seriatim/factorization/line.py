@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from seriatim.canvas import DELETED, Canvas
+from seriatim.canvas import DELETED, GIVEN, Canvas
 from seriatim.decoding.guess import Guess
 from seriatim.factorization.base import Factorization
 from seriatim.plan import LEARNED, VALUE, OrderError, Plan, Reads, Slots
@@ -165,10 +165,15 @@ class Line(Factorization):
     def packed(self, canvas: Canvas) -> Plan:
         n, p = canvas.layout.size, self.prefix
         size = p + n - 1
-        if size < 1 or (p == 0 and canvas.length is not None and canvas.given_length == 0):
-            raise OrderError("without a prefix slot the first element of a line must be given (a start token)")
+        status = canvas.status
+        alive = status != DELETED
+        first = torch.zeros(1, dtype=torch.bool) if p else alive[:, 0] & (status[:, 0] != GIVEN)
+        if size < 1 or bool(first.any()):
+            raise OrderError(
+                "without a prefix slot the first element of a line must be given (a start token), in every row; in row "
+                f"{int(first.long().argmax())} it is not"
+            )
         element = torch.arange(size)[None] - p
-        alive = canvas.status != DELETED
         rank = canvas.rank
         if canvas.length is not None:
             rank, alive = rank[:1], alive[:1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from seriatim.canvas import DELETED, Canvas
@@ -83,6 +83,9 @@ class Blocks(Factorization):
         view = two_stream(block.repeat(1, 2), query)
         read = torch.where(hidden, e[None], -1)
         return Plan(slots, {"all": view}, Reads(read, read), rank, layout=layout)
+
+    def due(self, canvas: Canvas) -> Bool[Tensor, "b E"]:
+        return super().due(canvas) if self.inside == "parallel" else canvas.open  # what is shown is not read
 
     def step(self, canvas: Canvas, guess: Guess | None, cached: int | Tensor) -> Plan | None:
         if self.inside == "parallel":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -27,7 +29,8 @@ class CategoricalHead(nn.Module):
             raise ValueError(f"a head predicts at least 1 id in at least 1 role, got {vocab} ids in {roles} roles")
         if tied is not None and tuple(tied.shape) != (roles * vocab, width):
             raise ValueError(f"a tied table must be ({roles * vocab}, {width}), got {tuple(tied.shape)}")
-        self.vocab, self.roles = vocab, roles
+        self.width, self.vocab, self.roles = width, vocab, roles
+        self._compiled: Callable[..., Tensor] | None = None
         self.weight = tied if tied is not None else nn.Parameter(torch.randn(roles * vocab, width) * 0.02)
         self.bias = nn.Parameter(torch.zeros(roles * vocab)) if bias else None
 
@@ -53,6 +56,15 @@ class CategoricalHead(nn.Module):
         key: Key | None = None,
     ) -> Float[Tensor, "b m"]:
         """Cross-entropy of each read-out, in nats; involves no randomness."""
+        if self._compiled is not None and self.training:
+            return self._compiled(h, reads, value)
+        return self._loss(h, reads, value)
+
+    def compile_training(self) -> None:
+        """Compile the loss: logits are large and made only to be summed up."""
+        self._compiled = torch.compile(self._loss)
+
+    def _loss(self, h: Float[Tensor, "b m d"], reads: Reads | None, value: Int[Tensor, "b m"]) -> Float[Tensor, "b m"]:
         x = self.logits(h, reads)
         x = x if x.dtype == torch.float64 else x.float()
         return F.cross_entropy(x.flatten(0, 1), value.flatten(), reduction="none").view(value.shape)

@@ -126,7 +126,7 @@ class ContinuousHead(nn.Module):
         if draws < 1:
             raise ValueError(f"a loss needs at least 1 draw of noise a value, got {draws}")
         self.net = Denoiser(width, dim, out, hidden, blocks)
-        self.dim, self.draws, self.value_shape = dim, draws, (dim,)
+        self.width, self.dim, self.draws, self.value_shape = width, dim, draws, (dim,)
 
     def noises(
         self, h: Float[Tensor, "b m w"], value: Tensor, random: Random | None, key: Key | None

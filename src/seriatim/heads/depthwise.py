@@ -91,7 +91,7 @@ class DepthwiseHead(nn.Module):
             raise ValueError(f"feed is 'sum' or 'last', not {feed!r}")
         if config.memory is not None or config.kinds != ("all",):
             raise ValueError("the transformer over depth has one kind of layer and attends to no memory")
-        self.vocab, self.depth, self.feeds, self.value_shape = vocab, depth, feed, (depth,)
+        self.width, self.vocab, self.depth, self.feeds, self.value_shape = width, vocab, depth, feed, (depth,)
         self.backbone = Transformer(config)
         self.state = nn.Linear(width, config.width)
         self.vector = None if config.vector is None else nn.Linear(width, config.vector)

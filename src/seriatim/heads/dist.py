@@ -42,7 +42,8 @@ class Head(Protocol):
     """From hidden states to distributions.
 
     exact: the loss is the negative log-probability under the head's own law; continuous: values are vectors, not ids;
-    value_shape: the shape of one value, () for an id.
+    value_shape: the shape of one value, () for an id. A head that also says its `width` (that of the hidden states) and
+    its `vocab` (how many ids) is compared with what it is joined to.
     """
 
     exact: bool

@@ -19,7 +19,7 @@ from seriatim.decoding.loop import generate
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.target import Target
 from seriatim.heads.dist import FromStates, drawn
-from seriatim.model import Model
+from seriatim.model import Model, counted
 from seriatim.plan import Reads
 from seriatim.random import Key, Random
 
@@ -90,8 +90,7 @@ class Group(FromStates):
         h = model.hidden(plan, canvas, None, model.encode(head.raw(self.states[0])))
         dist, read, _ = model.dist(h, plan, canvas)
         dist = dist if self.warper is None else self.warper(dist)
-        element = torch.as_tensor(read).expand(len(ids), -1).to(h.device)
-        live, element = element >= 0, element.clamp(min=0)
+        live, element = (x.to(h.device) for x in counted(canvas, torch.as_tensor(read).cpu()))
         terms = dist.log_prob(ids.to(h.device).gather(1, element)).masked_fill(~live, 0.0)
         return terms.new_zeros(ids.shape).scatter_add(1, element, terms).view(x.shape)
 

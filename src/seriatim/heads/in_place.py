@@ -155,7 +155,7 @@ class InPlaceHead(nn.Module):
                 "velocity or value, or take a path such as Cosine"
             )
         self.out = nn.Linear(width, dim)
-        self.value_shape = (dim,)
+        self.width, self.value_shape = width, (dim,)
 
     def dist(self, h: Float[Tensor, "b m w"], reads: Reads, canvas: Canvas) -> Denoised:
         element = reads.element.clamp(min=0).expand(canvas.batch, -1)

@@ -27,7 +27,7 @@ class InsertionHead(nn.Module):
         super().__init__()
         if vocab < 1:
             raise ValueError(f"a head predicts at least 1 id, got {vocab}")
-        self.vocab = vocab
+        self.width, self.vocab = width, vocab
         self.weight = nn.Parameter(torch.randn(vocab, width) * 0.02)
         self.stop = nn.Parameter(torch.randn(1, width) * 0.02)
         self.stop_bias = nn.Parameter(torch.zeros(1))

@@ -16,11 +16,10 @@ from seriatim.decoding.guess import Guess
 from seriatim.decoding.loop import Step
 from seriatim.decoding.sample import SampleAll
 from seriatim.embed import TokenEmbed
-from seriatim.factorization.line import Line
 from seriatim.heads.categorical import CategoricalHead
 from seriatim.laws.case import Case, Limit
 from seriatim.model import Rows
-from seriatim.plan import Plan
+from seriatim.plan import VALUE
 from seriatim.random import Random
 
 
@@ -37,25 +36,26 @@ def restarting_positions(case: Case) -> Case:
     return case
 
 
-class _OwnFeed(Line):
-    """Slots carry what they read, and their labels deny it."""
+class _OwnFeed(TokenEmbed):
+    """In one pass slots are fed what they read, whatever their labels say."""
 
-    def packed(self, canvas: Canvas) -> Plan:
-        plan = super().packed(canvas)
-        element = (plan.slots.element + 1).clamp(max=canvas.layout.size - 1)
-        slots = replace(plan.slots, element=element, source=torch.zeros_like(plan.slots.source))
-        return replace(plan, slots=slots)
+    def forward(self, canvas, plan, guess=None, prefix=None):
+        if plan.run is None:
+            element = (plan.slots.element + 1).clamp(max=canvas.layout.size - 1)
+            slots = replace(plan.slots, element=element, source=torch.full_like(plan.slots.source, VALUE))
+            plan = replace(plan, slots=slots)
+        return super().forward(canvas, plan, guess, prefix)
 
 
 def own_feed(case: Case) -> Case:
     """Law 2: the packed form peeks, which enumerating the decoder would never show."""
-    case.model.factorization = _OwnFeed(prefix=1)
+    case.model.embed.__class__ = _OwnFeed
     return case
 
 
 def denied_feed(case: Case) -> Case:
     """Law 3: it peeks and its labels deny it: only edits show."""
-    case.model.factorization = _OwnFeed(prefix=1)
+    case.model.embed.__class__ = _OwnFeed
     return case
 
 

@@ -75,4 +75,5 @@ def law_mutant_finding(number: int) -> Finding:
 
 
 def all_keys() -> list[str]:
-    return list(catalogue())
+    """Systems that have an order; tokenizers have none, and are held to their round trip by the tests."""
+    return [key for key, (meta, _) in catalogue().items() if meta.family != "tokenizer"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
-from collections.abc import Callable
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,14 +52,71 @@ def _read(path: Path) -> Meta | None:
 
 def load(key: str) -> ModuleType:
     """The module of a system; raises KeyError that lists what there is."""
+    _known(key)
+    return importlib.import_module(catalogue()[key][1])
+
+
+def _known(key: str) -> None:
     systems = catalogue()
     if key not in systems:
         import difflib
 
         near = difflib.get_close_matches(key, systems, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise KeyError(f"no system is called {key!r}{hint} There are: {', '.join(systems)}")
-    return importlib.import_module(systems[key][1])
 
 
-Build = Callable[..., Any]
+# ---- what is shown to work, from files ------------------------------------------------------------------------------
+
+RESULTS = (Path(__file__).parents[1] / "results", Path(__file__).parents[3] / "results")  # installed; in a clone
+
+
+def status_of(key: str) -> dict[str, bool]:
+    """L, E, C, W of a system, from what was measured: the laws and the run from end to end count only while the
+    system's file is the one they were run on."""
+    recorded = (_result("status.json") or {}).get(key, {})
+    fresh = recorded.get("source") == source_hash(key)
+    claim = _result(f"{key}.json")
+    return {
+        "L": bool(fresh and recorded.get("laws")),
+        "E": bool(fresh and recorded.get("end_to_end")),
+        "C": claim is not None and claim.get("verdict") in ("holds", "fails", "within noise"),
+        "W": bool(recorded.get("weights")),
+    }
+
+
+def source_hash(key: str) -> str:
+    """Of a system's own file."""
+    return hashlib.sha256(_path(key).read_bytes()).hexdigest()[:16]
+
+
+def card_of(key: str) -> tuple[Meta, str, dict[str, str], dict[str, Any] | None]:
+    """Card, docstring, settings as text, and the last result of a system. Raises KeyError for an unknown one."""
+    _known(key)
+    tree = ast.parse(_path(key).read_text(encoding="utf-8"))
+    details: dict[str, str] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            fields = [ast.unparse(n) for n in node.body if isinstance(n, ast.AnnAssign)]
+            details["settings"] = "; ".join(fields)
+        if isinstance(node, ast.ClassDef):
+            for n in node.body:
+                if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name) and n.targets[0].id == "sizes":
+                    details["sizes"] = ast.unparse(n.value).removeprefix("MappingProxyType(").removesuffix(")")
+    uses = [
+        n.module for n in tree.body if isinstance(n, ast.ImportFrom) and n.module and n.module.startswith("seriatim")
+    ]
+    parts = [u.removeprefix("seriatim.") for u in uses if u.split(".")[1] not in ("laws", "systems", "training")]
+    details["parts"] = ", ".join(parts)
+    return catalogue()[key][0], ast.get_docstring(tree) or "", details, _result(f"{key}.json")
+
+
+def _path(key: str) -> Path:
+    return Path(__file__).parents[1].joinpath(*catalogue()[key][1].split(".")[1:]).with_suffix(".py")
+
+
+def _result(name: str) -> dict[str, Any] | None:
+    for root in RESULTS:
+        if (root / name).is_file():
+            return json.loads((root / name).read_text(encoding="utf-8"))
+    return None

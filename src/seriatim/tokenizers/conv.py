@@ -1,13 +1,24 @@
 """Convolutional encoder and decoder: a picture to a map of latents and back.
 
-Plain convolutions without normalisation, small enough for pictures of 8 to 64 pixels on a CPU. Quantizing what lies
-between the two is somebody else's business.
+Two bodies behind one interface. *Plain*: convolutions without normalisation, small enough for pictures of 8 to 64
+pixels on a CPU. *Residual*: the shape that VQGAN published and everybody kept (LlamaGen, VAR, latent diffusion), for
+photographs. `conv_body` makes a pair of either. Quantizing what lies between the two is somebody else's business.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+Body = Literal["plain", "residual"]
+
+MULTIPLIERS = {0: (1,), 1: (1, 2), 2: (1, 2, 4), 3: (1, 2, 2, 4), 4: (1, 1, 2, 2, 4), 5: (1, 1, 2, 2, 4, 4)}
+"""Widths of the residual body, finest resolution first, by how often a side is halved: f4, f8 and f16 as published."""
 
 
 class ConvEncoder(nn.Module):
@@ -37,5 +48,184 @@ class ConvDecoder(nn.Module):
         layers += [nn.Conv2d(width, channels, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
 
+    @property
+    def last(self) -> nn.Parameter:
+        """The weight that draws the pixels; losses are balanced by their gradients here."""
+        return self.layers[-1].get_parameter("weight")
+
     def forward(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b c h2 w2"]:
         return self.layers(latent)
+
+
+# ---- the published body ----------------------------------------------------------------------------------------------
+def _norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, width, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the width changes."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = _norm(width), nn.Conv2d(width, out, 3, padding=1)
+        self.norm2, self.conv2 = _norm(out), nn.Conv2d(out, out, 3, padding=1)
+        self.shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class AttentionBlock(nn.Module):
+    """x plus single-head self-attention over all places of the map."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = _norm(width), nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=2)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(mixed.transpose(1, 2).reshape(x.shape))
+
+
+class Halve(nn.Conv2d):
+    """3x3 convolution of stride 2, padded at the right and below only."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, 3, stride=2)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class Double(nn.Conv2d):
+    """Each pixel repeated twice in both directions, then a 3x3 convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        return super().forward(F.interpolate(x, scale_factor=2.0))
+
+
+def _level(width: int, out: int, blocks: int, attention: bool) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for i in range(blocks):
+        layers.append(ResidualBlock(out if i else width, out))
+        if attention:
+            layers.append(AttentionBlock(out))
+    return layers
+
+
+def _middle(width: int) -> list[nn.Module]:
+    return [ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width)]
+
+
+class ResidualEncoder(nn.Module):
+    """Encoder of VQGAN (Esser et al. 2021, arXiv 2012.09841, table 7): residual blocks, attention at the lowest
+    resolution, GroupNorm of 32 groups; then the convolution to the code (1x1 from `inner` channels in VQGAN and
+    LlamaGen, 3x3 from as many as the code has in VAR).
+
+    multipliers: width of each resolution over `width`, finest first; a side is halved between two of them.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        dim: int,
+        multipliers: Sequence[int] = MULTIPLIERS[4],
+        blocks: int = 2,
+        inner: int = 256,
+        kernel: int = 1,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1)]
+        now = width
+        for i, multiplier in enumerate(multipliers):
+            lowest = i == len(multipliers) - 1
+            layers += _level(now, width * multiplier, blocks, attention=lowest)
+            now = width * multiplier
+            if not lowest:
+                layers.append(Halve(now))
+        layers += [*_middle(now), _norm(now), nn.SiLU(), nn.Conv2d(now, inner, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+        self.to_code = nn.Conv2d(inner, dim, kernel, padding=kernel // 2)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim h2 w2"]:
+        return self.to_code(self.layers(images))
+
+
+class ResidualDecoder(nn.Module):
+    """The mirror of `ResidualEncoder`, with one more block a resolution, as published."""
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        dim: int,
+        multipliers: Sequence[int] = MULTIPLIERS[4],
+        blocks: int = 2,
+        inner: int = 256,
+        kernel: int = 1,
+    ) -> None:
+        super().__init__()
+        self.from_code = nn.Conv2d(dim, inner, kernel, padding=kernel // 2)
+        now = width * multipliers[-1]
+        layers: list[nn.Module] = [nn.Conv2d(inner, now, 3, padding=1), *_middle(now)]
+        for i, multiplier in reversed(list(enumerate(multipliers))):
+            layers += _level(now, width * multiplier, blocks + 1, attention=i == len(multipliers) - 1)
+            now = width * multiplier
+            if i:
+                layers.append(Double(now))
+        layers += [_norm(now), nn.SiLU(), nn.Conv2d(now, channels, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    @property
+    def last(self) -> nn.Parameter:
+        """The weight that draws the pixels; losses are balanced by their gradients here."""
+        return self.layers[-1].get_parameter("weight")
+
+    def forward(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b c h2 w2"]:
+        return self.layers(self.from_code(latent))
+
+
+# ---- either ----------------------------------------------------------------------------------------------------------
+def check_body(body: str, width: int, halvings: int) -> None:
+    """Raises ValueError for a body that cannot be built."""
+    if body not in get_args(Body):
+        raise ValueError(f"body is one of {', '.join(get_args(Body))}, got {body!r}")
+    if width < 1 or not 0 <= halvings <= 8:
+        raise ValueError(f"width is at least 1 and halvings lie in 0..8, got {width} and {halvings}")
+    if body == "residual" and (width % 32 or halvings not in MULTIPLIERS):
+        raise ValueError(
+            f"the residual body has a width that 32 divides (groups of its norms) and at most {max(MULTIPLIERS)} "
+            f"halvings, got {width} and {halvings}"
+        )
+
+
+def conv_body(
+    body: Body, channels: int, width: int, dim: int, halvings: int, *, inner: int, kernel: int, moments: int = 1
+) -> tuple[ConvEncoder | ResidualEncoder, ConvDecoder | ResidualDecoder]:
+    """Encoder (channels -> moments * dim) and decoder (dim -> channels) of a body.
+
+    inner, kernel: of the convolution between the residual body and the code; the plain body has none. moments: 2 where
+    the encoder gives a mean and a variance. Raises ValueError for a body that cannot be built.
+    """
+    check_body(body, width, halvings)
+    if body == "plain":
+        return ConvEncoder(channels, width, moments * dim, halvings), ConvDecoder(channels, width, dim, halvings)
+    shape = MULTIPLIERS[halvings]
+    encoder = ResidualEncoder(channels, width, moments * dim, shape, inner=moments * inner, kernel=kernel)
+    return encoder, ResidualDecoder(channels, width, dim, shape, inner=inner, kernel=kernel)
+
+
+def map_to_rows(latent: Float[Tensor, "b d h w"]) -> Float[Tensor, "b h*w d"]:
+    """The vectors of a map in raster order."""
+    return latent.flatten(2).transpose(1, 2)
+
+
+def rows_to_map(rows: Float[Tensor, "b n d"], grid: tuple[int, int]) -> Float[Tensor, "b d h w"]:
+    """The inverse of `map_to_rows`."""
+    return torch.unflatten(rows.transpose(1, 2), 2, grid).contiguous()

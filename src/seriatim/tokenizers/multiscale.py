@@ -13,14 +13,26 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seriatim.tokenizers.conv import ConvDecoder, ConvEncoder
+from seriatim.tokenizers.base import check_codes, check_pictures
+from seriatim.tokenizers.codebook import CodebookConfig, Phase, count_uses, draw, idle, phase, same_everywhere, unused
+from seriatim.tokenizers.conv import Body, check_body, conv_body
+from seriatim.tokenizers.losses import LossConfig, PictureLoss
+from seriatim.tokenizers.quantizers import Quantized, StraightThrough, full_precision
+
+SCALES = {
+    4: (1, 2, 3, 4),
+    8: (1, 2, 3, 4, 6, 8),
+    16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    32: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+}
+"""The scales of pyramids by their last: those of 16 and 32 are VAR's for 256 and 512 pixels."""
 
 PUBLISHED_PHI_TABLE = (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)
 """Which of four phi serves each of the ten scales of the released VAR weights."""
@@ -70,15 +82,6 @@ class ScaleStep(NamedTuple):
     rest: Float[Tensor, "b dim h w"]  # what is still missing after it
 
 
-class Quantized(NamedTuple):
-    """`ids` are those of all scales, coarse to fine, each in raster order."""
-
-    z_q: Float[Tensor, "b dim h w"]  # value: the last f_hat; gradient: straight through to f
-    ids: Int[Tensor, "b total"]
-    loss: Float[Tensor, ""]
-    stats: dict[str, Tensor]  # hits (scales, vocab), used (codes met at all), perplexity
-
-
 class MultiScaleVQ(nn.Module):
     """One codebook of `vocab` x `dim` for all `scales`; the latent map has the side of the last scale.
 
@@ -111,7 +114,7 @@ class MultiScaleVQ(nn.Module):
     def nearest(self, x: Float[Tensor, "b dim p p"]) -> Int[Tensor, "b p*p"]:
         """The id of the codeword nearest to each vector, in raster order. |x|^2 is the same for all and left out."""
         flat, codebook = x.detach().flatten(2).transpose(1, 2), self.codebook.detach()
-        with _full_precision(x):
+        with full_precision(x):
             return (codebook.square().sum(1) - 2 * flat @ codebook.T).argmin(dim=-1)
 
     def analyse(self, f: Float[Tensor, "b dim h w"]) -> Iterator[ScaleStep]:
@@ -121,7 +124,7 @@ class MultiScaleVQ(nn.Module):
         """
         if f.shape[1:] != (self.dim, self.side, self.side):
             raise ValueError(f"the latent is (b, {self.dim}, {self.side}, {self.side}), got {tuple(f.shape)}")
-        rest = f.detach()
+        rest = f.detach().to(self.codebook.dtype)
         f_hat = torch.zeros_like(rest)
         for k in range(len(self.scales)):
             pooled = self._down(rest, k)
@@ -143,7 +146,7 @@ class MultiScaleVQ(nn.Module):
             [self.beta * F.mse_loss(s.f_hat.detach(), f) + F.mse_loss(s.f_hat, f.detach()) for s in steps]
         ).mean()
         ids = torch.cat([s.ids for s in steps], dim=1)
-        z_q = _StraightThrough.apply(steps[-1].f_hat, f)
+        z_q = StraightThrough.apply(steps[-1].f_hat, f)
         return Quantized(z_q, ids, loss, self._stats([s.ids for s in steps]))
 
     # ---- from ids to a latent map ------------------------------------------------------------------------------------
@@ -155,7 +158,7 @@ class MultiScaleVQ(nn.Module):
         h = F.embedding(ids, self.codebook).transpose(1, 2).reshape(len(ids), self.dim, p, p).contiguous()
         if p != self.side:
             h = F.interpolate(h, size=(self.side, self.side), mode="bicubic")
-        with _full_precision(h):
+        with full_precision(h):
             return self.phis[self.phi_of_scale[k]](h)
 
     def partial_latents(self, ids: Int[Tensor, "b n"]) -> list[Float[Tensor, "b dim h w"]]:
@@ -203,26 +206,10 @@ class MultiScaleVQ(nn.Module):
         return {"hits": hits, "used": (share > 0).sum(), "perplexity": torch.special.entr(share).sum().exp()}
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
-    """Ids and f_hat must not depend on whether the caller runs under autocast."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Value of the first argument, gradient of the second. f + (f_hat - f) would round f_hat off."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, carrier: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, grads[0]
-
-
-@dataclass(frozen=True)
-class MultiScaleConfig:
-    """The shape of a tokenizer; the defaults suit the 8x8 digits. Pictures are square, `side` pixels wide."""
+@dataclass(frozen=True, kw_only=True)
+class MultiScaleConfig(LossConfig, CodebookConfig):
+    """The shape of a tokenizer and how it is trained; the defaults suit the 8x8 digits. Pictures are square, `side`
+    pixels wide."""
 
     scales: tuple[int, ...] = (1, 2, 4, 8)
     vocab: int = 64
@@ -230,12 +217,40 @@ class MultiScaleConfig:
     channels: int = 1
     width: int = 48
     halvings: int = 0
+    body: Body = "plain"
     phis: int = 4
     phi_ratio: float = 0.5
     beta: float = 0.25
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple(self.scales))  # JSON knows lists only
+        check_body(self.body, self.width, self.halvings)
+        self.check_codebook()
+        self.check_loss()
+        if min(self.vocab, self.dim, self.channels, self.phis) < 1:
+            raise ValueError("vocab, dim, channels and phis are at least 1")
+
+    @classmethod
+    def for_pictures(cls, side: int, channels: int, **changes: object) -> MultiScaleConfig:
+        """A config for square pictures of this size. Raises ValueError for sides that no pyramid here ends in.
+
+        Up to 8 pixels: a pyramid of pixels; up to 64: one that ends in 8x8 (32x32 glyphs); from 128 on: stride 16 and
+        the published body, which for 256 is VAR's (160 channels, 4,096 codes of 32 dimensions, ten scales).
+        """
+        if side >= 128:
+            halvings = 4
+            shape = dict(body="residual", width=160, vocab=4096, dim=32, perceptual=1.0, adversarial=0.5, warm_up=0.05)
+        elif side <= 8:
+            halvings, shape = 0, {"scales": cls.scales} if side == cls.scales[-1] else {}
+        else:
+            halvings = max(1, (side - 1).bit_length() - 3)
+            shape = dict(vocab=256, dim=16, width=64)
+        last, rest = divmod(side, 2**halvings)
+        if rest or last not in SCALES:
+            ends = ", ".join(str(n * 2**halvings) for n in SCALES)
+            raise ValueError(f"no pyramid of scales for pictures of {side} pixels; near it there are {ends}: resize")
+        fields = {"scales": SCALES[last], "channels": channels, "halvings": halvings, **shape, **changes}
+        return cls(**fields)  # type: ignore[arg-type]
 
     @property
     def side(self) -> int:
@@ -249,25 +264,39 @@ class MultiScaleConfig:
 class MultiScaleTokenizer(nn.Module):
     """Pictures in [-1, 1] <-> ids of all scales."""
 
+    kind: ClassVar[str] = "multi-scale"
+    uses: Tensor
+
     def __init__(self, config: MultiScaleConfig) -> None:
         super().__init__()
-        self.config = config
-        c = config
-        self.encoder = ConvEncoder(c.channels, c.width, c.dim, c.halvings)
+        self.config = c = config
+        self.encoder, self.decoder = conv_body(c.body, c.channels, c.width, c.dim, c.halvings, inner=c.dim, kernel=3)
         self.quantizer = MultiScaleVQ(c.scales, c.vocab, c.dim, c.phis, c.phi_ratio, c.beta)
-        self.decoder = ConvDecoder(c.channels, c.width, c.dim, c.halvings)
+        self.picture_loss = PictureLoss(c, c.channels, c.side)
+        self.register_buffer("uses", torch.zeros(c.vocab))  # of each code, since the last revival
+
+    side = property(lambda self: self.config.side)
+    channels = property(lambda self: self.config.channels)
+    vocab = property(lambda self: self.config.vocab)
+    grid = property(lambda self: (self.quantizer.side, self.quantizer.side))
+
+    def latents(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim h2 w2"]:
+        """What is quantized."""
+        check_pictures(images, self.channels, self.side)
+        return self.encoder(images)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Quantized]:
         """Reconstruction (not clamped) and what the quantizer did: the training path."""
-        quantized = self.quantizer.quantize(self.encoder(images))
+        quantized = self.quantizer.quantize(self.latents(images))
         return self.decoder(quantized.z_q), quantized
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c h w"]) -> Int[Tensor, "b total"]:
-        return self.quantizer.quantize(self.encoder(images)).ids
+        return self.quantizer.quantize(self.latents(images)).ids
 
     @torch.no_grad()
     def decode(self, ids: Int[Tensor, "b total"]) -> Float[Tensor, "b c h w"]:
+        check_codes(ids, (self.quantizer.total,), self.vocab)
         return self.decoder(self.quantizer.decode_latent(ids)).clamp(-1, 1)
 
     @torch.no_grad()
@@ -275,22 +304,62 @@ class MultiScaleTokenizer(nn.Module):
         """The picture after each scale, for films; `ids` may end after any scale."""
         return [self.decoder(f_hat).clamp(-1, 1) for f_hat in self.quantizer.partial_latents(ids)]
 
+    def loss(
+        self, images: Float[Tensor, "b c h w"], step: int, steps: int, generator: torch.Generator
+    ) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        """As `PictureTokenizer.loss`. VAR published no training of its tokenizer; this is ours: a plain autoencoder
+        first, then the codebook is filled scale by scale, one scale a step, each with rests the coarser ones leave."""
+        c = self.config
+        f = self.latents(images)
+        now, since = phase(c, step, steps, fills=len(c.scales))
+        if now is Phase.PLAIN:
+            loss, figures = self.picture_loss(self.decoder(f), images, self.decoder.last, step, steps)
+            loss = loss + c.latent_weight * f.square().mean() + idle(self.quantizer)
+            return loss, {"loss": loss.item(), **figures}
+        revived = self._tend(now, since, f.detach(), generator) if self.training else 0
+        quantized = self.quantizer.quantize(f)
+        if self.training:
+            count_uses(self.uses, quantized.ids)
+        loss, figures = self.picture_loss(self.decoder(quantized.z_q), images, self.decoder.last, step, steps)
+        loss = loss + c.vq_weight * quantized.loss + idle(self.quantizer)  # a phi may serve no scale
+        figures |= {"vq_loss": quantized.loss.item(), "codes_used": float(quantized.stats["used"])}
+        figures |= {"perplexity": float(quantized.stats["perplexity"]), "codes_revived": float(revived)}
+        return loss, {"loss": loss.item(), **figures}
+
+    @torch.no_grad()
+    def _tend(self, now: Phase, since: int, f: Float[Tensor, "b dim h w"], generator: torch.Generator) -> int:
+        """Fill the codebook or revive its unused codes, where it is time; how many were revived."""
+        vq, codes = self.quantizer, self.quantizer.codebook
+        if now is Phase.FILL:
+            # The share of each scale is drawn from its own rests; until finer scales follow, they copy what is there.
+            begin, end = (vq.vocab * k // len(vq.scales) for k in (since, since + 1))
+            known = torch.cat([codes[:begin], draw(self._rests(f)[since], end - begin, generator).to(codes.dtype)])
+            if len(known):
+                codes.copy_(known[torch.arange(vq.vocab, device=codes.device) % len(known)])
+        elif now is Phase.REVIVE:
+            dead = unused(self.uses, self.config.revive_below)
+            rests = self._rests(f)
+            for k in range(len(rests)):  # in equal numbers from every scale
+                codes[dead[k :: len(rests)]] = draw(rests[k], len(dead[k :: len(rests)]), generator).to(codes.dtype)
+            self.uses.zero_()
+        else:
+            return 0
+        same_everywhere(codes)
+        return len(dead) if now is Phase.REVIVE else 0
+
+    def _rests(self, f: Float[Tensor, "b dim h w"]) -> list[Float[Tensor, "m dim"]]:
+        """What is quantized at each scale, as rows."""
+        return [s.pooled.transpose(0, 1).flatten(1).T for s in self.quantizer.analyse(f)]
+
 
 # ---- training ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class TokenizerRecipe:
-    """How `train_tokenizer` trains. VAR published no training code; the defaults suit thousands of small pictures."""
+    """How `train_tokenizer` trains; the defaults suit thousands of small pictures."""
 
     steps: int = 900
     batch: int = 32
     learning_rate: float = 3e-3  # AdamW, cosine to zero
-    warm_up: float = 1 / 3  # share of the steps as a plain autoencoder, before the codebook is filled
-    latent_weight: float = 1e-3  # of mean f^2 during the warm-up: keeps latents at a size that codewords can follow
-    vq_weight: float = 0.5  # of the quantizer's loss, beside the squared error of the picture
-    replace_every: int = 50  # steps between two replacements of codewords that are hardly used
-    replace_until: float = 0.8  # share of the steps after which the codebook is left alone
-    replace_below: int = 2  # fewer uses than this, among the ids of `survey` pictures, is hardly used
-    survey: int = 512
 
 
 def train_tokenizer(
@@ -307,31 +376,18 @@ def train_tokenizer(
     `augment(batch, generator)` may vary each batch; `progress(step, steps, metrics)` is called after every step with
     loss, psnr (dB) and, once the codebook is filled, the codes used. The global random state is left as it was.
     """
-    config, recipe = config or MultiScaleConfig(), recipe or TokenizerRecipe()
-    if images.shape[1:] != (config.channels, config.side, config.side):
-        want = (config.channels, config.side, config.side)
-        raise ValueError(f"this tokenizer is for pictures of shape {want}, got {tuple(images.shape[1:])}")
+    recipe = recipe or TokenizerRecipe()
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = MultiScaleTokenizer(config)
+        tokenizer = MultiScaleTokenizer(config or MultiScaleConfig()).train()
+    check_pictures(images, tokenizer.channels, tokenizer.side)
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
-    warm = round(recipe.warm_up * recipe.steps)
-
-    def draw(count: int) -> Tensor:
-        batch = images[torch.randint(len(images), (count,), generator=generator)]
-        return augment(batch, generator) if augment else batch
-
     for step in range(recipe.steps):
-        if step == warm:
-            _fill_codebook(tokenizer.quantizer, tokenizer.encoder(draw(recipe.survey)), generator)
-        elif step > warm and (step - warm) % recipe.replace_every == 0 and step < recipe.replace_until * recipe.steps:
-            _replace_unused(
-                tokenizer.quantizer, tokenizer.encoder(draw(recipe.survey)), recipe.replace_below, generator
-            )
-        batch = draw(recipe.batch)
-        loss, metrics = (_plain_loss if step < warm else _quantized_loss)(tokenizer, batch, recipe)
+        batch = images[torch.randint(len(images), (recipe.batch,), generator=generator)]
+        batch = augment(batch, generator) if augment else batch
+        loss, metrics = tokenizer.loss(batch, step, recipe.steps, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -339,49 +395,3 @@ def train_tokenizer(
         if progress:
             progress(step + 1, recipe.steps, metrics)
     return tokenizer.eval()
-
-
-def _plain_loss(
-    tokenizer: MultiScaleTokenizer, images: Tensor, recipe: TokenizerRecipe
-) -> tuple[Tensor, dict[str, float]]:
-    f = tokenizer.encoder(images)
-    error = F.mse_loss(tokenizer.decoder(f), images)
-    loss = error + recipe.latent_weight * f.square().mean()
-    return loss, {"loss": loss.item(), "psnr": _psnr(error)}
-
-
-def _quantized_loss(
-    tokenizer: MultiScaleTokenizer, images: Tensor, recipe: TokenizerRecipe
-) -> tuple[Tensor, dict[str, float]]:
-    drawn, quantized = tokenizer(images)
-    error = F.mse_loss(drawn, images)
-    loss = error + recipe.vq_weight * quantized.loss
-    used = float(quantized.stats["used"])
-    return loss, {"loss": loss.item(), "psnr": _psnr(error), "vq_loss": quantized.loss.item(), "codes_used": used}
-
-
-def _psnr(squared_error: Tensor) -> float:
-    """In dB, for pictures in [-1, 1], whose peak is 2."""
-    return -10 * math.log10(squared_error.item() / 4)
-
-
-@torch.no_grad()
-def _fill_codebook(vq: MultiScaleVQ, f: Float[Tensor, "b dim h w"], generator: torch.Generator) -> None:
-    """Codewords become rests met at each scale, in equal numbers: those of a scale are drawn after the coarser ones."""
-    codes = f.new_zeros(0, vq.dim)
-    for k in range(len(vq.scales)):
-        missing = vq.vocab * (k + 1) // len(vq.scales) - len(codes)
-        rests = next(s.pooled for i, s in enumerate(vq.analyse(f)) if i == k).transpose(0, 1).flatten(1).T
-        chosen = torch.randint(len(rests), (missing,), generator=generator)
-        codes = torch.cat([codes, rests[chosen]])
-        vq.codebook.copy_(codes[torch.arange(vq.vocab) % len(codes)])
-
-
-@torch.no_grad()
-def _replace_unused(vq: MultiScaleVQ, f: Float[Tensor, "b dim h w"], below: int, generator: torch.Generator) -> None:
-    """Codewords used fewer than `below` times become rests met now, drawn in equal numbers from every scale."""
-    steps = list(vq.analyse(f))
-    uses = torch.cat([s.ids.flatten() for s in steps]).bincount(minlength=vq.vocab)
-    for turn, code in enumerate((uses < below).nonzero().flatten().tolist()):
-        rests = steps[turn % len(steps)].pooled.transpose(0, 1).flatten(1).T
-        vq.codebook[code] = rests[int(torch.randint(len(rests), (), generator=generator))]

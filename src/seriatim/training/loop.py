@@ -1,13 +1,13 @@
-"""One training loop: draw a canvas, take the mean loss of its elements under teacher forcing, step.
+"""Training in a few lines of Python: draw a canvas, take the mean loss of its elements under teacher forcing, step.
 
-Knows nothing of systems, files or the command line. The same seed gives the same weights on the same machine.
+Knows nothing of systems and files: what is saved and resumed is trained by `trainer.py`. The same seed gives the same
+weights on the same machine.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,42 +15,10 @@ from torch import Tensor, nn
 from seriatim.canvas import Canvas
 from seriatim.model import Model
 from seriatim.random import Generator
+from seriatim.training.recipe import Recipe
 
 Draw = Callable[[int, torch.Generator], tuple[Canvas, Mapping[str, Tensor] | None]]
 Progress = Callable[[int, int, Mapping[str, float]], None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: AdamW, linear warm-up, cosine to `floor` times the learning rate.
-
-    warm_up is a share of the steps; drop the share of samples whose condition is replaced by the null; clip the
-    largest gradient norm; bf16 autocasts the forward.
-    """
-
-    steps: int
-    batch: int = 32
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    warm_up: float = 0.05
-    floor: float = 0.0
-    clip: float = 1.0
-    drop: float = 0.0
-    bf16: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1:
-            raise ValueError(f"training takes at least 1 step of at least 1 sample, got {self.steps} of {self.batch}")
-
-    def rate(self, step: int) -> float:
-        """The factor on the learning rate at a step, from 0."""
-        warm = self.warm_up * self.steps
-        if step < warm:
-            return (step + 1) / warm
-        share = (step - warm) / max(self.steps - warm, 1)
-        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * share)) / 2
 
 
 def fit(model: Model, draw: Draw, recipe: Recipe, progress: Progress | None = None) -> list[float]:

@@ -1,66 +1,99 @@
-"""A training run in a folder: progress with time left, metrics as JSON lines, weights and settings written safely."""
+"""A training in a folder: what it is (run.json), how it went (metrics.jsonl), where it stands (state.safetensors).
+
+Every file is written beside and renamed, or appended to line by line; a folder belongs to one training at a time.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from seriatim.training.checkpoint import save_json, save_weights
-
-Tick = Callable[[int, int, Mapping[str, float]], None]
+from seriatim.training.checkpoint import save_json
 
 
-@dataclass
-class Run:
-    """Where a run writes and how it reports.
+class RunFolder:
+    """Where one training writes."""
 
-    steps: overrides a system's own number of steps; bar: a factory of progress displays (None: silent).
-    """
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
 
-    path: Path
-    seed: int = 0
-    steps: int | None = None
-    bar: Callable[[str], Any] | None = None
-    summary: dict[str, Any] = field(default_factory=dict)
+    state = property(lambda self: self.path / "state.safetensors")
+    weights = property(lambda self: self.path / "model.safetensors")
+    metrics = property(lambda self: self.path / "metrics.jsonl")
+    card = property(lambda self: self.path / "run.json")
 
-    @contextmanager
-    def track(self, name: str) -> Iterator[Tick]:
-        """A callback (step, steps, metrics) that moves a progress bar and appends to metrics.jsonl."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        start = time.perf_counter()
-        display = self.bar(name) if self.bar else None
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as log:
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The folder, for this process alone. Raises ValueError where another training holds it, OSError where nothing
+        can be written."""
+        import fcntl
 
-            def tick(step: int, steps: int, metrics: Mapping[str, float]) -> None:
-                numbers = {k: float(v) for k, v in metrics.items()}
-                log.write(json.dumps({"phase": name, "step": step, **numbers}) + "\n")
-                if display:
-                    display.update(step, steps, numbers)
-
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held until the end)
+        except OSError as error:
+            raise OSError(f"nothing can be written to {self.path} ({error.strerror}); choose another --out") from None
+        with lock:
             try:
-                yield tick
-            finally:
-                if display:
-                    display.close()
-        self.summary[f"{name}_seconds"] = round(time.perf_counter() - start, 1)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(
+                    f"another training writes to {self.path}; wait for it, or choose another --out"
+                ) from None
+            yield
 
-    def save(self, name: str, module: nn.Module, config: Any) -> None:
-        """Weights as NAME.safetensors, settings as NAME.json."""
-        save_weights(module, self.path / f"{name}.safetensors")
-        save_json(
-            asdict(config) if is_dataclass(config) and not isinstance(config, type) else config,
-            self.path / f"{name}.json",
-        )
+    def begin(self, card: Mapping[str, Any], resume: bool) -> None:
+        """Start anew, or go on with what is there. Raises ValueError where something is in the way or does not fit."""
+        if not resume:
+            if self.card.exists() or self.state.exists():
+                raise ValueError(f"{self.path} holds a training already; go on with --resume, or choose another --out")
+            save_json(card, self.card)
+            return
+        there = self.read_card()
+        for name, value in json.loads(json.dumps(card)).items():
+            if name != "version" and there.get(name) != value:
+                raise ValueError(
+                    f"{self.path} was started with other settings ({_difference(name, there.get(name), value)}); resume "
+                    "with the same, or start another run with --out"
+                )
 
-    def finish(self, **figures: Any) -> dict[str, Any]:
-        """Write the figures of the run to summary.json and return them."""
-        self.summary.update(figures)
-        save_json(self.summary, self.path / "summary.json")
-        return self.summary
+    def read_card(self) -> dict[str, Any]:
+        """What the run is. Raises ValueError where the folder holds no run."""
+        if not self.card.is_file():
+            raise ValueError(f"{self.path} holds no training (there is no run.json in it)")
+        try:
+            return json.loads(self.card.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{self.card} cannot be read ({error}); it may have been cut short") from None
+
+    def forget_after(self, step: int) -> list[dict[str, Any]]:
+        """Drop what was noted after a step, and half-written lines; what is left."""
+        kept = []
+        for entry in read_lines(self.metrics):
+            if entry.get("step", 0) <= step:
+                kept.append(entry)
+        part = self.metrics.with_name("metrics.jsonl.part")
+        part.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
+        os.replace(part, self.metrics)
+        return kept
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; none where there is no file."""
+    lines = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def _difference(name: str, there: Any, asked: Any) -> str:
+    if isinstance(there, dict) and isinstance(asked, dict):
+        differs = [k for k in {**there, **asked} if there.get(k) != asked.get(k)]
+        return ", ".join(f"{name}.{k} {there.get(k)!r}, now {asked.get(k)!r}" for k in differs[:3])
+    return f"{name} {there!r}, now {asked!r}"

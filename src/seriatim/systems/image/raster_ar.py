@@ -7,34 +7,26 @@ pictures.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.conditions.condition import ClassCondition
-from seriatim.data.digits import levels_to_images, load_digits, shift_sideways
-from seriatim.decoding.filters import Warper
-from seriatim.decoding.guidance import Guidance
-from seriatim.decoding.loop import generate
-from seriatim.decoding.sample import SampleAll
-from seriatim.decoding.target import Target
 from seriatim.embed import TokenEmbed
-from seriatim.evaluation.digits import digit_judge, judge_digits
-from seriatim.evaluation.pictures import save_curve, save_film, save_grid
 from seriatim.factorization.line import Line
 from seriatim.heads.categorical import CategoricalHead
 from seriatim.laws.case import Case, randomise
 from seriatim.layout import grid
 from seriatim.model import Model
 from seriatim.plan import Plan
-from seriatim.random import Generator
+from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.meta import Meta
-from seriatim.training.loop import Recipe, fit
-from seriatim.training.run import Run
+from seriatim.systems.system import Sampling
+from seriatim.training.recipe import Recipe
 from seriatim.view import inclusive
 
 META = Meta(
@@ -50,7 +42,7 @@ META = Meta(
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes; the defaults suit 8x8 digits at 17 grey levels."""
+    """Sizes; the defaults suit 8x8 digits at 17 grey levels. `side`: elements in a row."""
 
     side: int = 8
     vocab: int = 17
@@ -70,46 +62,36 @@ def build(config: Config | None = None) -> Model:
     return Model(grid(c.side, c.side), Line(prefix=1), embed, backbone, CategoricalHead(c.width, c.vocab), condition)
 
 
-def sample(model: Model, labels: Tensor, seed: int = 0, guidance: float = 0.5, top_p: float = 0.96) -> Tensor:
-    """Levels (n, elements) of samples of these classes."""
-    target = Target(model, {"class": labels}, Guidance(guidance), Warper(top_p=top_p))
-    return generate(target, model.blank(len(labels)), SampleAll(), random=Generator(seed)).value["token"]
+class RasterAR(ImageSystem):
+    """Pixels of small pictures, or ids of a VQ tokenizer, row by row."""
 
+    meta, Config = META, Config
+    tokenizers = ("pixels", "image-vq")
+    tokenizer_settings = MappingProxyType({"levels": 17})
+    sizes = MappingProxyType({
+        "tiny": {},
+        "small": {"width": 192, "depth": 6, "heads": 6},
+        "b": {"width": 768, "depth": 12, "heads": 12},
+    })  # fmt: skip
+    recipes = MappingProxyType({
+        "tiny": Recipe(800, drop=0.1),
+        "small": Recipe(4000, batch=64, learning_rate=1e-3, drop=0.1, bf16=True, ema=0.995),
+        "b": Recipe(300_000, batch=256, learning_rate=1e-4, drop=0.1, bf16=True, ema=0.9999),
+    })  # fmt: skip
+    sampling = Sampling(top_p=0.96, guidance=0.5)
 
-def train(run: Run) -> dict[str, Any]:
-    """Grey levels of scikit-learn's digits, without a tokenizer; weights, pictures and figures go to the run."""
-    digits = load_digits()
-    config = Config()
-    torch.manual_seed(run.seed)
-    model = build(config)
+    @staticmethod
+    def build(config: Any, tokenizer: Any) -> Model:
+        return build(config)
 
-    def draw(n: int, generator: torch.Generator):
-        i = torch.randint(len(digits.train), (n,), generator=generator)
-        shifted = shift_sideways(digits.train.images[i], generator)
-        levels = ((shifted[:, 0] + 1) * 8).round().long().flatten(1)
-        return model.canvas({"token": levels}), {"class": digits.train.labels[i]}
-
-    with run.track("generator") as tick:
-        history = fit(model, draw, Recipe(run.steps or 800, drop=0.1, seed=run.seed), tick)
-    run.save("model", model, config)
-    with torch.no_grad():
-        held_out = model.canvas({"token": digits.test.levels.flatten(1)})
-        nats = model.losses(held_out, {"class": digits.test.labels}).mean()
-    with run.track("judge") as tick:
-        judge = digit_judge(run.seed, tick)
-    labels = torch.arange(10).repeat_interleave(20)
-    images = levels_to_images(sample(model, labels, run.seed).view(-1, 8, 8))
-    figures = judge_digits(images, labels, judge)
-    rows = [str(d) for d in range(10)]
-    shown = images.view(10, 20, 1, 8, 8)[:, :10].flatten(0, 1)
-    save_grid(shown, run.path / "samples.png", row_labels=rows, resample="bicubic", invert=True)
-    raster = torch.arange(64).view(8, 8)
-    film = [torch.where(raster < n, shown, -torch.ones(())) for n in range(8, 65, 8)]
-    captions = [f"{n} of 64 pixels" for n in range(8, 65, 8)]
-    save_film(film, run.path / "film.gif", captions=captions, row_labels=rows, invert=True, pause=0.4)
-    save_curve({"raster on digits": history}, run.path / "loss.png", y_label="nats per pixel", smooth=20)
-    bits = float(nats) / math.log(2)
-    return run.finish(bits_per_pixel=bits, forwards=64, **figures)
+    @classmethod
+    def known(cls, tokenizer: Any, classes: Sequence[str]) -> dict[str, Any]:
+        rows, columns = tokenizer.grid
+        if tokenizer.vocab is None or getattr(tokenizer, "depth", 1) != 1 or rows != columns:
+            raise ValueError(
+                f"{META.key} needs a tokenizer with one id a place on a square grid: pixels of grey, or image-vq"
+            )
+        return {**super().known(tokenizer, classes), "side": rows}
 
 
 def case() -> Case:

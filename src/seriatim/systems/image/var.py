@@ -8,7 +8,10 @@ grows linearly with the scale.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,26 +21,18 @@ from torch import Tensor, nn
 from seriatim.backbones.transformer import Layer, Transformer, TransformerConfig
 from seriatim.canvas import Canvas
 from seriatim.conditions.condition import ClassCondition
-from seriatim.data.digits import load_digits, shift_sideways
-from seriatim.decoding.filters import Warper
 from seriatim.decoding.guess import Guess
-from seriatim.decoding.guidance import Guidance
-from seriatim.decoding.loop import generate
-from seriatim.decoding.sample import SampleAll
-from seriatim.decoding.target import Target
-from seriatim.evaluation.digits import digit_judge, judge_digits
-from seriatim.evaluation.pictures import save_curve, save_film, save_grid
 from seriatim.factorization.static import Scales
 from seriatim.heads.categorical import CategoricalHead
 from seriatim.laws.case import Case, Limit, randomise
 from seriatim.layout import pyramid
 from seriatim.model import Model
 from seriatim.plan import Plan
-from seriatim.random import Generator
+from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.meta import Meta
-from seriatim.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer, MultiScaleVQ, train_tokenizer
-from seriatim.training.loop import Recipe, fit
-from seriatim.training.run import Run
+from seriatim.systems.system import Sampling
+from seriatim.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer, MultiScaleVQ
+from seriatim.training.recipe import Recipe
 
 META = Meta(
     key="var",
@@ -60,6 +55,10 @@ class Config:
     depth: int = 4
     heads: int = 4
     dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tokenizer, dict):  # from JSON
+            object.__setattr__(self, "tokenizer", MultiScaleConfig(**self.tokenizer))
 
 
 class ScaleEmbed(nn.Module):
@@ -138,53 +137,38 @@ def initialise(embed: ScaleEmbed, backbone: Transformer, head: CategoricalHead, 
     head.weight.normal_(0, std / 50)
 
 
-# ---- on built-in data ------------------------------------------------------------------------------------------------
+class VAR(ImageSystem):
+    """A class, then scale after scale."""
 
+    meta, Config = META, Config
+    tokenizers = ("image-msvq",)
+    sizes = MappingProxyType({
+        "tiny": {},
+        "small": {"width": 192, "depth": 6, "heads": 6},
+        "d16": {"width": 1024, "depth": 16, "heads": 16, "dropout": 0.0},
+    })  # fmt: skip
+    recipes = MappingProxyType({
+        "tiny": Recipe(600, drop=0.1),
+        "small": Recipe(4000, batch=64, learning_rate=1e-3, drop=0.1, bf16=True, ema=0.995),
+        "d16": Recipe(500_000, batch=768, learning_rate=3e-4, floor=0.1, drop=0.1, bf16=True),
+    })  # fmt: skip
+    sampling = Sampling(top_p=0.96, guidance=1.5)
+    schedule = "linear"
 
-def sample(model: Model, labels: Tensor, seed: int = 0, guidance: float = 1.5, top_p: float = 0.96) -> Tensor:
-    """Ids (n, elements) of samples of these classes; guidance grows linearly with the scale."""
-    target = Target(model, {"class": labels}, Guidance(guidance, "linear"), Warper(top_p=top_p))
-    return generate(target, model.blank(len(labels)), SampleAll(), random=Generator(seed)).value["token"]
+    @staticmethod
+    def build(config: Any, tokenizer: Any) -> Model:
+        return build(config, None if tokenizer is None else tokenizer.quantizer)
 
+    @classmethod
+    def known(cls, tokenizer: Any, classes: Sequence[str]) -> dict[str, Any]:
+        if not isinstance(tokenizer, MultiScaleTokenizer):
+            raise ValueError(f"{META.key} needs a multi-scale tokenizer: a run of image-msvq")
+        return {"tokenizer": tokenizer.config, "classes": max(len(classes), 1)}
 
-def train(run: Run) -> dict[str, Any]:
-    """Tokenizer, then generator, on scikit-learn's digits; writes weights, pictures and figures to the run's folder."""
-    digits = load_digits()
-    with run.track("tokenizer") as tick:
-        tokenizer = train_tokenizer(digits.train.images, seed=run.seed, augment=shift_sideways, progress=tick)
-    config = Config()
-    torch.manual_seed(run.seed)
-    model = build(config, tokenizer.quantizer)
-
-    def draw(n: int, generator: torch.Generator):
-        i = torch.randint(len(digits.train), (n,), generator=generator)
-        ids = tokenizer.encode(shift_sideways(digits.train.images[i], generator))
-        return model.canvas({"token": ids}), {"class": digits.train.labels[i]}
-
-    with run.track("generator") as tick:
-        history = fit(model, draw, Recipe(run.steps or 600, drop=0.1, seed=run.seed), tick)
-    run.save("tokenizer", tokenizer, tokenizer.config)
-    run.save("model", model, config)
-    with torch.no_grad():
-        held_out = model.canvas({"token": tokenizer.encode(digits.test.images)})
-        nats = model.losses(held_out, {"class": digits.test.labels}).mean()
-    with run.track("judge") as tick:
-        judge = digit_judge(run.seed, tick)
-    labels = torch.arange(10).repeat_interleave(20)
-    ids = sample(model, labels, run.seed)
-    figures = judge_digits(tokenizer.decode(ids), labels, judge)
-    _pictures(run, tokenizer, ids.view(10, 20, -1)[:, :10].flatten(0, 1), history)
-    return run.finish(nats_per_token=float(nats), forwards=len(config.tokenizer.scales), **figures)
-
-
-def _pictures(run: Run, tokenizer: MultiScaleTokenizer, ids: Tensor, history: list[float]) -> None:
-    """Grid (ten of each class), the coarse-to-fine film of the same samples, and the loss curve."""
-    rows = [str(d) for d in range(10)]
-    partial = tokenizer.partial_decode(ids)
-    captions = [f"scale {s}x{s}" for s in tokenizer.config.scales]
-    save_grid(partial[-1], run.path / "samples.png", row_labels=rows, resample="bicubic", invert=True)
-    save_film(partial, run.path / "film.gif", captions=captions, row_labels=rows, resample="bicubic", invert=True)
-    save_curve({"var on digits": history}, run.path / "loss.png", y_label="nats per token", smooth=20)
+    def unfinished(self, codes: Tensor, known: Tensor) -> Float[Tensor, "n c h w"]:
+        """The picture of the scales so far."""
+        whole = [end for end in accumulate(self.tokenizer.quantizer.sizes) if bool(known[:, :end].all())]
+        return self.tokenizer.partial_decode(codes[:, : max(whole, default=0)])[-1]
 
 
 # ---- what the laws run -----------------------------------------------------------------------------------------------

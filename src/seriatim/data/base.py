@@ -1,0 +1,191 @@
+"""What a data set is, whatever it holds: two sides, samples by number; `load_data` finds one by its name or path.
+
+Nothing here knows models or tokenizers. A sample is the same whenever it is asked for; augmentation is drawn from the
+generator that is passed in, so that a batch follows from (numbers, generator) alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+class Examples(Protocol):
+    """One side (train or test) of a data set of pictures."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, index: Int[Tensor, " n"], generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """These samples as a batch, augmented if a generator is given.
+
+        "image": Float[n c h w] in [-1, 1]; where there are classes, "label": Int[n]. A set may add more ("style").
+        Raises IndexError for a number that no sample has.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Texts:
+    """One side of a text data set: documents that are independent of each other, read when asked for."""
+
+    documents: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set. `modality` is "image" or "text"; `notes` are sentences that a user should hear."""
+
+    name: str
+    modality: str
+    train: Any  # Examples of pictures, or Texts
+    test: Any
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+# Name -> modality; the loader is the function of that name in the module of that name, imported when it is asked for.
+BUILT_IN = {"digits": "image", "glyphs": "image", "photos": "image", "lines": "image", "stdlib": "text"}
+DEFAULT = {"image": "glyphs", "text": "stdlib"}
+
+
+def load_data(source: str | Path | None, modality: str, **options: Any) -> Data:
+    """A built-in data set by its name, or one's own by its path; None stands for the modality's default.
+
+    A path is a folder of pictures for "image"; a text file, a folder of them, or tables (CSV, JSONL, Parquet) for
+    "text". Options go to the loader. Raises FileNotFoundError where there is nothing of that name, ValueError where it
+    is of another modality or holds too little, TypeError for an option that the loader does not have.
+    """
+    if modality not in DEFAULT:
+        raise ValueError(f"modality is one of {', '.join(DEFAULT)}, got {modality!r}")
+    if source is None:
+        source = DEFAULT[modality]
+    if isinstance(source, str) and source in BUILT_IN:
+        if BUILT_IN[source] != modality:
+            fitting = ", ".join(name for name, own in BUILT_IN.items() if own == modality)
+            raise ValueError(
+                f"{source!r} is {BUILT_IN[source]} data, and {modality} data is needed: a path, or one of {fitting}"
+            )
+        return _call(source, _loader(source, source), options)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(_unknown(source))
+    if modality == "image":
+        loader = _loader("folders", "image_folder")
+    elif _is_table(path):
+        loader = _loader("tables", "text_table")
+    else:
+        loader = _loader("texts", "text_files")
+    return _call(str(source), loader, {"path": path, **options})
+
+
+def _loader(module: str, function: str) -> Callable[..., Data]:
+    return getattr(importlib.import_module(f"seriatim.data.{module}"), function)
+
+
+def _call(source: str, loader: Callable[..., Data], options: dict[str, Any]) -> Data:
+    """Call a loader after a look at the names of its options."""
+    takes = [name for name in inspect.signature(loader).parameters if name != "path"]
+    wrong = [name for name in options if name not in takes and name != "path"]
+    if wrong:
+        raise TypeError(f"data {source!r} takes no {', '.join(wrong)}; it takes {', '.join(takes) or 'no options'}")
+    return loader(**options)
+
+
+def _unknown(source: str | Path) -> str:
+    near = difflib.get_close_matches(str(source), BUILT_IN, n=2, cutoff=0.5) if isinstance(source, str) else []
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"no data at {str(source)!r}: there is no such file or folder.{hint} Built in: {', '.join(BUILT_IN)}"
+
+
+# ---- tables and sides ------------------------------------------------------------------------------------------------
+TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "json", ".ndjson": "json"}
+
+
+def _is_table(path: Path) -> bool:
+    """A table, or a folder in which there are tables and nothing else."""
+    names = [path.name] if path.is_file() else visible_files(path)
+    return bool(names) and all(suffix(name) in TABLES for name in names)
+
+
+def suffix(name: str) -> str:
+    """The ending of a file's name in lower case, with its dot."""
+    return os.path.splitext(name)[1].lower()
+
+
+def visible_files(root: Path) -> list[str]:
+    """Paths of the files below a folder, relative to it, sorted; hidden ones are left out, links are followed.
+
+    Raises PermissionError where the folder may not be read.
+    """
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise PermissionError(f"no permission to read the folder {root}")
+    found, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else [f for f in folders if not f.startswith((".", "__MACOSX"))]
+        if real not in seen:
+            found += [os.path.relpath(os.path.join(folder, n), root) for n in names if not n.startswith(".")]
+        seen.add(real)
+    return sorted(name.replace(os.sep, "/") for name in found)
+
+
+def naming(names: Sequence[str], most: int = 5) -> str:
+    """A few names for a note: "a.png, b.png and 3 more"."""
+    shown = ", ".join(name.encode("utf-8", "replace").decode() for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def share(key: str | bytes) -> float:
+    """A number in [0, 1) that looks random and follows from the key alone, on every machine (SHA-256)."""
+    content = key.encode("utf-8", "surrogateescape") if isinstance(key, str) else key
+    return int.from_bytes(hashlib.sha256(content).digest()[:4], "big") / 2**32
+
+
+def check_held_out(held_out: float) -> None:
+    """Raises ValueError unless this is a share between 0 and 1."""
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out is the share of samples kept for testing, between 0 and 1; got {held_out}")
+
+
+# Folders that are sides already: nobody wants classes called train and test.
+TRAIN_FOLDERS = {"train", "training"}
+TEST_FOLDERS = {"test", "val", "valid", "validation"}
+
+
+def split_paths(relative: Iterable[str], held_out: float) -> tuple[list[str], list[str]]:
+    """Train and test side of relative paths, each by a hash of itself, so that a file keeps its side as others come.
+
+    Where all lie in folders such as train/ and test/, these are the sides. Neither side is empty if there are two
+    paths: the path of the smallest or largest hash changes sides.
+    """
+    check_held_out(held_out)
+    paths = list(relative)
+    tops = {p: PurePosixPath(p).parts[0].lower() if "/" in p else "" for p in paths}
+    if has_sides(set(tops.values())):
+        return [p for p in paths if tops[p] in TRAIN_FOLDERS], [p for p in paths if tops[p] in TEST_FOLDERS]
+    shares = {p: share(p) for p in paths}
+    test = {p for p in paths if shares[p] < held_out}
+    if len(paths) > 1 and not test:
+        test = {min(paths, key=shares.__getitem__)}
+    elif len(paths) > 1 and len(test) == len(paths):
+        test.remove(max(paths, key=shares.__getitem__))
+    return [p for p in paths if p not in test], [p for p in paths if p in test]
+
+
+def has_sides(folders: set[str]) -> bool:
+    """Whether these top folders (lower case) are a train side and a test side, and nothing else."""
+    return bool(folders & TRAIN_FOLDERS) and bool(folders & TEST_FOLDERS) and folders <= TRAIN_FOLDERS | TEST_FOLDERS

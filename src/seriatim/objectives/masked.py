@@ -1,0 +1,151 @@
+"""Training of orders without a packed form: some elements are hidden, the others shown, one forward reads the hidden.
+
+What a masked generator learns, whatever is hidden by which rule: the law of each hidden element given those shown. The
+rules differ in how many are hidden and in the weight of a row's loss; with the weights of `by_time` and `by_count` the
+expected loss of a row is the bound of absorbing diffusion on its negative log-likelihood, which is the mean over all
+orders of the any-order log-likelihood (MDLM, Sahoo et al. 2024, arXiv 2406.07524; LLaDA, Nie et al. 2025, arXiv
+2502.09992). Nothing here knows what elements are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from seriatim.canvas import Canvas
+from seriatim.conditions.condition import Condition
+from seriatim.model import Model
+from seriatim.random import ORDER, Generator, Key, Random, numbered
+
+LEAST = 1e-3  # share that is hidden at time 0 (LLaDA): weights stay below a thousand
+
+
+class Masking(Protocol):
+    """Which elements are hidden."""
+
+    def __call__(
+        self, free: Bool[Tensor, "b E"], unit: Float[Tensor, "b"], noise: Float[Tensor, "b E"]
+    ) -> tuple[Bool[Tensor, "b E"], Float[Tensor, "b"]]:
+        """Hidden ones of those that are `free` (to be decided at all), and the weight of each row's summed loss.
+
+        unit: one number in [0, 1) a row, spread evenly over the batch; noise: one an element, uniform in [0, 1)."""
+        ...
+
+
+def by_time(
+    free: Bool[Tensor, "b E"], unit: Float[Tensor, "b"], noise: Float[Tensor, "b E"]
+) -> tuple[Bool[Tensor, "b E"], Float[Tensor, "b"]]:
+    """Absorbing diffusion at a time t: each element hidden with probability t, weight 1/t.
+
+    t runs from `LEAST` to 1 rather than from 0, as in LLaDA, so the expectation misses the bound by a thousandth of it;
+    figures are taken by `by_count`."""
+    t = LEAST + (1 - LEAST) * unit
+    return free & (noise < t[:, None]), 1 / t
+
+
+def by_count(
+    free: Bool[Tensor, "b E"], unit: Float[Tensor, "b"], noise: Float[Tensor, "b E"]
+) -> tuple[Bool[Tensor, "b E"], Float[Tensor, "b"]]:
+    """The same bound with far less variance: exactly l of n hidden, l uniform in 1..n, weight n/l (LLaDA's evaluation).
+
+    Weighing counts evenly is no change: hidden at a uniform time with weight 1/t, a given set of l elements counts
+    t^(l-1) (1-t)^(n-l) dt, which integrates to 1 / (l C(n, l))."""
+    n = free.sum(1)
+    count = (1 + (unit * n).long()).clamp(max=n)
+    return fewest(free, count, noise), n / count.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class ByRate:
+    """A share of the elements hidden, drawn from a normal law cut to [`least`, `mean`]; weight n/l, so that the loss is
+    the mean over the hidden ones (MAR, Li et al. 2024, section 4.2 and its code). No bound on anything."""
+
+    mean: float = 1.0
+    deviation: float = 0.25
+    least: float = 0.7
+
+    def __call__(
+        self, free: Bool[Tensor, "b E"], unit: Float[Tensor, "b"], noise: Float[Tensor, "b E"]
+    ) -> tuple[Bool[Tensor, "b E"], Float[Tensor, "b"]]:
+        low = 0.5 * math.erfc((self.mean - self.least) / self.deviation / math.sqrt(2))
+        z = torch.special.ndtri(low + (0.5 - low) * unit.double())
+        n = free.sum(1)
+        count = (n * (self.mean + self.deviation * z)).ceil().long()
+        count = torch.minimum(count.clamp(min=1), n)
+        return fewest(free, count, noise), n / count.clamp(min=1)
+
+
+def fewest(free: Bool[Tensor, "b E"], count: Int[Tensor, "b"], noise: Float[Tensor, "b E"]) -> Bool[Tensor, "b E"]:
+    """`count` of the free elements of each row, those of smallest noise: every set equally likely."""
+    order = noise.masked_fill(~free, math.inf).argsort(1).argsort(1)
+    return free & (order < count[:, None])
+
+
+class Masked(Model):
+    """A model whose order is found while decoding; its losses are those of one draw of a masking.
+
+    `masking` is the rule of training; in evaluation mode it is `judging`, of the same expectation and less variance
+    where there is one (None: the same).
+    """
+
+    def __init__(self, *parts: Any, masking: Masking, judging: Masking | None = None):
+        super().__init__(*parts)
+        self.masking, self.judging = masking, judging or masking
+
+    def losses(
+        self,
+        canvas: Canvas,
+        condition: Mapping[str, Tensor] | Condition | None = None,
+        drop: Bool[Tensor, "b"] | None = None,
+        strict: bool = False,
+        random: Random | None = None,
+    ) -> Float[Tensor, "b E"]:
+        """The weighted loss of each element under one draw of the masking (0 where it was shown or given), all drawn
+        from `random`. The sum of a row has the expectation that the masking promises. `strict` is refused: one draw of
+        a bound is no likelihood."""
+        if strict:
+            raise TypeError("one draw of a bound is no likelihood; average `losses` over draws")
+        random = random or Generator()
+        free, rows = canvas.open, torch.arange(canvas.batch)
+        unit = random.uniform((canvas.batch, 1), Key(canvas.row, 0, numbered(ORDER, 0, 1)))[:, 0]
+        noise = random.uniform(free.shape, Key(canvas.row, 0, numbered(ORDER)))
+        masking = self.masking if self.training else self.judging
+        hidden, weight = masking(free, (rows + unit) / canvas.batch, noise)
+        losses = self.hidden_losses(canvas, hidden, condition, drop, random)
+        return losses * weight.to(losses)[:, None]
+
+    def hidden_losses(
+        self,
+        canvas: Canvas,
+        hidden: Bool[Tensor, "b E"],
+        condition: Mapping[str, Tensor] | Condition | None = None,
+        drop: Bool[Tensor, "b"] | None = None,
+        random: Random | None = None,
+    ) -> Float[Tensor, "b E"]:
+        """The loss of each hidden element of a finished sample given all others, in one forward; 0 elsewhere.
+
+        It is the very step that decoding takes on such a canvas, and the head runs at hidden elements only."""
+        shown = self.canvas(canvas.value, ~hidden, row=canvas.row, layout=canvas.layout)
+        plan = self.factorization.step(shown, None, 0)
+        if plan is None:  # nothing is hidden: a loss of zero that still knows the weights
+            return sum(p.sum() * 0.0 for p in self.parameters()) + torch.zeros(hidden.shape, device=self.device)
+        if self._sound is not self.factorization:  # an order that peeks is refused before it is trained
+            plan.check(self.mixers, hidden)
+            self._sound = self.factorization
+        encoded = condition if isinstance(condition, Condition) else self.encode(condition, drop)
+        h = self.hidden(plan, shown, None, encoded)
+        element = plan.reads.element.expand(canvas.batch, -1)
+        row, column = (element >= 0).nonzero(as_tuple=True)
+        element, slot = element[row, column], plan.reads.slot.expand(canvas.batch, -1)[row, column]
+        (kind,) = canvas.layout.kinds
+        value = canvas.value[kind][row, element][:, None]
+        noise = () if random is None else (random, Key(canvas.row[row], element[:, None]))
+        loss = self.heads[kind].loss(h[row, slot][:, None], None, value, *noise)[:, 0]  # type: ignore[operator]
+        out = torch.zeros(hidden.shape, dtype=loss.dtype, device=loss.device)
+        return out.index_put((row.to(loss.device), element.to(loss.device)), loss)

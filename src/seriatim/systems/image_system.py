@@ -1,0 +1,111 @@
+"""Systems of pictures: a tokenizer makes elements of them, generation makes pictures and the film of their order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from seriatim.canvas import Canvas
+from seriatim.decoding.loop import decode
+from seriatim.random import Generator
+from seriatim.systems.system import Sampling, System
+
+FRAMES = 16  # of a film, at most
+BATCH = 100  # pictures that are generated together
+
+
+@dataclass
+class Pictures:
+    """Generated pictures in [-1, 1] with their film: what was there after some of the steps, and what it cost."""
+
+    images: Float[Tensor, "n c h w"]
+    labels: Int[Tensor, " n"] | None
+    frames: list[Float[Tensor, "n c h w"]] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    forwards: int = 0  # one after another, for each picture
+    seconds: float = 0.0  # in all
+
+
+class ImageSystem(System):
+    """Elements are the codes of a picture, kind "token"; the class, where there is one, is the condition "class"."""
+
+    source = "digits"
+    tokenizers: ClassVar[tuple[str, ...]]  # how pictures become elements; the first is the default
+    tokenizer_settings: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # of one that needs no training
+    sampling = Sampling(top_p=0.96)
+    validation_size = 256
+    validation_batch = 64
+
+    @classmethod
+    def known(cls, tokenizer: Any, classes: Sequence[str]) -> dict[str, Any]:
+        """Fields of the config that follow from the tokenizer and the data."""
+        return {"vocab": tokenizer.vocab, "classes": max(len(classes), 1)}
+
+    def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, dict[str, Tensor] | None]:
+        with torch.no_grad():
+            codes = self.tokenizer.encode(batch["image"])
+        return self.model.canvas({"token": codes}), self.condition(batch.get("label"), len(codes))
+
+    def condition(self, labels: Tensor | None, count: int) -> dict[str, Tensor] | None:
+        """The raw condition of labels; unlabelled pictures are all of class 0."""
+        if "class" not in self.model.conditions:
+            return None
+        return {"class": torch.zeros(count, dtype=torch.long) if labels is None else labels}
+
+    # ---- generation -------------------------------------------------------------------------------------------------
+
+    def draw(
+        self,
+        labels: Int[Tensor, " n"] | None = None,
+        count: int | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        film: bool = False,
+    ) -> Pictures:
+        """Generate pictures of these classes, or `count` of them. Raises ValueError for labels that do not exist."""
+        n = len(labels) if labels is not None else count or 1
+        out: list[Pictures] = []
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for k in range(0, n, BATCH):
+                part = None if labels is None else labels[k : k + BATCH]
+                out.append(self._draw(part, min(BATCH, n - k), sampling or self.sampling, seed + k, film))
+        whole = Pictures(torch.cat([p.images for p in out]), labels, forwards=out[0].forwards)
+        whole.frames = [torch.cat(parts) for parts in zip(*(p.frames for p in out), strict=False)]
+        whole.captions = out[0].captions
+        whole.seconds = time.perf_counter() - start
+        return whole
+
+    def _draw(self, labels: Tensor | None, n: int, sampling: Sampling, seed: int, film: bool) -> Pictures:
+        canvas = self.model.blank(n, Generator(seed))
+        target = self.target(self.condition(labels, n), sampling)
+        states, forwards = [], 0
+        for step in decode(target, canvas, self.decider(sampling), self.proposer(sampling), Generator(seed)):
+            forwards += step.forwards
+            if film:
+                states.append((forwards, canvas.known.clone(), {k: v.clone() for k, v in canvas.value.items()}))
+        out = Pictures(self.picture(canvas.value["token"]), labels, forwards=forwards)
+        for i in torch.linspace(0, len(states) - 1, min(FRAMES, len(states))).long().tolist():
+            at, known, value = states[i]
+            out.frames.append(self.unfinished(value["token"], known))
+            out.captions.append(f"forward {at} of {forwards}")
+        return out
+
+    def picture(self, codes: Tensor) -> Float[Tensor, "n c h w"]:
+        """Codes of all elements as pictures."""
+        return self.tokenizer.decode(codes)
+
+    def unfinished(self, codes: Tensor, known: Tensor) -> Float[Tensor, "n c h w"]:
+        """What is known so far as pictures: the rest is grey."""
+        images = self.picture(torch.where(known.view(*known.shape, *[1] * (codes.dim() - 2)), codes, 0))
+        rows, columns = self.tokenizer.grid
+        patch = images.shape[2] // rows, images.shape[3] // columns
+        shown = known.view(-1, 1, rows, columns).repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)
+        return torch.where(shown, images, torch.zeros(()))

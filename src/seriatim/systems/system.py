@@ -1,0 +1,154 @@
+"""What a published system is to training, generation and evaluation: a config, a tokenizer, a model, and a few answers.
+
+A system's file subclasses `TextSystem` or `ImageSystem` (text_system.py, image_system.py), gives `META`, `Config` and
+`build`, and overrides what is different about it. Nothing here knows a modality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from seriatim.canvas import Canvas
+from seriatim.decoding.filters import Warper
+from seriatim.decoding.guidance import Guidance
+from seriatim.decoding.loop import Decider, Proposer
+from seriatim.decoding.sample import SampleAll
+from seriatim.decoding.target import Target
+from seriatim.model import Model
+from seriatim.random import Generator
+from seriatim.systems.meta import Meta
+from seriatim.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: temperature and filters, guidance, and decoding steps where the order leaves a choice (None: the
+    system's own)."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    typical: float | None = None
+    guidance: float = 0.0
+    steps: int | None = None
+
+    @property
+    def warp(self) -> Warper:
+        return Warper(self.temperature, self.top_k, self.top_p, self.min_p, self.typical)
+
+
+class System(nn.Module):
+    """A published system at some size, with its tokenizer."""
+
+    meta: ClassVar[Meta]
+    Config: ClassVar[Any]
+    tokenizer: Any
+    sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+        {"tiny": {}}
+    )  # changes of the config's defaults
+    recipes: ClassVar[Mapping[str, Recipe]]  # by size; the first is the default
+    sampling: ClassVar[Sampling] = Sampling()
+    schedule: ClassVar[str] = "constant"  # of guidance, in progress
+    source: ClassVar[str]  # built-in data it is trained on by default
+
+    def __init__(self, config: Any, tokenizer: Any = None):
+        super().__init__()
+        self.config = config
+        self.__dict__["tokenizer"] = tokenizer  # frozen, and saved apart: no part of the module
+        self.model = self.build(config, tokenizer)
+
+    @staticmethod
+    def build(config: Any, tokenizer: Any) -> Model:
+        """The model with fresh weights."""
+        raise NotImplementedError
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, dict[str, Tensor] | None]:
+        """Elements and raw conditions of a batch of examples."""
+        raise NotImplementedError
+
+    def losses(self, batch: Mapping[str, Tensor], random: Generator, drop: float) -> tuple[Tensor, Tensor]:
+        """The losses of a batch, in nats where the likelihood is exact or a bound: their sum, and over how many
+        elements. `drop`: share of samples whose condition is replaced by the null."""
+        canvas, condition = self.canvas(batch)
+        dropped = None
+        if drop and condition:
+            dropped = torch.rand(canvas.batch, generator=random.generator) < drop
+        losses = self.model.losses(canvas, condition, dropped, random=random)
+        return losses.sum(), (canvas.rank >= 0).sum()
+
+    drop: float = 0.0  # set by whoever trains
+    classes: tuple[str, ...] = ()  # names of labels
+
+    def forward(self, batch: Mapping[str, Tensor], random: Generator, step: int, steps: int) -> tuple[Tensor, Tensor]:
+        return self.losses(batch, random, self.drop)
+
+    def validate(self, examples: Any) -> dict[str, float]:
+        """Figures on held-out samples, always the same ones."""
+        nats, elements = self.score(examples, self.validation_size)
+        return {"loss": nats / elements}
+
+    def score(self, examples: Any, most: int | None = None) -> tuple[float, int]:
+        """The summed losses of held-out samples (at most so many, spread evenly), and over how many elements: the same
+        samples and noise each time."""
+        total, elements = 0.0, 0
+        for n, part in enumerate(evenly(len(examples), most or self.score_size).split(self.validation_batch)):
+            batch = {k: v.to(self.model.device) for k, v in examples.take(part).items()}
+            loss, number = self.losses(batch, Generator(n), 0.0)
+            total, elements = total + float(loss), elements + int(number)
+        return total, elements
+
+    validation_size: ClassVar[int] = 64
+    validation_batch: ClassVar[int] = 16
+    score_size: ClassVar[int] = 2000
+
+    def weights_to_keep(self) -> nn.Module:
+        return self.model
+
+    # ---- generation -------------------------------------------------------------------------------------------------
+
+    def target(self, condition: Mapping[str, Tensor] | None, sampling: Sampling) -> Target:
+        """The law that is sampled."""
+        guidance = Guidance(sampling.guidance, self.schedule) if sampling.guidance else None  # type: ignore[arg-type]
+        return Target(self.model, condition, guidance, sampling.warp)
+
+    def decider(self, sampling: Sampling) -> Decider:
+        """How this system decides: here, everything that is read."""
+        return SampleAll()
+
+    def proposer(self, sampling: Sampling) -> Proposer | None:
+        """What is drafted, if anything."""
+        return None
+
+
+def evenly(count: int, most: int) -> Tensor:
+    """At most so many numbers below `count`, spread evenly."""
+    return torch.linspace(0, count - 1, min(count, most)).long()
+
+
+def config_from(cls: type[System], settings: Mapping[str, Any], size: str | None = None, **known: Any) -> Any:
+    """A config: the defaults, changed by the size, by what follows from data and tokenizer (`known`), and by the
+    user's settings. Raises ValueError for unknown sizes and fields, naming near ones."""
+    import difflib
+
+    names = {f.name for f in fields(cls.Config)}
+    if size is not None and size not in cls.sizes:
+        raise ValueError(f"{cls.meta.key} comes in the sizes {', '.join(cls.sizes)}, not {size!r}")
+    for name in settings:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{cls.meta.key} has no setting {name!r}{hint} Its settings: {', '.join(sorted(names))}")
+    for name, value in known.items():
+        if name in settings and settings[name] != value:
+            raise ValueError(f"{name} is {value} for these data and this tokenizer, and cannot be {settings[name]}")
+    chosen = next(iter(cls.sizes)) if size is None else size
+    return cls.Config(**{**cls.sizes[chosen], **{k: v for k, v in known.items() if k in names}, **settings})

@@ -1,0 +1,135 @@
+"""Systems of text: documents become one stream of ids, training draws windows of it, generation streams text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from seriatim.canvas import Canvas
+from seriatim.decoding.loop import Decider, Proposer, decode
+from seriatim.decoding.sample import SampleAll
+from seriatim.layout import line
+from seriatim.random import Keyed
+from seriatim.systems.system import Sampling, System, evenly
+from seriatim.tokenizers.text import ByteTokenizer, TextTokenizer, id_stream
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of a stream of ids, starting anywhere."""
+
+    ids: Int[Tensor, " n"]
+    length: int
+
+    def __post_init__(self) -> None:
+        if len(self.ids) < self.length:
+            raise ValueError(
+                f"the text has {len(self.ids)} tokens, and a window takes {self.length}: use more text, or a shorter "
+                "--length"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids) - self.length + 1
+
+    def take(self, index: Int[Tensor, " n"], generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        return {"token": self.ids[index[:, None] + torch.arange(self.length)].long()}
+
+
+class TextSystem(System):
+    """Elements are the tokens of a text, kind "token". The config has `length` and `vocab`."""
+
+    source = "stdlib"
+    tokenizers: ClassVar[tuple[str, ...]] = ("bytes", "bpe", "words")  # the first is the default
+    sampling = Sampling(temperature=0.7, top_p=0.95)
+    validation_size = 64
+    validation_batch = 8
+    score_size = 256
+
+    tokenizer: TextTokenizer
+
+    def __init__(self, config: Any, tokenizer: TextTokenizer | None = None):
+        super().__init__(config, tokenizer or ByteTokenizer())
+
+    def examples(self, documents: Sequence[str]) -> Windows:
+        """One side of a data set, as training draws it."""
+        return Windows(id_stream(self.tokenizer, documents), self.config.length)
+
+    def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, None]:
+        return self.model.canvas({"token": batch["token"]}), None
+
+    def validate(self, examples: Windows) -> dict[str, float]:
+        """The loss, and bits per byte of the same windows: an upper bound where the likelihood is one."""
+        nats, elements = self.score(examples, self.validation_size)
+        size = self.bytes_in(examples, self.validation_size)
+        return {"loss": nats / elements, "bits_per_byte": nats / size / math.log(2)}
+
+    def bytes_in(self, examples: Windows, most: int | None = None) -> int:
+        """UTF-8 bytes of the windows that `score` scores."""
+        ids = examples.take(evenly(len(examples), most or self.score_size))["token"]
+        return int(self.tokenizer.bytes_of[ids].sum())
+
+    # ---- generation -------------------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        prompt: str,
+        length: int | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        decider: Decider | None = None,
+        proposer: Proposer | None = None,
+        trace: list[Any] | None = None,
+    ) -> Iterator[str]:
+        """Pieces of text as they are decided, after the prompt; at most `length` tokens (None: 200, or what
+        there is room for). `trace` collects the steps."""
+        s = sampling or self.sampling
+        canvas = self.prompted(prompt, length)
+        known = canvas.given_length
+        target = self.target(None, s)
+        done = ""
+        for step in decode(target, canvas, decider or self.decider(s), proposer or self.proposer(s), Keyed(seed)):
+            if trace is not None:
+                trace.append(step)
+            text = self.tokenizer.decode(self._settled(canvas)[known:])
+            if len(text) > len(done) and not text.endswith("\ufffd"):  # half a letter waits for its other half
+                yield text[len(done) :]
+                done = text
+        rest = self.tokenizer.decode(self._settled(canvas)[known:])[len(done) :]
+        if rest:
+            yield rest
+
+    def _settled(self, canvas: Canvas) -> list[int]:
+        """Ids known from the front, without what ends a text."""
+        if canvas.length is not None:
+            ids = canvas.value["token"][0, : canvas.length].tolist()
+        else:
+            ids = canvas.read("token")[0][: int(canvas.lengths()[0])].tolist()
+        return ids
+
+    def prompted(self, prompt: str, length: int | None) -> Canvas:
+        """A canvas with a prompt given and room for `length` tokens. Raises ValueError where they do not fit."""
+        ids = self.tokenizer.encode(prompt)
+        room = self.model.layout.size
+        length = max(min(200, room - len(ids)), 1) if length is None else length
+        if length < 1 or len(ids) + length > room:
+            raise ValueError(
+                f"the prompt takes {len(ids)} tokens and {length} are asked for; this model takes {room} in all: "
+                "shorten the prompt or --length"
+            )
+        value = torch.nn.functional.pad(torch.tensor([ids], dtype=torch.long), (0, length))
+        return self.model.canvas({"token": value}, len(ids), layout=line(len(ids) + length))
+
+    def decider(self, sampling: Sampling) -> Decider:
+        eos = self.tokenizer.special.get("eos")
+        return SampleAll(() if eos is None else (eos,))
+
+    def write(self, prompt: str, length: int, sampling: Sampling | None = None, seed: int = 0) -> str:
+        """A whole continuation at once."""
+        with torch.inference_mode():
+            return "".join(self.stream(prompt, length, sampling, seed))

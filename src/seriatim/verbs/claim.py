@@ -1,0 +1,105 @@
+"""`claim`: a system's claim measured here and now, arm by arm, seed by seed; what is finished is not done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from seriatim.systems.claim import Arm, Claim
+from seriatim.systems.meta import catalogue
+from seriatim.systems.meta import load as load_module
+from seriatim.training.checkpoint import save_json
+from seriatim.verbs.evaluate import HOME, evaluate
+from seriatim.verbs.train import Bar, Trained, train
+
+
+def claim_of(key: str) -> Claim:
+    """What a system claims. Raises ValueError where it claims nothing that is measured here."""
+    found = getattr(load_module(key), "CLAIM", None)
+    if not isinstance(found, Claim):
+        raise ValueError(f"{key} states no claim that can be measured here yet")
+    return found
+
+
+def pending(key: str) -> list[tuple[str, int]]:
+    """Arms and seeds that are still to be run."""
+    claim = claim_of(key)
+    return [(arm, seed) for arm, seed in claim.queue() if not _figures_file(key, arm, seed).is_file()]
+
+
+def measure(
+    key: str, results: str | Path = "results", bar: Bar | None = None, said: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Work off the queue of a claim and write RESULTS/KEY.json; what it holds.
+
+    Runs stand under SERIATIM_HOME/claims and are resumed where they were cut off.
+    """
+    claim = claim_of(key)
+    for n, (name, seed) in enumerate(left := pending(key)):
+        said(f"{key}: arm {name}, seed {seed} ({n + 1} of {len(left)})")
+        _run(key, claim, name, seed, bar)
+    measured: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, seed in claim.queue():
+        file = _figures_file(key, name, seed)
+        measured.setdefault(name, {})[seed] = json.loads(file.read_text(encoding="utf-8"))
+    ours = [figures[claim.metric] for figures in measured[claim.ours].values()]
+    theirs = [figures[claim.metric] for figures in measured[claim.baseline].values()]
+    mine, other = statistics.fmean(ours), statistics.fmean(theirs)
+    result = {
+        "key": key, "claim": claim.text, "paper": claim.paper, "metric": claim.metric,
+        "arms": {name: list(runs.values()) for name, runs in measured.items()}, "ours": mine, "baseline": other,
+        "ratio": mine / other if other else None, "verdict": claim.verdict(ours, theirs), "rule": claim.rule,
+        "seeds": sorted({seed for _, seed in claim.queue()}),
+        "train_seconds": round(sum(f["train_seconds"] for runs in measured.values() for f in runs.values()), 1),
+        "machine": machine(), "command": f"seriatim claim {key}", "commit": commit(),
+    }  # fmt: skip
+    save_json(result, Path(results) / f"{key}.json")
+    return result
+
+
+def _run(key: str, claim: Claim, name: str, seed: int, bar: Bar | None) -> None:
+    """One arm with one seed: train or go on, judge, note."""
+    arm: Arm = claim.arms[name]
+    folder = _figures_file(key, name, seed).parent
+    settings = {**arm.settings, "seed": seed} | ({} if arm.steps is None else {"steps": arm.steps})
+    trained: Trained = train(
+        arm.system, claim.data, out=folder / "run", size=arm.size, tokenizer=arm.tokenizer, minutes=arm.minutes,
+        resume=(folder / "run" / "run.json").exists(), settings=settings, bar=bar,
+    )  # fmt: skip
+    figures = dict(arm.measure(trained)) if arm.measure else evaluate(trained.system, trained.data, seed=seed)
+    seconds = sum(h.get("seconds", 0.0) for h in trained.history)
+    save_json({"seed": seed, **figures, "train_seconds": round(seconds, 1)}, folder / "figures.json")
+
+
+def _figures_file(key: str, arm: str, seed: int) -> Path:
+    return HOME / "claims" / key / f"{arm}-{seed}" / "figures.json"
+
+
+def claimed(results: str | Path = "results") -> Iterator[dict[str, Any]]:
+    """What is known of every claim: its last result, or that there is none."""
+    for key, (meta, _) in catalogue().items():
+        file = Path(results) / f"{key}.json"
+        if file.is_file():
+            yield json.loads(file.read_text(encoding="utf-8"))
+        elif meta.family != "tokenizer":
+            yield {"key": key, "verdict": "not measured"}
+
+
+def machine() -> str:
+    """Processors and system, as results carry it."""
+    return f"{os.cpu_count()} x {platform.processor() or platform.machine()}, {platform.system()} {platform.release()}"
+
+
+def commit() -> str:
+    """The commit of the source, where it stands in a repository; else the version."""
+    import seriatim
+
+    where = Path(seriatim.__file__).parent
+    asked = subprocess.run(["git", "-C", str(where), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or seriatim.__version__

@@ -1,0 +1,91 @@
+"""`evaluate`: figures of a trained system on held-out data, with what they cost."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seriatim.data.base import Data, load_data
+from seriatim.evaluation.cost import parameters
+from seriatim.evaluation.features import features_for
+from seriatim.evaluation.metrics import bits_per_byte, bits_per_dimension, text_statistics
+from seriatim.evaluation.quality import picture_quality
+from seriatim.systems.image_system import ImageSystem, Pictures
+from seriatim.systems.system import System
+from seriatim.systems.text_system import TextSystem
+from seriatim.systems.tokenizer_system import TokenizerSystem
+from seriatim.training.run import RunFolder
+from seriatim.verbs.load import load, where
+
+HOME = Path(os.environ.get("SERIATIM_HOME", "~/.cache/seriatim")).expanduser()
+
+
+def evaluate(
+    source: str | Path | System,
+    data: str | Path | Data | None = None,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    **data_options: Any,
+) -> dict[str, Any]:
+    """Figures of a run, `zoo:NAME` or a loaded system, on the data it was trained on or others.
+
+    Text: bits per byte (exact or a bound), and statistics of what it writes. Pictures: bits per dimension of the coded
+    picture where the likelihood is tractable, FD-s and its kin on `samples` generated pictures, class accuracy,
+    forwards and seconds a sample. Names of units and cautions: docs/evaluation.md.
+    """
+    system = source if isinstance(source, System) else load(source)
+    if data is None:
+        if isinstance(source, System):
+            raise ValueError("say on which data to evaluate: a system in memory does not know")
+        data = RunFolder(where(source)).read_card()["data"]
+    modality = "text" if isinstance(system, TextSystem) else "image"
+    loaded = data if isinstance(data, Data) else load_data(data, modality, **data_options)
+    if isinstance(system, TextSystem):
+        figures = text_figures(system, loaded, seed)
+    elif isinstance(system, TokenizerSystem):
+        figures = dict(system.validate(loaded.test))
+    else:
+        assert isinstance(system, ImageSystem)
+        figures = picture_figures(system, loaded, samples, seed)[0]
+    return {"system": system.meta.key, "data": loaded.name, **figures, "parameters": parameters(system.model)}
+
+
+@torch.no_grad()
+def text_figures(system: TextSystem, data: Data, seed: int) -> dict[str, Any]:
+    """Bits per byte of held-out windows, and statistics of eight continuations of nothing."""
+    examples = system.examples(data.test.documents)  # type: ignore[union-attr, arg-type]
+    nats, ids = system.score(examples)
+    size = system.bytes_in(examples)
+    kind = "bound" if system.meta.likelihood == "bound" else "exact"
+    bits = bits_per_byte(nats, ids, size, kind)  # type: ignore[arg-type]
+    length = min(256, system.model.layout.size)
+    texts = [system.write("", length, seed=seed + i) for i in range(4)]
+    written = text_statistics([system.tokenizer.encode(text) for text in texts if text])
+    return {
+        "bits_per_byte": bits.value, "likelihood": kind, "bytes": size, "distinct_share": written.share,
+        "entropy": written.entropy,
+    }  # fmt: skip
+
+
+def picture_figures(
+    system: ImageSystem, data: Data, samples: int, seed: int = 0, film: bool = False
+) -> tuple[dict[str, Any], Pictures]:
+    """Likelihood, quality on features of a small classifier of these data (kept under SERIATIM_HOME), and cost."""
+    figures: dict[str, Any] = {}
+    if system.meta.likelihood in ("exact", "bound") and system.tokenizer.vocab is not None:
+        with torch.no_grad():
+            nats, count = system.score(data.test)
+        bits = bits_per_dimension(nats, count, system.meta.likelihood)  # type: ignore[arg-type]
+        figures |= {"bits_per_code": bits.value, "likelihood": system.meta.likelihood}
+    labels = None
+    if data.classes:
+        labels = torch.arange(len(data.classes)).repeat_interleave(-(-samples // len(data.classes)))
+    pictures = system.draw(labels, samples, seed=seed, film=film)
+    model = features_for(data, HOME / "features" / data.name.replace("/", "_"))
+    figures |= picture_quality(pictures.images, labels, data, model)
+    figures |= {"forwards": pictures.forwards, "seconds": pictures.seconds / len(pictures.images)}
+    return figures, pictures

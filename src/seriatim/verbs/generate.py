@@ -1,0 +1,131 @@
+"""`generate`: text as it is decided, pictures as a grid and a film of their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seriatim.decoding.loop import Decider, Proposer
+from seriatim.decoding.sample import SampleAll
+from seriatim.evaluation.pictures import save_film, save_grid
+from seriatim.systems.image_system import ImageSystem, Pictures
+from seriatim.systems.system import Sampling, System
+from seriatim.systems.text_system import TextSystem
+from seriatim.verbs.load import load
+
+DECODERS = ("own", "ancestral", "ngram", "jacobi", "beam")
+
+
+def generate(
+    source: str | Path | System,
+    *,
+    prompt: str = "",
+    labels: Sequence[int] | None = None,
+    count: int | None = None,
+    length: int | None = None,
+    decoder: str = "own",
+    seed: int = 0,
+    film: bool = False,
+    **sampling: Any,
+) -> str | Pictures:
+    """Text that continues a prompt, or pictures of these classes, from a run, `zoo:NAME` or a loaded system.
+
+    sampling: temperature, top_k, top_p, min_p, typical, guidance, steps; what is left out is the system's own choice.
+    """
+    system = source if isinstance(source, System) else load(source)
+    if isinstance(system, TextSystem):
+        return "".join(stream(system, prompt, length, decoder, seed, **sampling))
+    if not isinstance(system, ImageSystem):
+        raise ValueError(f"{system.meta.key} generates nothing by itself")
+    return draw(system, labels, count, seed, film, **sampling)
+
+
+def stream(
+    system: TextSystem, prompt: str, length: int | None = None, decoder: str = "own", seed: int = 0,
+    trace: list[Any] | None = None, **sampling: Any,
+) -> Iterator[str]:  # fmt: skip
+    """Pieces of text as they are decided. Raises ValueError for a decoder that does not exist or does not suit."""
+    s = sampling_of(system, **sampling)
+    decider, proposer = decoder_of(system, decoder, s)
+    return system.stream(prompt, length, s, seed, decider, proposer, trace)
+
+
+def draw(
+    system: ImageSystem, labels: Sequence[int] | None, count: int | None, seed: int = 0, film: bool = False,
+    **sampling: Any,
+) -> Pictures:  # fmt: skip
+    """`count` pictures of each label; of every class in turn where no label is given."""
+    if count is not None and count < 1:
+        raise ValueError(f"at least 1 picture can be drawn, got {count}")
+    classes = system.config.classes
+    if labels is None and "class" in system.model.conditions:
+        wanted = torch.arange(count or min(classes, 100)) % classes
+    else:
+        wanted = torch.tensor(list(labels or [0])).repeat_interleave(count or 1)
+    if int(wanted.min()) < 0 or int(wanted.max()) >= classes:
+        raise ValueError(f"labels lie in 0..{classes - 1}, got {int(wanted.min())}..{int(wanted.max())}")
+    return system.draw(wanted, None, sampling_of(system, **sampling), seed, film)
+
+
+def sampling_of(system: System, **changes: Any) -> Sampling:
+    """The system's own way of sampling with changes; None leaves a setting alone."""
+    known = {f.name for f in fields(Sampling)}
+    unknown = set(changes) - known
+    if unknown:
+        raise ValueError(
+            f"there is no sampling setting {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}"
+        )
+    return replace(system.sampling, **{k: v for k, v in changes.items() if v is not None})
+
+
+def decoder_of(system: TextSystem, name: str, sampling: Sampling) -> tuple[Decider, Proposer | None]:
+    """Decider and proposer by name: "own" is the system's, the others work with every next-token model."""
+    from seriatim.decoding.beam import Beam
+    from seriatim.decoding.draft import NGram
+    from seriatim.decoding.jacobi import Window
+    from seriatim.decoding.verify import Walk
+
+    if name not in DECODERS:
+        raise ValueError(f"there is no decoder {name!r}; there are {', '.join(DECODERS)}")
+    if name == "own":
+        return system.decider(sampling), system.proposer(sampling)
+    if not system.model.factorization.draftable:
+        raise ValueError(f"{system.meta.key} decodes in an order of its own; --decoder {name} needs a next-token model")
+    eos = system.tokenizer.special.get("eos")
+    stop = () if eos is None else (eos,)
+    if name == "ngram":
+        return Walk(stop), NGram()
+    if name == "jacobi":
+        return Walk(stop), Window(8)
+    return (Beam(4), None) if name == "beam" else (SampleAll(stop), None)
+
+
+def save_pictures(pictures: Pictures, folder: Path, classes: Sequence[str] = (), columns: int = 10) -> list[Path]:
+    """samples.png and, where there are frames, film.gif."""
+    side = pictures.images.shape[-1]
+    look: dict[str, Any] = {"columns": min(columns, len(pictures.images)), "upscale": max(1, 64 // side)}
+    if side <= 16:
+        look["resample"] = "bicubic"
+    look["invert"] = pictures.images.shape[1] == 1
+    rows = _row_labels(pictures.labels, classes, look["columns"])
+    paths = [save_grid(pictures.images, folder / "samples.png", row_labels=rows, **look)]
+    if pictures.frames:
+        paths.append(
+            save_film(pictures.frames, folder / "film.gif", captions=pictures.captions, row_labels=rows, **look)
+        )
+    return paths
+
+
+def _row_labels(labels: Tensor | None, classes: Sequence[str], columns: int) -> list[str] | None:
+    """The class of each row, where a row is of one class."""
+    if labels is None or len(labels) % columns:
+        return None
+    rows = labels.view(-1, columns)
+    if bool((rows != rows[:, :1]).any()):
+        return None
+    return [classes[i] if i < len(classes) else str(i) for i in rows[:, 0].tolist()]

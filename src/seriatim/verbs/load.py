@@ -1,0 +1,80 @@
+"""From a folder that a training wrote (or `zoo:NAME`) back to a system with weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from seriatim.systems.meta import catalogue
+from seriatim.systems.meta import load as load_module
+from seriatim.systems.system import System
+from seriatim.training.checkpoint import load_weights
+from seriatim.training.run import RunFolder
+
+ZOO = (Path(__file__).parents[1] / "zoo", Path(__file__).parents[3] / "zoo")  # installed; in a clone
+
+
+def load(source: str | Path) -> System:
+    """A trained system, ready to generate: a run's folder or `zoo:NAME`.
+
+    Raises ValueError that says what is wrong: no run there, a checkpoint cut short or of another system.
+    """
+    folder = RunFolder(where(source))
+    card = folder.read_card()
+    key = card.get("system")
+    if key not in catalogue():
+        raise ValueError(f"{folder.card} is of a system that is not known here: {key!r}")
+    cls = system_class(key)
+    if not folder.weights.is_file():
+        raise ValueError(f"{folder.path} holds no weights yet: its training has not come to its first checkpoint")
+    tokenizer = load_tokenizer_of(folder.path)
+    system = cls(cls.Config(**card["config"]), tokenizer)
+    load_weights(system.weights_to_keep(), folder.weights)
+    system.classes = tuple(card.get("classes", ()))
+    return system.eval().requires_grad_(False)
+
+
+def where(source: str | Path) -> Path:
+    """The folder of `zoo:NAME`, or a path. Raises FileNotFoundError that names what there is."""
+    text = str(source)
+    if not text.startswith("zoo:"):
+        if not Path(text).is_dir():
+            raise FileNotFoundError(f"there is no folder {text}; give the folder of a run, or one of {_zoo_names()}")
+        return Path(text)
+    for root in ZOO:
+        if (root / text[4:] / "run.json").is_file():
+            return root / text[4:]
+    raise FileNotFoundError(f"the zoo has no {text[4:]!r}; it has {_zoo_names()}")
+
+
+def _zoo_names() -> str:
+    names = sorted({p.parent.name for root in ZOO if root.is_dir() for p in root.glob("*/run.json")})
+    return ", ".join(f"zoo:{n}" for n in names) or "nothing yet"
+
+
+def system_class(key: str) -> type[System]:
+    """The class of a system by its key. Raises KeyError that lists what there is."""
+    module = load_module(key)
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, System) and value.__dict__.get("meta") is module.META:
+            return value
+    raise ValueError(f"{key} can be composed in Python, but not trained by name yet")
+
+
+def load_tokenizer_of(folder: Path) -> Any:
+    """The tokenizer that stands beside the weights; None where a system has none."""
+    from seriatim.tokenizers.text import load_text_tokenizer
+
+    if (folder / "tokenizer.json").is_file():
+        return load_text_tokenizer(folder)
+    if (folder / "tokenizer").is_dir():
+        from seriatim.tokenizers import load_tokenizer
+
+        return load_tokenizer(folder / "tokenizer")
+    return None
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config as JSON takes it."""
+    return asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)

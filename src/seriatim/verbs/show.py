@@ -1,0 +1,73 @@
+"""What a training leaves to look at: samples, the film of their order, the loss curve, figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seriatim.evaluation.pictures import save_curve, save_grid
+from seriatim.systems.image_system import ImageSystem
+from seriatim.systems.text_system import TextSystem
+from seriatim.systems.tokenizer_system import TokenizerSystem
+from seriatim.training.checkpoint import save_json
+from seriatim.verbs.evaluate import picture_figures
+from seriatim.verbs.generate import save_pictures
+from seriatim.verbs.train import Trained
+
+PROMPT = "def read(path"
+
+
+def show(trained: Trained, samples: int = 0, seed: int = 0) -> dict[str, Any]:
+    """Write what there is to see into the run's folder; the figures, as in summary.json.
+
+    samples: pictures to judge (0: none are judged); text is continued from a line of Python.
+    """
+    system, folder, last = trained.system, trained.folder, trained.history[-1]
+    figures: dict[str, Any] = {k.removeprefix("held_out_"): v for k, v in last.items() if k.startswith("held_out_")}
+    curves = [("loss", "training")]
+    unit = "nats per element" if system.meta.likelihood != "none" else "loss"
+    save_curve(
+        {name: [h[k] for h in trained.history] for k, name in curves}, folder / "loss.png", y_label=unit, smooth=20
+    )
+    if isinstance(system, TextSystem):
+        length = min(200, system.model.layout.size - len(system.tokenizer.encode(PROMPT)))
+        figures["continuation"] = PROMPT + system.write(PROMPT, length, seed=seed)
+        (folder / "continuation.txt").write_text(figures["continuation"], encoding="utf-8")
+    elif isinstance(system, TokenizerSystem):
+        _before_and_after(trained, folder)
+    elif isinstance(system, ImageSystem):
+        figures |= _pictures(trained, samples, seed)
+    save_json(figures, folder / "summary.json")
+    return figures
+
+
+def _pictures(trained: Trained, samples: int, seed: int) -> dict[str, Any]:
+    system, data = trained.system, trained.data
+    assert isinstance(system, ImageSystem)
+    classes = len(data.classes) or 1
+    rows = min(classes, 10)
+    labels = torch.arange(rows).repeat_interleave(10)
+    save_pictures(system.draw(labels, seed=seed, film=True), trained.folder, data.classes)
+    return picture_figures(system, data, samples, seed)[0] if samples else {}
+
+
+def _before_and_after(trained: Trained, folder: Path) -> None:
+    """Held-out pictures, and below each row what the tokenizer makes of them."""
+    images = trained.data.test.take(torch.arange(min(30, len(trained.data.test))))["image"]  # type: ignore[union-attr]
+    tokenizer: Any = trained.system.model
+    with torch.no_grad():
+        again = tokenizer.decode(tokenizer.encode(images))
+    whole = len(images) // 10 * 10
+    rows = torch.stack([images[:whole].unflatten(0, (-1, 10)), again[:whole].unflatten(0, (-1, 10))], 1).flatten(0, 2)
+    names = ["real", "rebuilt"] * (whole // 10)
+    if whole:
+        side = images.shape[-1]
+        save_grid(
+            rows,
+            folder / "reconstructions.png",
+            row_labels=names,
+            upscale=max(1, 64 // side),
+            invert=images.shape[1] == 1,
+        )

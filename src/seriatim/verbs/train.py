@@ -1,0 +1,195 @@
+"""`train`: any system, on built-in data or anyone's, in a folder that can be resumed, generated from and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import seriatim
+from seriatim.data.base import Data, load_data
+from seriatim.systems.image_system import ImageSystem
+from seriatim.systems.meta import catalogue
+from seriatim.systems.system import System, config_from
+from seriatim.systems.text_system import TextSystem
+from seriatim.systems.tokenizer_system import TokenizerSystem
+from seriatim.tokenizers.files import load_tokenizer, make_tokenizer, save_tokenizer
+from seriatim.tokenizers.text import ByteTokenizer, PairTokenizer, TextTokenizer, WordTokenizer, load_text_tokenizer
+from seriatim.training.checkpoint import save_json
+from seriatim.training.recipe import Recipe
+from seriatim.training.run import RunFolder
+from seriatim.training.trainer import Tick
+from seriatim.training.trainer import train as fit
+from seriatim.verbs.load import load, plain, system_class, where
+
+Bar = Callable[[str], Any]  # makes a `Tick` for the phase it is given
+
+
+@dataclass
+class Trained:
+    """A finished training."""
+
+    system: System
+    data: Data
+    folder: Path
+    history: list[dict[str, float]]
+
+
+def train(
+    key: str,
+    data: str | Path | Data | None = None,
+    *,
+    out: str | Path | None = None,
+    size: str | None = None,
+    tokenizer: str | Path | None = None,
+    minutes: float | None = None,
+    resume: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    bar: Bar | None = None,
+    **data_options: Any,
+) -> Trained:
+    """Train a system by its key, on built-in data (its own by default) or a path.
+
+    settings: any fields of its config or its recipe (`width`, `steps`, `batch`, `seed`, ...); size: one of its named
+    sizes; tokenizer: a run of a tokenizer's training, `zoo:NAME`, or a kind; minutes: as many steps as fit, instead of
+    the recipe's; resume: go on with what is in `out` (default: runs/KEY). Raises ValueError, KeyError, OSError with
+    what is wrong and what to do, FloatingPointError where the loss breaks down.
+    """
+    cls = system_class(key)
+    folder = Path(out or f"runs/{key}")
+    settings = dict(settings or {})
+    recipe = recipe_from(cls, settings, size)
+    loaded = data if isinstance(data, Data) else load_data(data or cls.source, modality_of(cls), **data_options)
+    torch.manual_seed(recipe.seed)
+    tokens = tokenizer_for(cls, loaded, tokenizer, folder, resume, settings, recipe.seed, bar)
+    own = {k: v for k, v in settings.items() if k not in _recipe_fields()}
+    own.pop("tokenizer_steps", None)
+    config = config_of(cls, own, size, loaded, tokens)
+    torch.manual_seed(recipe.seed)
+    system = cls(config, tokens)
+    system.drop, system.classes = recipe.drop, loaded.classes
+    examples, held_out = prepared(system, loaded)
+    card: dict[str, Any] = {
+        "system": key, "config": plain(config), "recipe": plain(recipe), "data": loaded.name,
+        "classes": list(loaded.classes), "version": seriatim.__version__,
+    }  # fmt: skip
+    if minutes is not None:
+        card["minutes"] = minutes
+    with _shown(bar, key) as tick:
+        history = fit(system, examples, recipe, RunFolder(folder), card, held_out, resume, minutes, tick)
+    return Trained(system, loaded, folder, history)
+
+
+def modality_of(cls: type[System]) -> str:
+    """What kind of data a system takes."""
+    return "text" if issubclass(cls, TextSystem) else "image"
+
+
+def config_of(cls: type[System], settings: Mapping[str, Any], size: str | None, data: Data, tokenizer: Any) -> Any:
+    """The config that follows from the user's settings, the size, the data and the tokenizer."""
+    if issubclass(cls, TextSystem):
+        return config_from(cls, settings, size, vocab=tokenizer.vocab)
+    if issubclass(cls, TokenizerSystem):
+        shape = data.train.take(torch.tensor([0]))["image"].shape  # type: ignore[union-attr]
+        return cls.Config.for_pictures(shape[2], shape[1], **settings)
+    assert issubclass(cls, ImageSystem)
+    return config_from(cls, settings, size, **cls.known(tokenizer, data.classes))
+
+
+def prepared(system: System, data: Data) -> tuple[Any, Any]:
+    """Both sides of the data as the system draws them."""
+    if isinstance(system, TextSystem):
+        return system.examples(data.train.documents), system.examples(data.test.documents)  # type: ignore[union-attr]
+    return data.train, data.test
+
+
+def recipe_from(cls: type[System], settings: Mapping[str, Any], size: str | None) -> Recipe:
+    """The recipe of a size with the user's changes."""
+    recipes = cls.recipes
+    base = recipes.get(size or "") or next(iter(recipes.values()))
+    return replace(base, **{k: v for k, v in settings.items() if k in _recipe_fields()})
+
+
+def _recipe_fields() -> set[str]:
+    return {f.name for f in fields(Recipe)}
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_for(
+    cls: type[System], data: Data, asked: str | Path | None, folder: Path, resume: bool,
+    settings: Mapping[str, Any], seed: int, bar: Bar | None,
+) -> Any:  # fmt: skip
+    """The tokenizer of a run: made, trained in its folder, or taken from another run; its copy stands beside the run."""
+    if issubclass(cls, TokenizerSystem):
+        return None
+    if issubclass(cls, TextSystem):
+        return _text_tokenizer(cls, data, asked, folder, settings)
+    assert issubclass(cls, ImageSystem)
+    place = folder / "tokenizer"
+    if asked is not None and str(asked) not in cls.tokenizers:
+        trained = load(where(asked))
+        if not isinstance(trained, TokenizerSystem):
+            raise ValueError(f"{asked} is a run of {trained.meta.key}, which is no tokenizer")
+        taken: Any = trained.model
+        save_tokenizer(taken, place)
+        return taken
+    kind = str(asked or cls.tokenizers[0])
+    if resume and (place / "tokenizer.json").is_file():
+        return load_tokenizer(place)
+    if kind in catalogue():
+        steps = {"steps": settings["tokenizer_steps"]} if "tokenizer_steps" in settings else {}
+        begun = resume and RunFolder(place).state.exists()
+        run = train(kind, data, out=place, resume=begun, settings={"seed": seed, **steps}, bar=bar)
+        made: Any = run.system.model
+    else:
+        shape = data.train.take(torch.tensor([0]))["image"].shape  # type: ignore[union-attr]
+        made = make_tokenizer(kind, {"side": shape[2], "channels": shape[1], **cls.tokenizer_settings})
+    save_tokenizer(made, place)
+    return made
+
+
+def _text_tokenizer(
+    cls: type[TextSystem], data: Data, asked: str | Path | None, folder: Path, settings: Mapping[str, Any]
+) -> TextTokenizer:
+    kind = str(asked or cls.tokenizers[0])
+    if kind == "bytes":
+        made: TextTokenizer = ByteTokenizer()
+    elif kind in ("bpe", "words"):
+        there = folder / "tokenizer.json"
+        if there.is_file():
+            made = load_text_tokenizer(there)
+        else:
+            learn = PairTokenizer.train if kind == "bpe" else WordTokenizer.train
+            made = learn(data.train.documents, int(settings.get("vocab", 4096)))  # type: ignore[union-attr, arg-type]
+    else:
+        made = load_text_tokenizer(where(kind) if kind.startswith("zoo:") else Path(kind))
+    save_json(made.to_json(), folder / "tokenizer.json")
+    return made
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+class _shown:
+    """A phase on the terminal, if anybody watches."""
+
+    def __init__(self, bar: Bar | None, name: str):
+        self.display = bar(name) if bar else None
+
+    def __enter__(self) -> Tick | None:
+        return None if self.display is None else self.display.update
+
+    def __exit__(self, *error: Any) -> None:
+        if self.display is not None:
+            self.display.close()
+
+
+def summary_of(folder: str | Path) -> dict[str, Any]:
+    """The figures of a finished run."""
+    return json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
