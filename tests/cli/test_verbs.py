@@ -135,7 +135,10 @@ def test_listing_imports_no_torch():
     import subprocess
     import sys
 
-    code = "import sys; from seriatim.cli.main import main; main(['list']); main(['show', 'var']); print('torch' in sys.modules)"
+    code = (
+        "import sys; from seriatim.cli.main import main; main(['list']); main(['show', 'var']); "
+        "print('torch' in sys.modules)"
+    )
     start = time.monotonic()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip().endswith("False") and time.monotonic() - start < 10

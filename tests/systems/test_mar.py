@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from seriatim.systems.image import mar
 from seriatim.systems.system import Sampling
 from seriatim.tokenizers.patches import PatchConfig, PatchTokenizer
 from seriatim.tokenizers.pixels import PixelConfig, PixelTokenizer
+from seriatim.training.loop import Recipe, fit
 
 TINY = mar.Config(width=16, depth=2, heads=2, dropout=0.0, head_width=16, head_depth=1, head_steps=4)
 HEADS = ("diffusion", "mse")
@@ -137,14 +139,27 @@ def test_a_gradient_reaches_every_parameter(head):
     model = model_of(head).train()
     drop = torch.arange(20) == 0
     model.losses(model.canvas({"token": vectors(20)}), labels(20), drop, random=Generator(0)).sum().backward()
-    starved = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    # one network, asked in another way: without a value there is nothing to multiply
-    assert starved == (set() if head == "diffusion" else {"heads.token.net.value.weight"})
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
-def test_both_heads_are_of_one_size():
-    small, large = (sum(p.numel() for p in mar.build(mar.Config(head=head)).parameters()) for head in ("mse", "diffusion"))
-    assert 0.995 < small / large <= 1
+@every_head
+def test_fresh_weights_learn_to_use_what_is_shown(head):
+    """Pictures of one vector in every place: after 100 steps the loss is well below 1, that of seeing nothing."""
+    model = mar.build(replace(TINY, head=head, head_width=32))
+
+    def draw(n, generator):
+        x = torch.randn(n, 1, 4, generator=generator).expand(-1, 16, -1)
+        return model.canvas({"token": x}), labels(n)
+
+    history = fit(model, draw, Recipe(100, 32, 1e-2, weight_decay=0.0))
+    assert sum(history[-10:]) / 10 < 0.8
+
+
+def test_both_heads_are_of_about_one_size():
+    small, large = (
+        sum(p.numel() for p in mar.build(mar.Config(head=head)).parameters()) for head in ("mse", "diffusion")
+    )
+    assert 0.98 < small / large < 1.02
 
 
 @every_head
@@ -171,7 +186,7 @@ def test_counts_follow_the_cosine_and_every_vector_is_decided_once(steps):
         seen[row, edit.element[row, column]] += 1
         counts.append(int((edit.element[0] >= 0).sum()))
     left = (16, *schedule(16, steps, "cosine"))
-    assert counts == [a - b for a, b in zip(left, left[1:], strict=False)]
+    assert counts == [a - b for a, b in itertools.pairwise(left)]
     assert bool((seen == 1).all()) and len(counts) == steps
 
 
@@ -205,7 +220,10 @@ def test_guidance_grows_linearly_with_the_share_that_is_known(head):
 
 def test_the_squared_head_says_one_value_whatever_the_noise_and_temperature():
     system = system_of("mse")
-    a, b = (system.draw(torch.arange(4), sampling=Sampling(steps=1, temperature=t), seed=s).images for t, s in ((1, 0), (0.3, 1)))
+    a, b = (
+        system.draw(torch.arange(4), sampling=Sampling(steps=1, temperature=t), seed=s).images
+        for t, s in ((1, 0), (0.3, 1))
+    )
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     c, d = (system_of().draw(torch.arange(4), sampling=Sampling(steps=1), seed=s).images for s in (0, 1))
     assert float((c - d).abs().max()) > 0.1
@@ -246,7 +264,9 @@ def test_what_follows_from_the_tokenizer():
         mar.MAR.known(PixelTokenizer(PixelConfig(side=8)), ())
 
 
-@pytest.mark.parametrize(("wrong", "message"), [({"head": "flow"}, "diffusion or mse"), ({"deviation": 0.0}, "positive")])
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"head": "flow"}, "diffusion or mse"), ({"deviation": 0.0}, "positive")]
+)
 def test_impossible_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         mar.Config(**wrong)

@@ -42,7 +42,7 @@ def law(seed=0):
 
 
 class Knows(nn.Module):
-    """Embedding, backbone and head in one: its states are the true log-probabilities of each token given those shown."""
+    """Embedding, backbone and head in one: its states are the true log-probabilities of tokens given those shown."""
 
     mixers = MappingProxyType({"all": "any"})
     exact, continuous, value_shape = True, False, ()
@@ -147,7 +147,7 @@ def total_correlation(p, group, given):
 
 
 def parallel_kl(p, steps):
-    """Divergence from p of sampling T groups one after another, each at once, every token in a group of its own choice."""
+    """Divergence from p of sampling T groups one after another, each at once, every token in a group drawn evenly."""
     total = 0.0
     for groups in itertools.product(range(steps), repeat=L):
         given: list[int] = []

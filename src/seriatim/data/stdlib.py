@@ -7,8 +7,10 @@ path: the same file is on the same side on every machine.
 from __future__ import annotations
 
 import ast
+import gc
 import sysconfig
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -59,14 +61,27 @@ def source_files() -> tuple[tuple[str, str], ...]:
 def docstrings() -> tuple[tuple[str, str], ...]:
     """(relative path, all docstrings with an empty line between them) of each file that has any."""
     found = []
-    for name, source in source_files():
-        try:
-            tree = ast.parse(source)
-        except (SyntaxError, ValueError):
-            continue
-        if texts := [text for node in _documented(tree) if (text := ast.get_docstring(node))]:
-            found.append((name, "\n\n".join(texts) + "\n"))
+    with _uncollected():
+        for name, source in source_files():
+            try:
+                tree = ast.parse(source)
+            except (SyntaxError, ValueError):
+                continue
+            if texts := [text for node in _documented(tree) if (text := ast.get_docstring(node))]:
+                found.append((name, "\n\n".join(texts) + "\n"))
     return tuple(found)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the cyclic garbage collector: syntax trees have no cycles, and looking for them takes half the time."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

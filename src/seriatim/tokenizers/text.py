@@ -79,9 +79,7 @@ class PairTokenizer:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         if vocab < 256 + RESERVED:
-            raise ValueError(
-                f"byte-pair encoding starts from 256 bytes and {RESERVED} reserved ids; vocab {vocab} is less"
-            )
+            raise ValueError(f"byte-pair encoding starts from {256 + RESERVED} ids, got vocab {vocab}")
         inner = Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
@@ -109,7 +107,7 @@ class PairTokenizer:
 
 
 class WordTokenizer(PairTokenizer):
-    """The most frequent words and the signs between them; rarer ones become <spare0>. Not exact: spaces are not kept."""
+    """The most frequent words, and the signs between them; rarer ones become <spare0>. Not exact: spaces are lost."""
 
     kind = "words"
 

@@ -56,9 +56,10 @@ class RunFolder:
         there = self.read_card()
         for name, value in json.loads(json.dumps(card)).items():
             if name != "version" and there.get(name) != value:
+                differs = _difference(name, there.get(name), value)
                 raise ValueError(
-                    f"{self.path} was started with other settings ({_difference(name, there.get(name), value)}); resume "
-                    "with the same, or start another run with --out"
+                    f"{self.path} was started with other settings ({differs}); resume with the same, or start another "
+                    "run with --out"
                 )
 
     def read_card(self) -> dict[str, Any]:

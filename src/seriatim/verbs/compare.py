@@ -84,7 +84,7 @@ def judged(trained: Trained, samples: int, seed: int, command: str) -> Result:
         losses={"training": [(h["step"], h["loss"]) for h in trained.history]},
         grid=_there(folder / "samples.png"), film=_there(folder / "film.gif"), texts=texts,
         settings=plain(system.config), command=command,
-        notes=[f"likelihood: {system.meta.likelihood}", *([str(figures["feature_model"])] if "feature_model" in figures else [])],
+        notes=[f"likelihood: {system.meta.likelihood}", *(str(figures[k]) for k in ("feature_model",) if k in figures)],
     )  # fmt: skip
 
 

@@ -43,13 +43,13 @@ def where(source: str | Path) -> Path:
             raise FileNotFoundError(f"there is no folder {text}; give the folder of a run, or one of {_zoo_names()}")
         return Path(text)
     for root in ZOO:
-        if (root / text[4:] / "run.json").is_file():
+        if any((root / text[4:] / name).is_file() for name in ("run.json", "tokenizer.json")):
             return root / text[4:]
     raise FileNotFoundError(f"the zoo has no {text[4:]!r}; it has {_zoo_names()}")
 
 
 def _zoo_names() -> str:
-    names = sorted({p.parent.name for root in ZOO if root.is_dir() for p in root.glob("*/run.json")})
+    names = sorted({p.parent.name for root in ZOO if root.is_dir() for p in root.glob("*/*.json")})
     return ", ".join(f"zoo:{n}" for n in names) or "nothing yet"
 
 

@@ -125,7 +125,7 @@ def tokenizer_for(
     cls: type[System], data: Data, asked: str | Path | None, folder: Path, resume: bool,
     settings: Mapping[str, Any], seed: int, bar: Bar | None,
 ) -> Any:  # fmt: skip
-    """The tokenizer of a run: made, trained in its folder, or taken from another run; its copy stands beside the run."""
+    """The tokenizer of a run: made, trained in its folder, or taken from another run; a copy stands beside the run."""
     if issubclass(cls, TokenizerSystem):
         return None
     if issubclass(cls, TextSystem):

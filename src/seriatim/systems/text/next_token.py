@@ -1,7 +1,8 @@
 """Next-token prediction: the line from which everything else departs.
 
-A decoder-only transformer over bytes or merged pairs of them (Radford et al. 2019, in the shape of Llama: RMSNorm, rotary positions, SwiGLU).
-Slot i carries token i-1 (a learned start in front) and reads out token i; slots see all earlier slots.
+A decoder-only transformer over bytes or merged pairs of them (Radford et al. 2019, in the shape of Llama: RMSNorm,
+rotary positions, SwiGLU). Slot i carries token i-1 (a learned start in front) and reads out token i; slots see all
+earlier slots.
 """
 
 from __future__ import annotations

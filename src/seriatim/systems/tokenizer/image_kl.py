@@ -1,4 +1,7 @@
-"""KL-regularised autoencoder, as MAR uses it (see tokenizers/kl.py), trained on anybody's pictures: `seriatim train image-kl --data my_pictures/`."""
+"""A KL-regularised autoencoder, as MAR uses it, on anybody's pictures (tokenizers/kl.py).
+
+`seriatim train image-kl --data my_pictures/`.
+"""
 
 from __future__ import annotations
 

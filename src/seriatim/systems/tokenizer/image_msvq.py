@@ -1,4 +1,7 @@
-"""Multi-scale residual VQ-VAE of VAR (see tokenizers/multiscale.py), trained on anybody's pictures: `seriatim train image-msvq --data my_pictures/`."""
+"""The multi-scale residual VQ-VAE of VAR, on anybody's pictures (tokenizers/multiscale.py).
+
+`seriatim train image-msvq --data my_pictures/`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ META = Meta(
     title="Multi-scale residual VQ-VAE of VAR",
     family="tokenizer",
     modality="image",
-    paper="Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction (2024), arXiv 2404.02905",
+    paper="Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction (2024), 2404.02905",
     likelihood="none",
     summary="Pictures as a pyramid of ids, each scale the residual of the coarser ones.",
 )

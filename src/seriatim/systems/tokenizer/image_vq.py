@@ -1,4 +1,7 @@
-"""Convolutional VQ-VAE in LlamaGen's form (see tokenizers/vq.py), trained on anybody's pictures: `seriatim train image-vq --data my_pictures/`."""
+"""A convolutional VQ-VAE in LlamaGen's form, on anybody's pictures (tokenizers/vq.py).
+
+`seriatim train image-vq --data my_pictures/`.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,116 @@
+"""Makes the small trained models that ship with the project: `python benchmarks/zoo.py [NAME...]`.
+
+Each is a training of its own under SERIATIM_HOME/zoo, resumed where it was cut off; a finished one is written to
+zoo/NAME as bfloat16 weights with its card. Four to five hours in all on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from rich.console import Console
+
+from seriatim.cli.progress import Bar
+from seriatim.data.base import load_data
+from seriatim.evaluation.cost import parameters
+from seriatim.tokenizers.text import PairTokenizer
+from seriatim.training.checkpoint import save_json
+from seriatim.training.run import RunFolder
+from seriatim.training.state import read_safely, write_safely
+from seriatim.verbs.evaluate import HOME
+from seriatim.verbs.show import show
+from seriatim.verbs.train import train
+
+ROOT = Path(__file__).parents[1] / "zoo"
+TEXT = {"data": "stdlib", "tokenizer": "zoo:text-bpe"}
+DRAFT = {"length": 1024, "width": 128, "depth": 2, "heads": 2, "hidden": 384, "tied": True}
+PICTURES = {"data": "glyphs"}
+
+ENTRIES: dict[str, dict[str, Any]] = {
+    "text-base": {"key": "next-token", "size": "small", **TEXT, "settings": {"steps": 5000}},
+    "image-msvq": {"key": "image-msvq", **PICTURES, "settings": {"steps": 3000}},
+    "image-vq": {"key": "image-vq", **PICTURES, "settings": {"steps": 3000}},
+    "image-kl": {"key": "image-kl", **PICTURES, "settings": {"steps": 3000}},
+    "text-mdlm": {"key": "mdlm", "size": "small", **TEXT, "settings": {"steps": 5000}},
+    "text-draft": {"key": "next-token", **TEXT, "settings": {**DRAFT, "steps": 5000, "batch": 8, "compile": True}},
+    "var": {"key": "var", "size": "small", **PICTURES, "tokenizer": "zoo:image-msvq"},
+    "raster-ar": {"key": "raster-ar", "size": "small", **PICTURES, "tokenizer": "zoo:image-vq"},
+    "mar": {"key": "mar", "size": "small", **PICTURES, "tokenizer": "zoo:image-kl"},
+}
+
+
+def make(name: str, entry: Mapping[str, Any], console: Console) -> None:
+    """Train or go on, then write to the zoo."""
+    work, out = HOME / "zoo" / name, ROOT / name
+    start = time.monotonic()
+    trained = train(
+        **{k: v for k, v in entry.items() if k != "tokenizer"}, tokenizer=entry.get("tokenizer"), out=work,
+        resume=(work / "run.json").exists(), bar=lambda phase: Bar(f"{name} {phase}", console),
+    )  # fmt: skip
+    figures = show(trained)
+    out.mkdir(parents=True, exist_ok=True)
+    tensors, about = read_safely(RunFolder(work).weights)
+    small = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}
+    write_safely(out / "model.safetensors", small, about)
+    for part in ("run.json", "tokenizer.json"):
+        if (work / part).is_file():
+            shutil.copyfile(work / part, out / part)
+    if (work / "tokenizer").is_dir():
+        shutil.copytree(work / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+    _card(name, entry, trained, figures, out)
+    console.print(f"{name}: {out} ({time.monotonic() - start:.0f} s in this session)", highlight=False)
+
+
+def _card(name: str, entry: Mapping[str, Any], trained: Any, figures: Mapping[str, Any], out: Path) -> None:
+    run = RunFolder(out).read_card()
+    seconds = sum(h.get("seconds", 0.0) for h in trained.history)
+    lines = [
+        f"# {name}", "",
+        f"{trained.system.meta.title}; {parameters(trained.system.model):,} parameters, stored as bfloat16.", "",
+        f"- data: {run['data']}, built in; its held-out side was not seen",
+        f"- steps: {len(trained.history):,} of {run['recipe']['batch']} samples, {seconds / 60:.0f} minutes",
+        *(f"- {k}: {v:.4g}" for k, v in figures.items() if isinstance(v, float)),
+        f"- made again by: `python benchmarks/zoo.py {name}`", "- license: Apache-2.0, like the project",
+    ]  # fmt: skip
+    (out / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def make_pairs() -> None:
+    """The byte-pair encoding that all text models share: 4,096 ids, 16 of them reserved."""
+    if not (ROOT / "text-bpe" / "tokenizer.json").is_file():
+        learned = PairTokenizer.train(load_data("stdlib", "text").train.documents, 4096)
+        save_json(learned.to_json(), ROOT / "text-bpe" / "tokenizer.json")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(ENTRIES)} (default: all, in this order)")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    wrong = [n for n in options.names if n not in ENTRIES]
+    if wrong:
+        print(f"the zoo has no {', '.join(wrong)}; it has {', '.join(ENTRIES)}", file=sys.stderr)
+        return 2
+    make_pairs()
+    for name in options.names or ENTRIES:
+        if not (ROOT / name / "README.md").is_file():
+            make(name, ENTRIES[name], Console())
+    sizes = {p.parent.name: p.stat().st_size for p in ROOT.glob("*/model.safetensors")}
+    print(json.dumps({k: f"{v / 2**20:.1f} MiB" for k, v in sizes.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,211 @@
+"""A page a system, made when the site is built: from its card, docstring, settings, claim, last result and pictures.
+
+A hook of mkdocs (`hooks` in mkdocs.yml). Nothing that it makes is committed, so nothing can be out of date. Pictures
+of a system are the mask of its smallest instance, drawn here, and files named KEY-*.png or KEY-*.gif in docs/images/.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+from seriatim.systems.meta import Meta, card_of, catalogue, load, status_of
+
+IMAGES = Path(__file__).parent / "images"
+SHOWN = {
+    "L": "the laws hold", "E": "runs from end to end", "C": "its claim was measured", "W": "published weights load",
+}  # fmt: skip
+TABLE = "<!-- table of systems -->"  # where systems.md wants it
+
+
+# ---- one page --------------------------------------------------------------------------------------------------------
+
+
+def page(key: str) -> str:
+    """The page of a system as Markdown. Raises KeyError for an unknown one."""
+    meta, text, details, result = card_of(key)
+    module = load(key)
+    parts = [f"# {meta.title}", *_card(meta, details), inspect.cleandoc(text)]
+    if hasattr(module, "case"):
+        parts += ["## Its order", _order(module), f"![Who sees whom in {meta.title}](images/{key}-mask.png)"]
+    parts += ["## Run it", _commands(meta), *_settings(key, module), *_claim(module), *_result(result), *_pictures(key)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _card(meta: Meta, details: Mapping[str, str]) -> Iterator[str]:
+    yield f"*{meta.summary}*"
+    marks = [text for letter, text in SHOWN.items() if status_of(meta.key)[letter]]
+    rows = [
+        ("key", f"`{meta.key}`"), ("family", meta.family), ("modality", meta.modality), ("paper", _linked(meta.paper)),
+        ("likelihood", meta.likelihood), ("shown", "; ".join(marks) or "nothing yet, for this state of its file"),
+        ("parts", ", ".join(f"`{p}`" for p in details["parts"].split(", ") if p)),
+    ]  # fmt: skip
+    yield table(("", ""), rows)
+
+
+def _linked(paper: str) -> str:
+    """A paper with its number on arXiv as a link."""
+    words = paper.replace("arXiv ", "").split()
+    return " ".join(
+        f"[arXiv {w}](https://arxiv.org/abs/{w})" if w.replace(".", "", 1).isdigit() and "." in w else w for w in words
+    )
+
+
+def _order(module: ModuleType) -> str:
+    case = module.case()
+    plan = case.plan(case.sample(1))
+    ranks = [int(r) for r in plan.rank[0]]
+    packed = case.model.factorization.packed(case.canvas(case.sample(1))) is not None
+    which = "All steps of a sample in one forward" if packed else "The first forward of an empty sample"
+    return (
+        f"{which}, for the smallest instance ({len(ranks)} elements, on which the laws run): {plan.size} slots. A row "
+        "is dark where its slot sees the slot of the column. The elements are decided at steps "
+        f"{', '.join(map(str, ranks))}."
+    )
+
+
+def mask(key: str) -> bytes:
+    """The mask of a system's smallest instance as PNG."""
+    from seriatim.evaluation.pictures import draw_mask
+
+    case = load(key).case()
+    plan = case.plan(case.sample(1))
+    view = next(iter(plan.views.values()))
+    reads = {int(s): int(e) for s, e in zip(plan.reads.slot[0], plan.reads.element[0], strict=True) if min(s, e) >= 0}
+    names = [f"{i} reads {reads[i]}" if i in reads else str(i) for i in range(plan.size)]
+    seen = view.mask()[0]
+    with TemporaryDirectory() as folder:
+        return draw_mask(seen, Path(folder) / "mask.png", row_labels=names).read_bytes()
+
+
+def _commands(meta: Meta) -> str:
+    lines = [f"seriatim show {meta.key}", f"seriatim train {meta.key}"]
+    if meta.family != "tokenizer":
+        lines += [f"seriatim generate runs/{meta.key}", f"seriatim evaluate runs/{meta.key}"]
+        lines += [f"seriatim laws {meta.key} --verbose"]
+    return "```\n" + "\n".join(lines) + "\n```"
+
+
+def _settings(key: str, module: ModuleType) -> Iterator[str]:
+    """Config, sizes and recipes."""
+    from seriatim.verbs.load import system_class
+
+    try:
+        cls: Any = system_class(key)
+    except ValueError:  # composed in Python only
+        cls = module
+    config = getattr(cls, "Config", None)
+    if config is None:
+        return
+    yield "## Settings"
+    text = inspect.cleandoc(config.__doc__ or "")
+    yield "" if text.startswith(f"{config.__name__}(") else text  # the one that a dataclass makes up
+    rows = [(f"`{f.name}`", f"`{_type(f)}`", _default(f)) for f in fields(config)]
+    yield table(("setting", "type", "default"), rows)
+    sizes: Mapping[str, Any] = getattr(cls, "sizes", {})
+    recipes: Mapping[str, Any] = getattr(cls, "recipes", {})
+    if recipes:
+        yield "A size changes these defaults, and has a recipe of its own:"
+        rows = []
+        for name, recipe in recipes.items():
+            changes = ", ".join(f"{k} {v}" for k, v in sizes.get(name, {}).items()) or "the defaults"
+            rate = f"{recipe.learning_rate:g}"
+            rows.append((f"`{name}`", changes, f"{recipe.steps:,}", str(recipe.batch), rate))
+        yield table(("size", "settings", "steps", "batch", "learning rate"), rows)
+
+
+def _type(f: Field[Any]) -> str:
+    return f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
+
+
+def _default(f: Field[Any]) -> str:
+    if f.default is not MISSING:
+        return f"`{f.default!r}`"
+    return "" if f.default_factory is MISSING else f"`{f.default_factory()!r}`"
+
+
+def _claim(module: ModuleType) -> Iterator[str]:
+    claim = getattr(module, "CLAIM", None)
+    if isinstance(claim, str):  # stated, and not measurable yet
+        yield "## Claim"
+        yield claim
+    elif claim is not None:
+        command = f"`seriatim claim {module.META.key}`"
+        yield "## Claim"
+        yield claim.text
+        yield table(("", ""), [("the paper", claim.paper), ("rule", claim.rule), ("command", command)])
+
+
+def _result(result: Mapping[str, Any] | None) -> Iterator[str]:
+    """What was measured last: verdict, means, every run."""
+    if result is None:
+        return
+    yield "## Last result"
+    yield f"**{result['verdict']}**: {result['metric']} {_number(result['ours'])} against {_number(result['baseline'])}."
+    metric = result["metric"]
+    rows = [
+        (name, str(run.get("seed", "")), _number(run.get(metric)), _number(run.get("train_seconds")))
+        for name, runs in result["arms"].items() for run in runs
+    ]  # fmt: skip
+    yield table(("arm", "seed", metric, "seconds of training"), rows)
+    made = [(name, f"`{result[name]}`") for name in ("command", "machine", "commit") if name in result]
+    yield table(("", ""), made)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "" if value is None else str(value)
+
+
+def _pictures(key: str) -> Iterator[str]:
+    names = sorted(p.name for end in ("png", "gif") for p in IMAGES.glob(f"{key}-*.{end}"))
+    if names:
+        yield "## Pictures"
+    for name in names:
+        yield f"![{key}: {Path(name).stem.removeprefix(f'{key}-')}](../images/{name})"
+
+
+# ---- the table of all ------------------------------------------------------------------------------------------------
+
+
+def overview() -> str:
+    """Every system in a line, as Markdown: what it is, and which of L, E, C, W is shown."""
+    rows = []
+    for key, (meta, _) in sorted(catalogue().items(), key=lambda item: (item[1][0].family, item[0])):
+        marks = "".join(letter if shown else "–" for letter, shown in status_of(key).items())
+        rows.append((f"[`{key}`](systems/{key}.md)", meta.family, meta.likelihood, marks, meta.summary))
+    legend = "; ".join(f"{letter}: {text}" for letter, text in SHOWN.items())
+    return table(("key", "family", "likelihood", "shown", "what it is"), rows) + f"\n\n{legend}."
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; bars inside cells are escaped."""
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ---- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages, and list them under "Systems"."""
+    from mkdocs.structure.files import File
+
+    section = next(item["Systems"] for item in config.nav if "Systems" in item)
+    families: dict[str, list[dict[str, str]]] = {}
+    for key, (meta, _) in catalogue().items():
+        files.append(File.generated(config, f"systems/{key}.md", content=page(key)))
+        families.setdefault(meta.family, []).append({meta.title: f"systems/{key}.md"})
+        if hasattr(load(key), "case"):
+            files.append(File.generated(config, f"systems/images/{key}-mask.png", content=mask(key)))
+    section.extend({family.capitalize(): pages} for family, pages in families.items())
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Put the table where a page asks for it."""
+    return markdown.replace(TABLE, overview()) if TABLE in markdown else markdown

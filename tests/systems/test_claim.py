@@ -1,0 +1,77 @@
+"""Verdicts follow the rule that was written down before: direction, margin, and noise measured on the baseline."""
+
+import json
+
+import pytest
+
+from seriatim.cli.main import main
+from seriatim.systems.claim import Arm, Claim
+from seriatim.verbs import claim as verb
+
+
+def a_claim(**changes) -> Claim:
+    arms = {"new": Arm("next-token"), "old": Arm("next-token")}
+    return Claim("new is better", "paper", "loss", arms, "new", "old", **changes)
+
+
+@pytest.mark.parametrize(
+    ("better", "margin", "ours", "verdict"),
+    [
+        ("lower", 1.0, 0.5, "holds"), ("lower", 1.0, 1.5, "fails"), ("lower", 1.0, 0.95, "within noise"),
+        ("higher", 1.0, 1.5, "holds"), ("higher", 1.0, 0.5, "fails"), ("higher", 1.0, 1.05, "within noise"),
+        ("lower", 2.0, 0.7, "fails"), ("lower", 2.0, 0.3, "holds"), ("lower", 0.5, 1.5, "holds"),
+        ("lower", 0.5, 2.5, "fails"), ("higher", 0.5, 0.8, "holds"), ("higher", 2.0, 1.5, "fails"),
+    ],
+)  # fmt: skip
+def test_a_verdict_follows_direction_margin_and_noise(better, margin, ours, verdict):
+    """The baseline has mean 1 and a standard deviation of 0.05, so that 0.15 is noise."""
+    baseline = [0.95, 1.05, 0.95, 1.05, 1.0]
+    assert a_claim(better=better, margin=margin).verdict([ours], baseline) == verdict
+
+
+def test_a_verdict_needs_a_spread():
+    with pytest.raises(ValueError, match="two of the baseline"):
+        a_claim().verdict([1.0], [1.0])
+
+
+def test_the_rule_says_metric_direction_and_seeds():
+    assert a_claim(margin=2.0).rule == (
+        "the mean loss of new is lower than that of old divided by 2, by more than three standard deviations of old over "
+        "5 seeds"
+    )
+
+
+def test_a_queue_is_worked_off_once_and_leaves_a_result(tmp_path, monkeypatch, capsys):
+    """Five seeds of the baseline and two of ours; what is finished is not trained again."""
+    trained = []
+
+    def train(key, data, *, out, settings, **more):
+        trained.append((key, settings["seed"], settings.get("width")))
+        out.mkdir(parents=True)
+        (out / "run.json").write_text("{}")
+        return type("Trained", (), {"system": None, "data": None, "history": [{"seconds": 2.0}]})
+
+    def judge(trained):
+        return {"loss": 1.0 + 0.01 * len(trained_before())}
+
+    def trained_before():
+        return trained
+
+    arms = {"new": Arm("a", {"width": 8}, measure=lambda t: {"loss": 0.2}), "old": Arm("b", measure=judge)}
+    claim = Claim("new is better", "paper", "loss", arms, "new", "old")
+    monkeypatch.setattr(verb, "train", train)
+    monkeypatch.setattr(verb, "HOME", tmp_path / "home")
+    monkeypatch.setattr(verb, "claim_of", lambda key: claim)
+    monkeypatch.setattr("seriatim.cli.claiming.claim_of", lambda key: claim)
+    results = tmp_path / "results"
+    assert main(["claim", "next-token", "--results", str(results)]) == 0
+    assert trained == [("b", seed, None) for seed in range(5)] + [("a", seed, 8) for seed in range(2)]
+    assert main(["claim", "next-token", "--results", str(results)]) == 0
+    assert len(trained) == 7, "nothing is trained twice"
+    result = json.loads((results / "next-token.json").read_text(encoding="utf-8"))
+    assert result["verdict"] == "holds" and result["ours"] == pytest.approx(0.2) and result["train_seconds"] == 14.0
+    keys = "key claim paper metric arms ours baseline ratio verdict rule seeds train_seconds machine command commit"
+    assert set(keys.split()) <= result.keys()
+    capsys.readouterr()
+    assert main(["claims", "--results", str(results)]) == 0
+    assert "holds" in capsys.readouterr().out
