@@ -146,7 +146,8 @@ def _result(result: Mapping[str, Any] | None) -> Iterator[str]:
     if result is None:
         return
     yield "## Last result"
-    yield f"**{result['verdict']}**: {result['metric']} {_number(result['ours'])} against {_number(result['baseline'])}."
+    ours, baseline = (_number(result[k]) for k in ("ours", "baseline"))
+    yield f"**{result['verdict']}**: {result['metric']} {ours} against {baseline}."
     metric = result["metric"]
     rows = [
         (name, str(run.get("seed", "")), _number(run.get(metric)), _number(run.get("train_seconds")))

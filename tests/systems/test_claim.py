@@ -36,8 +36,8 @@ def test_a_verdict_needs_a_spread():
 
 def test_the_rule_says_metric_direction_and_seeds():
     assert a_claim(margin=2.0).rule == (
-        "the mean loss of new is lower than that of old divided by 2, by more than three standard deviations of old over "
-        "5 seeds"
+        "the mean loss of new is lower than that of old divided by 2, by more than three standard deviations of "
+        "old over 5 seeds"
     )
 
 

@@ -47,12 +47,11 @@ class Claim:
     @property
     def rule(self) -> str:
         """The rule in words, as results carry it."""
-        factor = (
-            "" if self.margin == 1 else f" {'divided' if self.better == 'lower' else 'multiplied'} by {self.margin:g}"
-        )
+        turned = "divided" if self.better == "lower" else "multiplied"
+        factor = "" if self.margin == 1 else f" {turned} by {self.margin:g}"
         return (
-            f"the mean {self.metric} of {self.ours} is {self.better} than that of {self.baseline}{factor}, by more than "
-            f"three standard deviations of {self.baseline} over {len(self.spread_seeds)} seeds"
+            f"the mean {self.metric} of {self.ours} is {self.better} than that of {self.baseline}{factor}, by more "
+            f"than three standard deviations of {self.baseline} over {len(self.spread_seeds)} seeds"
         )
 
     def queue(self) -> list[tuple[str, int]]:
