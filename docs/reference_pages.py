@@ -1,4 +1,5 @@
-"""The reference: every public name of `seriatim`, a page a topic, and the list of decisions. A hook of mkdocs.
+"""The reference: every public name of `seriatim`, a page a topic; the list of decisions; colours of code. A hook of
+mkdocs.
 
 The names are those that `seriatim/__init__.py` gives; their docstrings and signatures are read by mkdocstrings.
 """
@@ -47,8 +48,12 @@ def decisions(folder: Path) -> list[dict[str, str]]:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages, and list them under "Reference" and "Decisions"."""
+    """Add the pages, and list them under "Reference" and "Decisions"; the style sheet of highlighted code."""
     from mkdocs.structure.files import File
+    from pygments.formatters import HtmlFormatter
+
+    colours = HtmlFormatter(style="friendly").get_style_defs(".highlight")
+    files.append(File.generated(config, "code.css", content=colours))
 
     sections = {name: item[name] for item in config.nav for name in item}
     for topic, names in topics().items():

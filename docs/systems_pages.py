@@ -7,8 +7,9 @@ of a system are the mask of its smallest instance, drawn here, and files named K
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -64,8 +65,8 @@ def _order(module: ModuleType) -> str:
     which = "All steps of a sample in one forward" if packed else "The first forward of an empty sample"
     return (
         f"{which}, for the smallest instance ({len(ranks)} elements, on which the laws run): {plan.size} slots. A row "
-        "is dark where its slot sees the slot of the column. The elements are decided at steps "
-        f"{', '.join(map(str, ranks))}."
+        "is dark where its slot sees the slot of the column; beside it stand the element that is read there, and the "
+        "step that decides it."
     )
 
 
@@ -77,7 +78,10 @@ def mask(key: str) -> bytes:
     plan = case.plan(case.sample(1))
     view = next(iter(plan.views.values()))
     reads = {int(s): int(e) for s, e in zip(plan.reads.slot[0], plan.reads.element[0], strict=True) if min(s, e) >= 0}
-    names = [f"{i} reads {reads[i]}" if i in reads else str(i) for i in range(plan.size)]
+    step = plan.rank[0].tolist()
+    names = [
+        f"slot {i}: element {reads[i]}, step {step[reads[i]]}" if i in reads else f"slot {i}" for i in range(plan.size)
+    ]
     seen = view.mask()[0]
     with TemporaryDirectory() as folder:
         return draw_mask(seen, Path(folder) / "mask.png", row_labels=names).read_bytes()
@@ -111,12 +115,12 @@ def _settings(key: str, module: ModuleType) -> Iterator[str]:
     recipes: Mapping[str, Any] = getattr(cls, "recipes", {})
     if recipes:
         yield "A size changes these defaults, and has a recipe of its own:"
-        rows = []
+        lines = []
         for name, recipe in recipes.items():
             changes = ", ".join(f"{k} {v}" for k, v in sizes.get(name, {}).items()) or "the defaults"
             rate = f"{recipe.learning_rate:g}"
-            rows.append((f"`{name}`", changes, f"{recipe.steps:,}", str(recipe.batch), rate))
-        yield table(("size", "settings", "steps", "batch", "learning rate"), rows)
+            lines.append((f"`{name}`", changes, f"{recipe.steps:,}", str(recipe.batch), rate))
+        yield table(("size", "settings", "steps", "batch", "learning rate"), lines)
 
 
 def _type(f: Field[Any]) -> str:
@@ -124,9 +128,10 @@ def _type(f: Field[Any]) -> str:
 
 
 def _default(f: Field[Any]) -> str:
-    if f.default is not MISSING:
-        return f"`{f.default!r}`"
-    return "" if f.default_factory is MISSING else f"`{f.default_factory()!r}`"
+    value = f.default if f.default_factory is MISSING else f.default_factory()
+    if value is MISSING:
+        return ""
+    return f"`{type(value).__name__}(...)`" if is_dataclass(value) else f"`{value!r}`"
 
 
 def _claim(module: ModuleType) -> Iterator[str]:
@@ -184,8 +189,9 @@ def overview() -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; bars inside cells are escaped."""
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    """A table in Markdown; bars inside cells are escaped, except in code."""
+    safe = [[re.sub(r"(`[^`]*`)|\|", lambda m: m[1] or r"\|", cell) for cell in row] for row in rows]
+    lines = [head, ["---"] * len(head), *safe]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

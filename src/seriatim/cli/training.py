@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from rich.console import Console
 
 from seriatim.cli.options import data_options
 from seriatim.cli.progress import Bar
+from seriatim.verbs.load import load
 from seriatim.verbs.show import show
 from seriatim.verbs.train import train
 
@@ -25,6 +28,9 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
         resume=options.resume, settings=settings_of(rest), bar=lambda name: Bar(name, console),
         **data_options(options),
     )  # fmt: skip
+    if int(os.environ.get("RANK", "0")):
+        return 0  # of several processes the first one shows
+    trained = replace(trained, system=load(out))  # weights may be spread over processes
     for note in trained.data.notes:
         console.print(f"[yellow]note:[/] {note}", highlight=False)
     figures = show(trained)
@@ -34,7 +40,8 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     console.print(
         f"\n[bold]Look at[/] {', '.join(p.name for p in sorted(out.iterdir()) if p.suffix in SHOWN)} in {out}"
     )
-    console.print(f"[bold]Try next:[/] seriatim generate {out}", highlight=False)
+    next_to_try = f"seriatim generate {out}" if trained.system.meta.family != "tokenizer" else "--tokenizer " + str(out)
+    console.print(f"[bold]Try next:[/] {next_to_try}", highlight=False)
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Static orders that are a clock and a feed: scales, groups, any given ranks.
+"""Static orders that are a clock and a feed: scales, blocks, any order.
 
-`Ranked` gives each slot one element to read and a vector derived from what is decided before it (next-scale
+`Scales` gives each slot one element to read and a vector derived from what is decided before it (next-scale
 generation); `Blocks` two streams, clean values and masked or noisy queries (block diffusion, skip-causal).
 """
 

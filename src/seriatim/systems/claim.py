@@ -12,7 +12,8 @@ Verdict = Literal["holds", "fails", "within noise", "not measurable here"]
 
 @dataclass(frozen=True)
 class Arm:
-    """One training: a system, its settings, and how long. `measure` (None: the usual figures) judges it."""
+    """One training: a system, its settings, and how long. sampling: changes of how it samples when it is judged;
+    measure: judges it (None: the usual figures)."""
 
     system: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -20,6 +21,7 @@ class Arm:
     tokenizer: str | None = None
     minutes: float | None = None
     steps: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     measure: Callable[[Any], Mapping[str, float]] | None = None
 
 

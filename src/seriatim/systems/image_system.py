@@ -48,6 +48,11 @@ class ImageSystem(System):
         """Fields of the config that follow from the tokenizer and the data."""
         return {"vocab": tokenizer.vocab, "classes": max(len(classes), 1)}
 
+    @classmethod
+    def tokenizer_for(cls, shape: Sequence[int]) -> str:
+        """The kind of tokenizer for pictures (channels, height, width), where the user names none."""
+        return cls.tokenizers[0]
+
     def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, dict[str, Tensor] | None]:
         with torch.no_grad():
             codes = self.tokenizer.encode(batch["image"])

@@ -145,7 +145,7 @@ def config_from(cls: type[System], settings: Mapping[str, Any], size: str | None
     for name in settings:
         if name not in names:
             near = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else "."
             raise ValueError(f"{cls.meta.key} has no setting {name!r}{hint} Its settings: {', '.join(sorted(names))}")
     for name, value in known.items():
         if name in settings and settings[name] != value:

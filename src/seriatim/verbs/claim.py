@@ -16,6 +16,7 @@ from seriatim.systems.meta import catalogue
 from seriatim.systems.meta import load as load_module
 from seriatim.training.checkpoint import save_json
 from seriatim.verbs.evaluate import HOME, evaluate
+from seriatim.verbs.generate import sampling_of
 from seriatim.verbs.train import Bar, Trained, train
 
 
@@ -72,9 +73,14 @@ def _run(key: str, claim: Claim, name: str, seed: int, bar: Bar | None) -> None:
         arm.system, claim.data, out=folder / "run", size=arm.size, tokenizer=arm.tokenizer, minutes=arm.minutes,
         resume=(folder / "run" / "run.json").exists(), settings=settings, bar=bar,
     )  # fmt: skip
-    figures = dict(arm.measure(trained)) if arm.measure else evaluate(trained.system, trained.data, seed=seed)
+    figures = dict(arm.measure(trained)) if arm.measure else _judged(trained, arm, seed)
     seconds = sum(h.get("seconds", 0.0) for h in trained.history)
     save_json({"seed": seed, **figures, "train_seconds": round(seconds, 1)}, folder / "figures.json")
+
+
+def _judged(trained: Trained, arm: Arm, seed: int) -> dict[str, Any]:
+    sampling = sampling_of(trained.system, **arm.sampling) if arm.sampling else None
+    return evaluate(trained.system, trained.data, seed=seed, sampling=sampling)
 
 
 def _figures_file(key: str, arm: str, seed: int) -> Path:

@@ -14,7 +14,7 @@ from seriatim.evaluation.features import features_for
 from seriatim.evaluation.metrics import bits_per_byte, bits_per_dimension, text_statistics
 from seriatim.evaluation.quality import picture_quality
 from seriatim.systems.image_system import ImageSystem, Pictures
-from seriatim.systems.system import System
+from seriatim.systems.system import Sampling, System
 from seriatim.systems.text_system import TextSystem
 from seriatim.systems.tokenizer_system import TokenizerSystem
 from seriatim.training.run import RunFolder
@@ -29,6 +29,7 @@ def evaluate(
     *,
     samples: int = 1000,
     seed: int = 0,
+    sampling: Sampling | None = None,
     **data_options: Any,
 ) -> dict[str, Any]:
     """Figures of a run, `zoo:NAME` or a loaded system, on the data it was trained on or others.
@@ -50,7 +51,7 @@ def evaluate(
         figures = dict(system.validate(loaded.test))
     else:
         assert isinstance(system, ImageSystem)
-        figures = picture_figures(system, loaded, samples, seed)[0]
+        figures = picture_figures(system, loaded, samples, seed, sampling)[0]
     return {"system": system.meta.key, "data": loaded.name, **figures, "parameters": parameters(system.model)}
 
 
@@ -72,7 +73,7 @@ def text_figures(system: TextSystem, data: Data, seed: int) -> dict[str, Any]:
 
 
 def picture_figures(
-    system: ImageSystem, data: Data, samples: int, seed: int = 0, film: bool = False
+    system: ImageSystem, data: Data, samples: int, seed: int = 0, sampling: Sampling | None = None
 ) -> tuple[dict[str, Any], Pictures]:
     """Likelihood, quality on features of a small classifier of these data (kept under SERIATIM_HOME), and cost."""
     figures: dict[str, Any] = {}
@@ -84,7 +85,7 @@ def picture_figures(
     labels = None
     if data.classes:
         labels = torch.arange(len(data.classes)).repeat_interleave(-(-samples // len(data.classes)))
-    pictures = system.draw(labels, samples, seed=seed, film=film)
+    pictures = system.draw(labels, samples, sampling, seed)
     model = features_for(data, HOME / "features" / data.name.replace("/", "_"))
     figures |= picture_quality(pictures.images, labels, data, model)
     figures |= {"forwards": pictures.forwards, "seconds": pictures.seconds / len(pictures.images)}

@@ -139,7 +139,7 @@ def tokenizer_for(
         taken: Any = trained.model
         save_tokenizer(taken, place)
         return taken
-    kind = str(asked or cls.tokenizers[0])
+    kind = str(asked or cls.tokenizer_for(data.train.take(torch.tensor([0]))["image"].shape[1:]))
     if resume and (place / "tokenizer.json").is_file():
         return load_tokenizer(place)
     if kind in catalogue():

@@ -85,6 +85,11 @@ class RasterAR(ImageSystem):
         return build(config)
 
     @classmethod
+    def tokenizer_for(cls, shape: Sequence[int]) -> str:
+        """Pixels of small grey pictures, ids of a VQ tokenizer of others."""
+        return "pixels" if shape[0] == 1 and shape[1] <= 16 else "image-vq"
+
+    @classmethod
     def known(cls, tokenizer: Any, classes: Sequence[str]) -> dict[str, Any]:
         rows, columns = tokenizer.grid
         if tokenizer.vocab is None or getattr(tokenizer, "depth", 1) != 1 or rows != columns:

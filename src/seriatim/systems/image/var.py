@@ -28,6 +28,7 @@ from seriatim.laws.case import Case, Limit, randomise
 from seriatim.layout import pyramid
 from seriatim.model import Model
 from seriatim.plan import Plan
+from seriatim.systems.claim import Arm, Claim
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.meta import Meta
 from seriatim.systems.system import Sampling
@@ -169,6 +170,21 @@ class VAR(ImageSystem):
         """The picture of the scales so far."""
         whole = [end for end in accumulate(self.tokenizer.quantizer.sizes) if bool(known[:, :end].all())]
         return self.tokenizer.partial_decode(codes[:, : max(whole, default=0)])[-1]
+
+
+CLAIM = Claim(
+    text="At equal training seconds and near equal parameters, next-scale prediction draws better pictures than raster "
+    "order over ids of the same vocabulary, in 6 forwards instead of 64.",
+    paper="ImageNet 256x256: FID 18.65 to 1.73 against the raster baseline, with 20 times faster inference",
+    metric="fd_s",
+    arms={
+        "var": Arm("var", size="small", tokenizer="zoo:image-msvq", minutes=4),
+        "raster-ar": Arm("raster-ar", size="small", tokenizer="zoo:image-vq", minutes=4),
+    },
+    ours="var",
+    baseline="raster-ar",
+    data="glyphs",
+)
 
 
 # ---- what the laws run -----------------------------------------------------------------------------------------------

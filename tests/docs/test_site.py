@@ -1,0 +1,100 @@
+"""What the hooks make of systems, results and names; and that the navigation has every page."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+
+import pytest
+
+import seriatim
+from seriatim.systems import meta
+from seriatim.systems.meta import catalogue
+from seriatim.verbs.generate import generate
+
+RESULT = {
+    "key": "var", "claim": "c", "paper": "p", "metric": "loss", "ours": 1.25, "baseline": 1.5, "verdict": "holds",
+    "rule": "r", "arms": {"var": [{"seed": 0, "loss": 1.25, "train_seconds": 60.0}], "other": [{"seed": 1}]},
+    "command": "seriatim claim var", "machine": "m | n", "commit": "abc",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def systems(hook):
+    return hook("systems_pages")
+
+
+@pytest.mark.parametrize("key", list(catalogue()))
+def test_a_page_says_what_the_system_is(systems, key):
+    text, card = systems.page(key), catalogue()[key][0]
+    assert text.startswith(f"# {card.title}\n")
+    assert card.summary in text and f"seriatim train {key}" in text
+    assert "| setting | type | default |" in text
+    assert ("## Its order" in text) == (card.family != "tokenizer")
+
+
+def test_a_page_shows_the_last_result(systems, tmp_path, monkeypatch):
+    monkeypatch.setattr(meta, "RESULTS", (tmp_path,))
+    assert "## Last result" not in systems.page("var")
+    (tmp_path / "var.json").write_text(json.dumps(RESULT), encoding="utf-8")
+    text = systems.page("var")
+    assert "**holds**: loss 1.25 against 1.5." in text
+    assert "| var | 0 | 1.25 | 60 |" in text and "| other | 1 |  |  |" in text
+    assert "`m | n`" in text and "`abc`" in text
+
+
+def test_a_page_shows_pictures_by_their_names(systems, tmp_path, monkeypatch):
+    monkeypatch.setattr(systems, "IMAGES", tmp_path)
+    for name in ("var-film.gif", "var-samples.png", "mar-film.gif", "var-notes.txt"):
+        (tmp_path / name).touch()
+    shown = re.findall(r"\]\(\.\./images/([^)]+)\)", systems.page("var"))
+    assert shown == ["var-film.gif", "var-samples.png"]
+
+
+def test_masks_are_pictures(systems):
+    assert systems.mask("raster-ar").startswith(b"\x89PNG")
+
+
+def test_the_table_names_every_system(systems, root):
+    text = systems.overview()
+    assert all(f"(systems/{key}.md)" in text for key in catalogue())
+    assert systems.TABLE in (root / "docs" / "systems.md").read_text(encoding="utf-8")
+
+
+def test_tables_keep_their_cells_apart(systems):
+    assert systems.table(("a", "b"), [("x | y", "`p | q`")]).splitlines()[2] == r"| x \| y | `p | q` |"
+
+
+def test_papers_are_linked(systems):
+    assert (
+        systems._linked("T (2024), arXiv 2404.02905")
+        == "T (2024), [arXiv 2404.02905](https://arxiv.org/abs/2404.02905)"
+    )
+    assert systems._linked("T (2019)") == "T (2019)"
+
+
+def test_the_reference_has_every_public_name(hook):
+    reference = hook("reference_pages")
+    text = "".join(reference.page(topic, names) for topic, names in reference.topics().items())
+    named = {line.rsplit(".", 1)[1] for line in text.splitlines() if line.startswith("::: ")}
+    assert named == set(seriatim.__all__) - {"__version__"}
+
+
+def test_every_page_is_in_the_navigation(root):
+    listed = set(re.findall(r"[\w-]+\.md", (root / "mkdocs.yml").read_text(encoding="utf-8")))
+    there = {p.name for p in (root / "docs").glob("*.md")}
+    assert there == listed, "pages of docs/ stand in the list `nav` of mkdocs.yml, and the other way round"
+
+
+def test_functions_in_the_tour_take_what_they_are_given(documents):
+    code = "".join(re.findall(r"```python\n(.*?)```", documents["docs/tour.md"], re.S))
+    functions = {f"seriatim.{name}": getattr(seriatim, name) for name in seriatim.__all__} | {"generate": generate}
+    called = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call) and (name := ast.unparse(node.func)) in functions:
+            signature = inspect.signature(functions[name])
+            signature.bind(*node.args, **{k.arg: k.value for k in node.keywords if k.arg})
+            called.add(name)
+    assert called == {"seriatim.train", "seriatim.load", "seriatim.compare", "seriatim.evaluate", "generate"}
