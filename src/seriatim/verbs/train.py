@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import seriatim
-from seriatim.data.base import Data, load_data
+from seriatim.data.base import BUILT_IN, Data, load_data
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.meta import catalogue
 from seriatim.systems.system import System, config_from
@@ -74,7 +74,7 @@ def train(
     system.drop, system.classes = recipe.drop, loaded.classes
     examples, held_out = prepared(system, loaded)
     card: dict[str, Any] = {
-        "system": key, "config": plain(config), "recipe": plain(recipe), "data": loaded.name,
+        "system": key, "config": plain(config), "recipe": plain(recipe), "data": _found_again(data, loaded),
         "classes": list(loaded.classes), "version": seriatim.__version__,
     }  # fmt: skip
     if minutes is not None:
@@ -82,6 +82,13 @@ def train(
     with _shown(bar, key) as tick:
         history = fit(system, examples, recipe, RunFolder(folder), card, held_out, resume, minutes, tick)
     return Trained(system, loaded, folder, history)
+
+
+def _found_again(data: str | Path | Data | None, loaded: Data) -> str:
+    """The name of built-in data, or the whole path of others: a run is evaluated from anywhere."""
+    if isinstance(data, str | Path) and loaded.name not in BUILT_IN:
+        return str(Path(data).expanduser().resolve())
+    return loaded.name
 
 
 def modality_of(cls: type[System]) -> str:

@@ -149,7 +149,7 @@ class VAR(ImageSystem):
         "d16": {"width": 1024, "depth": 16, "heads": 16, "dropout": 0.0},
     })  # fmt: skip
     recipes = MappingProxyType({
-        "tiny": Recipe(600, drop=0.1),
+        "tiny": Recipe(500, drop=0.1),
         "small": Recipe(4000, batch=64, learning_rate=1e-3, drop=0.1, bf16=True, ema=0.995),
         "d16": Recipe(500_000, batch=768, learning_rate=3e-4, floor=0.1, drop=0.1, bf16=True),
     })  # fmt: skip
