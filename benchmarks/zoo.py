@@ -56,7 +56,7 @@ def make(name: str, entry: Mapping[str, Any], console: Console) -> None:
     start = time.monotonic()
     trained = train(
         **{k: v for k, v in entry.items() if k != "tokenizer"}, tokenizer=entry.get("tokenizer"), out=work,
-        resume=(work / "run.json").exists(), bar=lambda phase: Bar(f"{name} {phase}", console),
+        resume=True, bar=lambda phase: Bar(f"{name} {phase}", console),
     )  # fmt: skip
     figures = show(trained)
     out.mkdir(parents=True, exist_ok=True)

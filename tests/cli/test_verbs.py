@@ -11,6 +11,7 @@ from PIL import Image
 
 from seriatim.cli.main import main
 from seriatim.cli.training import settings_of
+from seriatim.verbs.train import train
 
 TINY = ["--steps", "3", "--width", "16", "--depth", "1", "--heads", "2"]
 
@@ -122,6 +123,37 @@ def test_weights_of_another_system_and_pickles_are_refused(text_run, picture_run
         (broken / "model.safetensors").write_bytes(content)
         assert main(["generate", str(broken)]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_run_that_is_there_is_not_touched_by_a_mistaken_second_one(text_run, text_file, capsys):
+    before = {p.name: p.read_bytes() for p in text_run.iterdir() if p.is_file()}
+    arguments = ["train", "next-token", "--data", str(text_file), "--out", str(text_run), "--tokenizer", "words"]
+    assert main([*arguments, "--length", "64", *TINY]) == 2
+    assert "holds a training already" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in text_run.iterdir() if p.is_file()} == before
+
+
+def test_a_run_cut_off_while_its_tokenizer_was_trained_can_be_resumed(tmp_path):
+    """And ends with the weights of one that was never cut off."""
+
+    class CutOff:
+        def __init__(self, name):
+            self.name = name
+
+        def update(self, step, steps, figures):
+            if self.name == "image-msvq" and step == 2:
+                raise KeyboardInterrupt
+
+        def close(self):
+            """Nothing to close."""
+
+    settings = {"steps": 2, "batch": 4, "tokenizer_steps": 4, "width": 16, "depth": 1, "heads": 2}
+    with pytest.raises(KeyboardInterrupt):
+        train("var", "digits", out=tmp_path / "a", settings=settings, bar=CutOff)
+    train("var", "digits", out=tmp_path / "a", settings=settings, resume=True)
+    train("var", "digits", out=tmp_path / "b", settings=settings)
+    for name in ("model.safetensors", "tokenizer/model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_settings_are_read_as_numbers_truths_and_tuples():

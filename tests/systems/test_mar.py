@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from seriatim.canvas import Set
+from seriatim.data.base import Data, load_data
 from seriatim.data.digits import digits
 from seriatim.decoding.guidance import Guidance
 from seriatim.decoding.loop import decode, generate
@@ -234,7 +235,8 @@ def test_the_squared_head_says_one_value_whatever_the_noise_and_temperature():
 
 
 def test_digits_become_vectors_of_about_unit_variance_and_come_back():
-    system, data = system_of(), digits()
+    data, patches = digits(), PatchTokenizer(PatchConfig(side=8, channels=1, patch=2))
+    system = mar.MAR(replace(TINY, **mar.MAR.known(patches, data)), patches)
     batch = data.train.take(torch.arange(len(data.train)))
     canvas, condition = system.canvas(batch)
     x = canvas.value["token"]
@@ -260,9 +262,15 @@ def test_filters_over_ids_are_refused():
 
 def test_what_follows_from_the_tokenizer():
     patches = PatchTokenizer(PatchConfig(side=32, channels=3, patch=4))
-    assert mar.MAR.known(patches, ("a", "b")) == {"side": 8, "dim": 48, "classes": 2}
+    images = torch.rand(6, 3, 32, 32) - 0.2
+    side = type("Side", (), {"__len__": lambda self: 6, "take": lambda self, index: {"image": images[index]}})()
+    said = mar.MAR.known(patches, Data("two", "image", side, side, ("a", "b")))
+    unit = {k: said.pop(k) for k in ("mean", "deviation")}
+    assert said == {"side": 8, "dim": 48, "classes": 2}
+    assert unit["mean"] == pytest.approx(float(images.mean()), abs=1e-4)
+    assert unit["deviation"] == pytest.approx(float(images.std()), abs=1e-4)
     with pytest.raises(ValueError, match="needs a tokenizer of vectors"):
-        mar.MAR.known(PixelTokenizer(PixelConfig(side=8)), ())
+        mar.MAR.known(PixelTokenizer(PixelConfig(side=8)), load_data("digits", "image"))
 
 
 @pytest.mark.parametrize(

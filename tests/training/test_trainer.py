@@ -165,6 +165,11 @@ def test_parts_of_a_batch_change_nothing_but_rounding(tmp_path):
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(whole.parameters(), parts.parameters(), strict=True))
 
 
+def test_a_batch_that_parts_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="a batch of 6 cannot be computed in 4 equal parts"):
+        Recipe(1, batch=6, accumulate=4)
+
+
 def test_averaged_weights_are_what_generation_loads(tmp_path):
     """The file holds the running mean by the recipe's decay, computed here by hand from the weights of every step."""
     folder, recipe = tmp_path / "a", Recipe(6, batch=4, ema=0.8)

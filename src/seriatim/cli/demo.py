@@ -20,8 +20,8 @@ def run_demo(options: argparse.Namespace) -> int:
     meta, _ = catalogue()["var"]
     console.print(f"[bold]{meta.title}[/] on 1,397 handwritten digits of 8x8 pixels: {meta.summary}", highlight=False)
     start = time.monotonic()
-    if (out / "run.json").exists():
-        shutil.rmtree(out)  # of an earlier demo, which this one replaces
+    if any((place / "run.json").exists() for place in (out, out / "tokenizer")):
+        shutil.rmtree(out)  # of an earlier demo, perhaps cut off, which this one replaces
     steps = {} if options.steps is None else {"steps": options.steps, "tokenizer_steps": options.steps}
     settings = {"seed": options.seed, **steps}
     trained = train("var", "digits", out=out, settings=settings, bar=lambda name: Bar(name, console))

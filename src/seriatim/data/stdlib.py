@@ -11,27 +11,13 @@ import gc
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-
-import numpy as np
-import torch
-from jaxtyping import UInt8
-from torch import Tensor
 
 from seriatim.data.base import Data, Texts, check_held_out, share
 
 LEFT_OUT = {"test", "tests", "idlelib", "encodings", "site-packages", "__pycache__", "lib2to3", "turtledemo"}
 NOT_WRITTEN = ("pydoc_data/", "_sysconfigdata", "config-")  # by people, as source: written by tools
-
-
-@dataclass(frozen=True)
-class Text:
-    """Bytes for training and held-out ones; files follow each other, parted by a zero byte."""
-
-    train: UInt8[Tensor, " n"]
-    test: UInt8[Tensor, " m"]
 
 
 def stdlib(held_out: float = 0.05) -> Data:
@@ -116,25 +102,3 @@ def _files() -> Iterator[tuple[str, bytes]]:
             yield relative.as_posix(), path.read_bytes()
         except OSError:
             continue
-
-
-@lru_cache(maxsize=1)
-def load_stdlib(held_out: float = 0.05) -> Text:
-    """Source of the running Python's standard library. Raises FileNotFoundError where Python came without it."""
-    sides: dict[bool, list[bytes]] = {True: [], False: []}
-    for path, content in _files():
-        sides[share(path) >= held_out].append(content + b"\0")
-    if not sides[True] or not sides[False]:
-        raise FileNotFoundError("no source files: this Python came without its standard library's source")
-    train, test = (torch.from_numpy(np.frombuffer(b"".join(sides[s]), dtype=np.uint8).copy()) for s in (True, False))
-    return Text(train, test)
-
-
-def windows(
-    text: UInt8[Tensor, " n"], count: int, length: int, generator: torch.Generator
-) -> UInt8[Tensor, "count length"]:
-    """Random windows of a text. Raises ValueError where the text is shorter than one window."""
-    if len(text) < length:
-        raise ValueError(f"the text has {len(text)} bytes, a window takes {length}; use more text or a shorter length")
-    start = torch.randint(len(text) - length + 1, (count,), generator=generator)
-    return text[start[:, None] + torch.arange(length)].long()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -15,9 +15,18 @@ from seriatim.canvas import Canvas
 from seriatim.decoding.loop import Decider, Proposer, generate
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.target import Target
+from seriatim.embed import TokenEmbed
 from seriatim.model import Model
-from seriatim.plan import Plan
+from seriatim.plan import MASK, VALUE, Plan
 from seriatim.random import Random
+
+
+class Unmasked(TokenEmbed):
+    """Wrong on purpose, for mutants of masked systems: the value itself stands where the labels speak of a mask."""
+
+    def forward(self, canvas, plan, guess=None, prefix=None):
+        source = torch.where(plan.slots.source == MASK, VALUE, plan.slots.source)
+        return super().forward(canvas, replace(plan, slots=replace(plan.slots, source=source)), guess, prefix)
 
 
 class Limit(NamedTuple):

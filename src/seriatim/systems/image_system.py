@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seriatim.canvas import Canvas
+from seriatim.data.base import Data
 from seriatim.decoding.loop import decode
 from seriatim.random import Generator
 from seriatim.systems.system import Sampling, System
@@ -44,9 +45,9 @@ class ImageSystem(System):
     validation_batch = 64
 
     @classmethod
-    def known(cls, tokenizer: Any, classes: Sequence[str]) -> dict[str, Any]:
+    def known(cls, tokenizer: Any, data: Data) -> dict[str, Any]:
         """Fields of the config that follow from the tokenizer and the data."""
-        return {"vocab": tokenizer.vocab, "classes": max(len(classes), 1)}
+        return {"vocab": tokenizer.vocab, "classes": max(len(data.classes), 1)}
 
     @classmethod
     def tokenizer_for(cls, shape: Sequence[int]) -> str:

@@ -10,9 +10,7 @@ from seriatim.tokenizers.multiscale import (
     MultiScaleTokenizer,
     MultiScaleVQ,
     ScaleStep,
-    TokenizerRecipe,
     phi_table,
-    train_tokenizer,
 )
 from seriatim.tokenizers.patches import PatchConfig, PatchTokenizer
 from seriatim.tokenizers.pixels import PixelConfig, PixelTokenizer
@@ -30,9 +28,7 @@ __all__ = [
     "MultiScaleTokenizer",
     "MultiScaleVQ",
     "ScaleStep",
-    "TokenizerRecipe",
     "phi_table",
-    "train_tokenizer",
     "VQConfig",
     "VQTokenizer",
     "KLConfig",

@@ -2,7 +2,7 @@
 
 Source: Visual Autoregressive Modeling (VAR), Tian et al. 2024, arXiv 2404.02905, algorithms 1 and 2, with the
 constants of the released models. `MultiScaleVQ` quantizes a latent map and keeps the book of its scales;
-`MultiScaleTokenizer` puts a convolutional encoder and decoder around it; `train_tokenizer` fits one to pictures.
+`MultiScaleTokenizer` puts a convolutional encoder and decoder around it.
 Nothing here knows the generator that predicts the ids, but its inputs (`next_input`, `teacher_inputs`) are made here,
 so that training and decoding meet the same numbers.
 """
@@ -10,10 +10,10 @@ so that training and decoding meet the same numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -256,10 +256,6 @@ class MultiScaleConfig(LossConfig, CodebookConfig):
     def side(self) -> int:
         return self.scales[-1] * 2**self.halvings
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON or a safetensors header; `MultiScaleConfig(**d)` takes them back."""
-        return asdict(self)
-
 
 class MultiScaleTokenizer(nn.Module):
     """Pictures in [-1, 1] <-> ids of all scales."""
@@ -350,48 +346,3 @@ class MultiScaleTokenizer(nn.Module):
     def _rests(self, f: Float[Tensor, "b dim h w"]) -> list[Float[Tensor, "m dim"]]:
         """What is quantized at each scale, as rows."""
         return [s.pooled.transpose(0, 1).flatten(1).T for s in self.quantizer.analyse(f)]
-
-
-# ---- training ------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class TokenizerRecipe:
-    """How `train_tokenizer` trains; the defaults suit thousands of small pictures."""
-
-    steps: int = 900
-    batch: int = 32
-    learning_rate: float = 3e-3  # AdamW, cosine to zero
-
-
-def train_tokenizer(
-    images: Float[Tensor, "n c h w"],
-    config: MultiScaleConfig | None = None,
-    recipe: TokenizerRecipe | None = None,
-    *,
-    seed: int = 0,
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
-    progress: Callable[[int, int, dict[str, float]], None] | None = None,
-) -> MultiScaleTokenizer:
-    """Fit a tokenizer to pictures in [-1, 1]; the same seed gives the same weights on the same machine.
-
-    `augment(batch, generator)` may vary each batch; `progress(step, steps, metrics)` is called after every step with
-    loss, psnr (dB) and, once the codebook is filled, the codes used. The global random state is left as it was.
-    """
-    recipe = recipe or TokenizerRecipe()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tokenizer = MultiScaleTokenizer(config or MultiScaleConfig()).train()
-    check_pictures(images, tokenizer.channels, tokenizer.side)
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=recipe.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
-    for step in range(recipe.steps):
-        batch = images[torch.randint(len(images), (recipe.batch,), generator=generator)]
-        batch = augment(batch, generator) if augment else batch
-        loss, metrics = tokenizer.loss(batch, step, recipe.steps, generator)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if progress:
-            progress(step + 1, recipe.steps, metrics)
-    return tokenizer.eval()

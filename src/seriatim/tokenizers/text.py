@@ -70,6 +70,7 @@ class PairTokenizer:
 
     def __init__(self, inner: Any):
         self.inner = inner
+        self.inner.encode_special_tokens = True  # "<eos>" that a user writes is text
         self.vocab = inner.get_vocab_size()
         self.special = {name: i for name in SPECIAL if (i := inner.token_to_id(f"<{name}>")) is not None}
 

@@ -48,9 +48,8 @@ class RunFolder:
 
     def begin(self, card: Mapping[str, Any], resume: bool) -> None:
         """Start anew, or go on with what is there. Raises ValueError where something is in the way or does not fit."""
-        if not resume:
-            if self.card.exists() or self.state.exists():
-                raise ValueError(f"{self.path} holds a training already; go on with --resume, or choose another --out")
+        self.refuse(resume)
+        if not self.card.exists():
             save_json(card, self.card)
             return
         there = self.read_card()
@@ -61,6 +60,11 @@ class RunFolder:
                     f"{self.path} was started with other settings ({differs}); resume with the same, or start another "
                     "run with --out"
                 )
+
+    def refuse(self, resume: bool) -> None:
+        """Raises ValueError where a training is in the way; asked before anything is written beside it."""
+        if not resume and (self.card.exists() or self.state.exists()):
+            raise ValueError(f"{self.path} holds a training already; go on with --resume, or choose another --out")
 
     def read_card(self) -> dict[str, Any]:
         """What the run is. Raises ValueError where the folder holds no run."""

@@ -75,7 +75,7 @@ def number_of(*what: int | str) -> int:
 
 
 def train(
-    learner: Any,
+    learner: Learner,
     examples: Examples,
     recipe: Recipe,
     folder: RunFolder,
@@ -107,6 +107,9 @@ class _Training:
         self.recipe, self.folder, self.examples, self.held_out, self.tick = recipe, folder, examples, held_out, tick
         self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
         self.learner = learner
+        parts = recipe.accumulate * self.accelerator.num_processes
+        if recipe.batch % parts:
+            raise ValueError(f"a batch of {recipe.batch} cannot be computed in {parts} equal parts; take a multiple")
         learner.train()
         if recipe.compile:
             compile_layers(learner)

@@ -49,9 +49,8 @@ def compare(
     results = []
     for key in keys:
         folder = Path(out) / key
-        begun = (folder / "run.json").exists()
         trained = train(
-            key, loaded, out=folder, size=size, minutes=minutes, resume=begun, settings={"seed": seed}, bar=bar
+            key, loaded, out=folder, size=size, minutes=minutes, resume=True, settings={"seed": seed}, bar=bar
         )
         said(f"judging {key}")
         results.append(judged(trained, samples, seed, command))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -63,6 +62,7 @@ def train(
     folder = Path(out or f"runs/{key}")
     settings = dict(settings or {})
     recipe = recipe_from(cls, settings, size)
+    RunFolder(folder).refuse(resume)
     loaded = data if isinstance(data, Data) else load_data(data or cls.source, modality_of(cls), **data_options)
     torch.manual_seed(recipe.seed)
     tokens = tokenizer_for(cls, loaded, tokenizer, folder, resume, settings, recipe.seed, bar)
@@ -104,7 +104,7 @@ def config_of(cls: type[System], settings: Mapping[str, Any], size: str | None, 
         shape = data.train.take(torch.tensor([0]))["image"].shape  # type: ignore[union-attr]
         return cls.Config.for_pictures(shape[2], shape[1], **settings)
     assert issubclass(cls, ImageSystem)
-    return config_from(cls, settings, size, **cls.known(tokenizer, data.classes))
+    return config_from(cls, settings, size, **cls.known(tokenizer, data))
 
 
 def prepared(system: System, data: Data) -> tuple[Any, Any]:
@@ -132,11 +132,12 @@ def tokenizer_for(
     cls: type[System], data: Data, asked: str | Path | None, folder: Path, resume: bool,
     settings: Mapping[str, Any], seed: int, bar: Bar | None,
 ) -> Any:  # fmt: skip
-    """The tokenizer of a run: made, trained in its folder, or taken from another run; a copy stands beside the run."""
+    """The tokenizer of a run: made, trained in its folder, or taken from another run; a copy stands beside the run. A
+    resumed run keeps the one it has."""
     if issubclass(cls, TokenizerSystem):
         return None
     if issubclass(cls, TextSystem):
-        return _text_tokenizer(cls, data, asked, folder, settings)
+        return _text_tokenizer(cls, data, asked, folder, resume, settings)
     assert issubclass(cls, ImageSystem)
     place = folder / "tokenizer"
     if asked is not None and str(asked) not in cls.tokenizers:
@@ -151,8 +152,7 @@ def tokenizer_for(
         return load_tokenizer(place)
     if kind in catalogue():
         steps = {"steps": settings["tokenizer_steps"]} if "tokenizer_steps" in settings else {}
-        begun = resume and RunFolder(place).state.exists()
-        run = train(kind, data, out=place, resume=begun, settings={"seed": seed, **steps}, bar=bar)
+        run = train(kind, data, out=place, resume=resume, settings={"seed": seed, **steps}, bar=bar)
         made: Any = run.system.model
     else:
         shape = data.train.take(torch.tensor([0]))["image"].shape  # type: ignore[union-attr]
@@ -162,21 +162,19 @@ def tokenizer_for(
 
 
 def _text_tokenizer(
-    cls: type[TextSystem], data: Data, asked: str | Path | None, folder: Path, settings: Mapping[str, Any]
+    cls: type[TextSystem], data: Data, asked: str | Path | None, folder: Path, resume: bool, settings: Mapping[str, Any]
 ) -> TextTokenizer:
-    kind = str(asked or cls.tokenizers[0])
+    kind, there = str(asked or cls.tokenizers[0]), folder / "tokenizer.json"
+    if resume and there.is_file():
+        return load_text_tokenizer(there)
     if kind == "bytes":
         made: TextTokenizer = ByteTokenizer()
     elif kind in ("bpe", "words"):
-        there = folder / "tokenizer.json"
-        if there.is_file():
-            made = load_text_tokenizer(there)
-        else:
-            learn = PairTokenizer.train if kind == "bpe" else WordTokenizer.train
-            made = learn(data.train.documents, int(settings.get("vocab", 4096)))  # type: ignore[union-attr, arg-type]
+        learn = PairTokenizer.train if kind == "bpe" else WordTokenizer.train
+        made = learn(data.train.documents, int(settings.get("vocab", 4096)))
     else:
         made = load_text_tokenizer(where(kind) if kind.startswith("zoo:") else Path(kind))
-    save_json(made.to_json(), folder / "tokenizer.json")
+    save_json(made.to_json(), there)
     return made
 
 
@@ -195,8 +193,3 @@ class _shown:
     def __exit__(self, *error: Any) -> None:
         if self.display is not None:
             self.display.close()
-
-
-def summary_of(folder: str | Path) -> dict[str, Any]:
-    """The figures of a finished run."""
-    return json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))

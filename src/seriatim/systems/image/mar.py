@@ -14,8 +14,7 @@ is drawn for each picture, not for each batch; guidance counts what is known bef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.canvas import Canvas
 from seriatim.conditions.condition import ClassCondition
+from seriatim.data.base import Data
 from seriatim.decoding.loop import Decider, generate
 from seriatim.decoding.sample import Select
 from seriatim.decoding.target import Target
@@ -35,16 +35,16 @@ from seriatim.heads.categorical import CategoricalHead
 from seriatim.heads.denoiser import Denoiser
 from seriatim.heads.diffusion import DiffusionConfig, DiffusionHead
 from seriatim.heads.dist import FromStates
-from seriatim.laws.case import Case, Limit, randomise
+from seriatim.laws.case import Case, Limit, Unmasked, randomise
 from seriatim.layout import grid
 from seriatim.model import Model
 from seriatim.objectives.masked import ByRate, Masked, Masking, by_count
-from seriatim.plan import MASK, VALUE, Reads
+from seriatim.plan import Reads
 from seriatim.random import Forced, Key, Random
 from seriatim.systems.claim import Arm, Claim
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.meta import Meta
-from seriatim.systems.system import Sampling
+from seriatim.systems.system import Sampling, evenly
 from seriatim.training.recipe import Recipe
 
 META = Meta(
@@ -75,12 +75,15 @@ CLAIM = Claim(
 )
 
 
+MEASURED = 512  # pictures whose numbers say mean and deviation
+
+
 @dataclass(frozen=True)
 class Config:
     """Sizes; the defaults suit 8x8 digits in patches of 2x2 pixels. `side`: vectors in a row; `dim`: numbers in each.
 
-    mean, deviation: of the numbers that the tokenizer gives, so that the model meets vectors of about unit variance
-    (the defaults are those of the digits' pixels; latents of image-kl are normalised already: 0 and 1). head:
+    mean, deviation: of the numbers that the tokenizer gives, so that the model meets vectors of about unit variance;
+    training measures them on its data. head:
     "diffusion", or "mse" for a network of about the same size that says one value, trained by squared error.
     head_width, head_depth: its residual blocks; head_steps: of diffusion in sampling; head_clip: no number of a vector
     is larger (DiffusionConfig.clip).
@@ -93,8 +96,8 @@ class Config:
     depth: int = 4
     heads: int = 4
     dropout: float = 0.1
-    mean: float = -0.39
-    deviation: float = 0.75
+    mean: float = 0.0
+    deviation: float = 1.0
     head: Literal["diffusion", "mse"] = "diffusion"
     head_width: int = 128
     head_depth: int = 3
@@ -159,7 +162,8 @@ def build(config: Config | None = None) -> Masked:
     if c.head == "mse":
         head: nn.Module = SquaredHead(c.width, c.dim, c.head_width, c.head_depth)
     else:
-        head = DiffusionHead(c.width, c.dim, DiffusionConfig(c.head_width, c.head_depth, steps=c.head_steps, clip=4.0))
+        diffusion = DiffusionConfig(c.head_width, c.head_depth, steps=c.head_steps, clip=c.head_clip)
+        head = DiffusionHead(c.width, c.dim, diffusion)
     embed = VectorEmbed(c.dim, c.width, positions=(c.side, c.side), mask=True, start=False, std=0.4)
     return _assembled(c, embed, head)
 
@@ -194,12 +198,15 @@ class MAR(ImageSystem):
         return build(config)
 
     @classmethod
-    def known(cls, tokenizer: Any, classes: Sequence[str]) -> dict[str, Any]:
+    def known(cls, tokenizer: Any, data: Data) -> dict[str, Any]:
         rows, columns = tokenizer.grid
         if tokenizer.vocab is not None or rows != columns:
             raise ValueError(f"{META.key} needs a tokenizer of vectors on a square grid: patches, or a run of image-kl")
-        unit = {} if tokenizer.kind == "patches" else {"mean": 0.0, "deviation": 1.0}
-        return {"side": rows, "dim": tokenizer.dim, "classes": max(len(classes), 1), **unit}
+        some = data.train.take(evenly(len(data.train), MEASURED))["image"]
+        with torch.no_grad():
+            codes = tokenizer.encode(some).double()
+        unit = {"mean": round(float(codes.mean()), 4), "deviation": round(float(codes.std()), 4)}
+        return {"side": rows, "dim": tokenizer.dim, "classes": max(len(data.classes), 1), **unit}
 
     def canvas(self, batch: Any) -> tuple[Canvas, dict[str, Tensor] | None]:
         with torch.no_grad():
@@ -244,16 +251,8 @@ def one_step() -> Limit:
     return Limit("one step = independent elements", forced.log_prob, -losses.sum(1))
 
 
-class _Peeks(TokenEmbed):
-    """Wrong on purpose: the value itself stands where the labels speak of a mask."""
-
-    def forward(self, canvas, plan, guess=None, prefix=None):
-        source = torch.where(plan.slots.source == MASK, VALUE, plan.slots.source)
-        return super().forward(canvas, replace(plan, slots=replace(plan.slots, source=source)), guess, prefix)
-
-
 def mutant() -> Case:
     """The case with a wrong feed, which the laws must catch."""
     wrong = case()
-    wrong.model.embed.__class__ = _Peeks
+    wrong.model.embed.__class__ = Unmasked
     return wrong

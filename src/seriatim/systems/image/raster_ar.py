@@ -16,6 +16,7 @@ import torch
 
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.conditions.condition import ClassCondition
+from seriatim.data.base import Data
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.line import Line
 from seriatim.heads.categorical import CategoricalHead
@@ -90,13 +91,13 @@ class RasterAR(ImageSystem):
         return "pixels" if shape[0] == 1 and shape[1] <= 16 else "image-vq"
 
     @classmethod
-    def known(cls, tokenizer: Any, classes: Sequence[str]) -> dict[str, Any]:
+    def known(cls, tokenizer: Any, data: Data) -> dict[str, Any]:
         rows, columns = tokenizer.grid
         if tokenizer.vocab is None or getattr(tokenizer, "depth", 1) != 1 or rows != columns:
             raise ValueError(
                 f"{META.key} needs a tokenizer with one id a place on a square grid: pixels of grey, or image-vq"
             )
-        return {**super().known(tokenizer, classes), "side": rows}
+        return {**super().known(tokenizer, data), "side": rows}
 
 
 def case() -> Case:

@@ -8,7 +8,6 @@ grows linearly with the scale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from types import MappingProxyType
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from seriatim.backbones.transformer import Layer, Transformer, TransformerConfig
 from seriatim.canvas import Canvas
 from seriatim.conditions.condition import ClassCondition
+from seriatim.data.base import Data
 from seriatim.decoding.guess import Guess
 from seriatim.factorization.static import Scales
 from seriatim.heads.categorical import CategoricalHead
@@ -161,10 +161,10 @@ class VAR(ImageSystem):
         return build(config, None if tokenizer is None else tokenizer.quantizer)
 
     @classmethod
-    def known(cls, tokenizer: Any, classes: Sequence[str]) -> dict[str, Any]:
+    def known(cls, tokenizer: Any, data: Data) -> dict[str, Any]:
         if not isinstance(tokenizer, MultiScaleTokenizer):
             raise ValueError(f"{META.key} needs a multi-scale tokenizer: a run of image-msvq")
-        return {"tokenizer": tokenizer.config, "classes": max(len(classes), 1)}
+        return {"tokenizer": tokenizer.config, "classes": max(len(data.classes), 1)}
 
     def unfinished(self, codes: Tensor, known: Tensor) -> Float[Tensor, "n c h w"]:
         """The picture of the scales so far."""

@@ -14,7 +14,7 @@ training a share of the batches has a random length (LLaDA: one in a hundred), f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import permutations, product
 from types import MappingProxyType
 from typing import Any
@@ -33,11 +33,10 @@ from seriatim.decoding.target import Target
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.static import AnyOrder
 from seriatim.heads.categorical import CategoricalHead
-from seriatim.laws.case import Case, Limit, randomise
+from seriatim.laws.case import Case, Limit, Unmasked, randomise
 from seriatim.layout import line
 from seriatim.model import Model, Rows
 from seriatim.objectives.masked import Masked, by_count, by_time
-from seriatim.plan import MASK, VALUE
 from seriatim.random import Generator, Random
 from seriatim.systems.claim import Arm, Claim
 from seriatim.systems.meta import Meta
@@ -249,16 +248,8 @@ def mean_over_orders() -> Limit:
     return Limit("the bound = the mean over orders", bound / len(orders), surprise / len(orders))
 
 
-class _Peeks(TokenEmbed):
-    """Wrong on purpose: the token itself stands where the labels speak of a mask."""
-
-    def forward(self, canvas, plan, guess=None, prefix=None):
-        source = torch.where(plan.slots.source == MASK, VALUE, plan.slots.source)
-        return super().forward(canvas, replace(plan, slots=replace(plan.slots, source=source)), guess, prefix)
-
-
 def mutant() -> Case:
     """The case with a wrong feed, which the laws must catch."""
     wrong = case()
-    wrong.model.embed.__class__ = _Peeks
+    wrong.model.embed.__class__ = Unmasked
     return wrong
