@@ -14,15 +14,7 @@ import torch
 from torch import Tensor
 
 from seriatim.backbones.rope import RoPE
-from seriatim.backbones.transformer import (
-    BLOCK,
-    SMALL,
-    Transformer,
-    TransformerConfig,
-    _by_blocks,
-    _causal_by_blocks,
-    rms_norm,
-)
+from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.decoding.guess import Guess
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.line import Line
@@ -206,32 +198,6 @@ def test_each_variant_equals_the_reference(name, view):
     model, x = randomised(VARIANTS[name]), noise(BATCH, SLOTS, WIDTH)
     plan = plan_with(views[view])
     assert (model(x, plan) - reference(model, x, plan)).abs().max() < 1e-10
-
-
-@pytest.mark.parametrize("rows", [1, 3, 400], ids=["one", "few", "many"])
-def test_both_ways_to_the_root_mean_square_are_one(rows):
-    """Few numbers take another kernel than many: the same values and gradients, with and without weights."""
-    for weight in (noise(WIDTH, seed=2).requires_grad_(), None):
-        x = (100 * noise(rows, WIDTH)).requires_grad_()
-        leaves = [x] if weight is None else [x, weight]
-        want = x / (x.pow(2).mean(-1, keepdim=True) + 0.3).sqrt() * (1 if weight is None else weight)
-        got = rms_norm(x, weight, 0.3)
-        assert (got - want).abs().max() < 1e-12 and (rows * WIDTH > SMALL) == (rows == 400)
-        grads = [torch.autograd.grad((y * noise(rows, WIDTH, seed=3)).sum(), leaves) for y in (got, want)]
-        assert all((a - b).abs().max() < 1e-12 for a, b in zip(*grads, strict=True))
-
-
-@pytest.mark.parametrize("n", [3, BLOCK, BLOCK + 5, 2 * BLOCK + 1])
-def test_causal_attention_by_blocks_is_causal_attention(n):
-    """Values and gradients, whole blocks and rests; it is taken where bf16 is trained on a CPU, and nowhere else."""
-    q, k, v = (noise(2, 3 * n, 8, seed=i).view(2, 3, n, 8).requires_grad_() for i in range(3))
-    got = _causal_by_blocks(q, k, v, None)
-    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert (got - want).abs().max() < 1e-12
-    weight = noise(2, 3 * n, 8, seed=4).view_as(got)
-    grads = [torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (got, want)]
-    assert all((a - b).abs().max() < 1e-12 for a, b in zip(*grads, strict=True))
-    assert _by_blocks(q.bfloat16()) and not _by_blocks(q) and not _by_blocks(q.detach().bfloat16())
 
 
 @pytest.mark.parametrize("axes", [(4,), (2, 2), (2, 4, 2)], ids=["1 axis", "2 axes", "3 axes"])

@@ -82,11 +82,6 @@ class TransformerConfig:
     def inner(self) -> int:
         return self.hidden or (-(-8 * self.width // 3 // 8) * 8 if self.activation == "swiglu" else 4 * self.width)
 
-    @cached_property
-    def each_kind(self) -> tuple[str, ...]:
-        """The kind of each layer."""
-        return self.kinds if len(self.kinds) > 1 else self.kinds * self.depth
-
 
 Weights = dict[str, Any]  # of one layer, by name
 NAMES = (
@@ -160,6 +155,7 @@ class Transformer(nn.Module):
         self.ada_bias = None if plain else nn.Parameter(torch.zeros(2 * d))
         self.rotary = RotaryTable(config.rope, config.dim) if config.rope else None
         self.mixers = dict.fromkeys(config.kinds, "any")
+        self.each_kind = config.kinds if len(config.kinds) > 1 else config.kinds * config.depth  # of each layer
         self._compiled: Callable[..., Tensor] | None = None
         self.__dict__.update(self._modules)  # at hand: torch's way to a part costs a call (assigning one undoes this)
 
@@ -219,7 +215,7 @@ class Transformer(nn.Module):
         c, vector = self.config, context.vector
         for i, layer in enumerate(self.layers._modules.values()):
             w = layer.weights() if layer._modules else layer._parameters  # type: ignore[operator, union-attr]
-            x = self._layer(i, w, x, masks[c.each_kind[i]], context)
+            x = self._layer(i, w, x, masks[self.each_kind[i]], context)
         return _normalise(c, x, self.norm, self.norm_bias) if vector is None else self._last(x, vector)
 
     def _last(self, x: Tensor, vector: Tensor | None) -> Tensor:
@@ -237,7 +233,7 @@ class Transformer(nn.Module):
         if plan.layers is not None and plan.layers.shape[0] != c.depth:
             raise ValueError(f"the plan names {plan.layers.shape[0]} layers, the backbone has {c.depth}")
         for i, layer in enumerate(self.layers):
-            mask, ran = _partial(masks[c.each_kind[i]], plan, context.cache, i)
+            mask, ran = _partial(masks[self.each_kind[i]], plan, context.cache, i)
             if ran is None or bool(ran.any()):
                 w = layer.weights()  # type: ignore[operator]
                 y = self._layer(i, w, x, _placed(mask, c, x, context.cache), context)
