@@ -38,15 +38,19 @@ DRAFT = {"length": 1024, "width": 128, "depth": 2, "heads": 2, "hidden": 384, "t
 PICTURES = {"data": "glyphs"}
 
 ENTRIES: dict[str, dict[str, Any]] = {
-    "text-base": {"key": "next-token", "size": "small", **TEXT, "settings": {"steps": 5000}},
+    "text-base": {"key": "next-token", "size": "small", **TEXT, "settings": {"steps": 3000}},
     "image-msvq": {"key": "image-msvq", **PICTURES, "settings": {"steps": 3000}},
     "image-vq": {"key": "image-vq", **PICTURES, "settings": {"steps": 3000}},
     "image-kl": {"key": "image-kl", **PICTURES, "settings": {"steps": 3000}},
-    "text-mdlm": {"key": "mdlm", "size": "small", **TEXT, "settings": {"steps": 5000}},
+    "text-mdlm": {"key": "mdlm", "size": "small", **TEXT, "settings": {"steps": 2500}},
     "text-draft": {"key": "next-token", **TEXT, "settings": {**DRAFT, "steps": 5000, "batch": 8, "compile": True}},
-    "var": {"key": "var", "size": "small", **PICTURES, "tokenizer": "zoo:image-msvq"},
-    "raster-ar": {"key": "raster-ar", "size": "small", **PICTURES, "tokenizer": "zoo:image-vq"},
-    "mar": {"key": "mar", "size": "small", **PICTURES, "tokenizer": "zoo:image-kl"},
+    "var": {"key": "var", "size": "small", **PICTURES, "tokenizer": "zoo:image-msvq", "settings": {"steps": 1500}},
+    "raster-ar": {
+        "key": "raster-ar", "size": "small", **PICTURES, "tokenizer": "zoo:image-vq", "settings": {"steps": 2500},
+    },
+    "mar": {
+        "key": "mar", "size": "small", **PICTURES, "tokenizer": "zoo:image-kl", "settings": {"steps": 2500, "batch": 32}
+    },
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from seriatim.backbones.transformer import BLOCK, SMALL, _by_blocks, _causal_by_blocks, rms_norm
+from seriatim.backbones.transformer import BLOCK, SMALL, _attend_by_blocks, _by_blocks, rms_norm
 
 WIDTH = 16
 
@@ -26,12 +26,17 @@ def test_both_ways_to_the_root_mean_square_are_one(rows):
         assert all((a - b).abs().max() < 1e-12 for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("mask", ["causal", "some", None])
 @pytest.mark.parametrize("n", [3, BLOCK, BLOCK + 5, 2 * BLOCK + 1])
-def test_causal_attention_by_blocks_is_causal_attention(n):
+def test_attention_by_blocks_is_attention(n, mask):
     """Values and gradients, whole blocks and rests; it is taken where bf16 is trained on a CPU, and nowhere else."""
     q, k, v = (noise(2, 3 * n, 8, seed=i).view(2, 3, n, 8).requires_grad_() for i in range(3))
-    got = _causal_by_blocks(q, k, v, None)
-    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    added = None
+    if mask == "some":
+        seen = (noise(2, n, n, seed=5) > 0)[:, None] | torch.eye(n, dtype=torch.bool)
+        added = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+    got = _attend_by_blocks(q, k, v, added if mask == "some" else mask, None)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, added, is_causal=mask == "causal")
     assert (got - want).abs().max() < 1e-12
     weight = noise(2, 3 * n, 8, seed=4).view_as(got)
     grads = [torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (got, want)]

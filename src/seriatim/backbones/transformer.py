@@ -277,7 +277,7 @@ class Transformer(nn.Module):
         qk, v = qkv.split_with_sizes((heads + groups, groups), 2)
         scale = None
         if c.qk_norm is not None:
-            qk = _qk_norm(c, w, qk)
+            qk = _qk_norm(c, w, qk).to(v.dtype)  # autocast makes norms float32
             scale = 1.0 if c.qk_norm == "l2" else None
         if rope is not None:
             qk = rotate(qk, *rope)
@@ -287,7 +287,7 @@ class Transformer(nn.Module):
         if cache is not None:
             k, v = cache.append(i, k, v)
             q = q.to(k.dtype)
-        if groups == heads and not isinstance(mask, str):
+        if groups == heads and not isinstance(mask, str) and not _by_blocks(q):
             out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         else:
             out = _attention(q, k, v, mask, scale)
@@ -347,8 +347,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale
     """Attention where heads share keys or the mask is "causal"; else `mask` is None or what `_placed` gives."""
     b, heads, n, d = q.shape
     groups = k.shape[1]
-    if isinstance(mask, str) and groups == heads and _by_blocks(q):
-        return _causal_by_blocks(q, k, v, scale)
+    if groups == heads and _by_blocks(q):
+        return _attend_by_blocks(q, k, v, mask, scale)
     if isinstance(mask, str):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=groups < heads)
     # queries that share keys become rows of one head: no copy of the keys
@@ -365,19 +365,24 @@ def _by_blocks(q: Float[Tensor, "b h n d"]) -> bool:
     return q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad and q.shape[2] <= 4 * BLOCK
 
 
-def _causal_by_blocks(
-    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n d"], scale: float | None
-) -> Float[Tensor, "b h n d"]:
-    """Causal attention, a block of queries at a time over the keys up to it: half of the products are never made."""
+def _attend_by_blocks(
+    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n d"], mask: Tensor | str | None,
+    scale: float | None,
+) -> Float[Tensor, "b h n d"]:  # fmt: skip
+    """Attention, a block of queries at a time; where it is causal over the keys up to it: half of the products are
+    never made."""
     n, d = q.shape[2:]
     q = q * (d**-0.5 if scale is None else scale)
     out = []
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
-        scores = q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)
-        later = torch.full((end - start, end - start), -torch.inf, dtype=q.dtype).triu(1)
-        scores[..., start:] += later
-        out.append(torch.softmax(scores, -1) @ v[:, :, :end])
+        seen = end if isinstance(mask, str) else n
+        scores = q[:, :, start:end] @ k[:, :, :seen].transpose(2, 3)
+        if isinstance(mask, Tensor):
+            scores += mask[:, :, start:end].to(q.dtype)
+        elif mask is not None:
+            scores[..., start:] += torch.full((end - start, end - start), -torch.inf, dtype=q.dtype).triu(1)
+        out.append(torch.softmax(scores, -1) @ v[:, :, :seen])
     return torch.cat(out, 2)
 
 
