@@ -24,6 +24,7 @@ from rich.console import Console
 from seriatim.cli.progress import Bar
 from seriatim.data.base import load_data
 from seriatim.evaluation.cost import parameters
+from seriatim.evaluation.features import features_for
 from seriatim.tokenizers.text import PairTokenizer
 from seriatim.training.checkpoint import save_json
 from seriatim.training.run import RunFolder
@@ -46,10 +47,18 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "text-draft": {"key": "next-token", **TEXT, "settings": {**DRAFT, "steps": 5000, "batch": 8, "compile": True}},
     "var": {"key": "var", "size": "small", **PICTURES, "tokenizer": "zoo:image-msvq", "settings": {"steps": 1500}},
     "raster-ar": {
-        "key": "raster-ar", "size": "small", **PICTURES, "tokenizer": "zoo:image-vq", "settings": {"steps": 2500},
+        "key": "raster-ar",
+        "size": "small",
+        **PICTURES,
+        "tokenizer": "zoo:image-vq",
+        "settings": {"steps": 2500},
     },
     "mar": {
-        "key": "mar", "size": "small", **PICTURES, "tokenizer": "zoo:image-kl", "settings": {"steps": 2500, "batch": 32}
+        "key": "mar",
+        "size": "small",
+        **PICTURES,
+        "tokenizer": "zoo:image-kl",
+        "settings": {"steps": 2500, "batch": 32},
     },
 }
 
@@ -97,19 +106,32 @@ def make_pairs() -> None:
         save_json(learned.to_json(), ROOT / "text-bpe" / "tokenizer.json")
 
 
+def make_features() -> None:
+    """The classifier of glyphs, by which generated glyphs are judged."""
+    place = ROOT / "features-glyphs"
+    if not (place / "features.json").is_file():
+        model = features_for(load_data("glyphs", "image"), place)
+        (place / "README.md").write_text(
+            f"# features-glyphs\n\n{model.card}: what FD-s and class accuracy of generated glyphs are measured on.\n\n"
+            "- made again by: `python benchmarks/zoo.py features-glyphs`\n- license: Apache-2.0, like the project\n",
+            encoding="utf-8",
+        )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(ENTRIES)} (default: all, in this order)")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    wrong = [n for n in options.names if n not in ENTRIES]
+    wrong = [n for n in options.names if n not in (*ENTRIES, "features-glyphs")]
     if wrong:
         print(f"the zoo has no {', '.join(wrong)}; it has {', '.join(ENTRIES)}", file=sys.stderr)
         return 2
     make_pairs()
+    make_features()
     for name in options.names or ENTRIES:
-        if not (ROOT / name / "README.md").is_file():
+        if name in ENTRIES and not (ROOT / name / "README.md").is_file():
             make(name, ENTRIES[name], Console())
     sizes = {p.parent.name: p.stat().st_size for p in ROOT.glob("*/model.safetensors")}
     print(json.dumps({k: f"{v / 2**20:.1f} MiB" for k, v in sizes.items()}))

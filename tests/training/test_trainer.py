@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from seriatim.systems.text.next_token import Config, NextToken
 from seriatim.training import trainer
+from seriatim.training.board import Board
 from seriatim.training.recipe import Recipe
 from seriatim.training.run import RunFolder, read_lines
 from seriatim.training.state import read_safely
@@ -51,7 +53,7 @@ def tick(step, steps, figures):
     if death and death != "while saving":
         time.sleep(0.02)
 trainer.train(
-    system, system.examples([text]), Recipe(40, batch=4, accumulate=parts, ema=0.9), RunFolder(folder), {"a": 1},
+    system, system.examples([text]), Recipe(50, batch=4, accumulate=parts, ema=0.9), RunFolder(folder), {"a": 1},
     resume=os.path.exists(os.path.join(folder, "run.json")), tick=tick)
 """
 
@@ -82,7 +84,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 def same_run(folder: Path, whole: Path) -> None:
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     steps, expected = read_lines(folder / "metrics.jsonl"), read_lines(whole / "metrics.jsonl")
-    assert [s["step"] for s in steps] == list(range(1, 41))
+    assert [s["step"] for s in steps] == list(range(1, 51))
     assert [s["loss"] for s in steps] == [s["loss"] for s in expected]
 
 
@@ -139,7 +141,7 @@ def test_two_processes_train_what_one_does(tmp_path, uninterrupted, sharded):
     environment = {"ACCELERATE_USE_FSDP": "true"} if sharded else {}
     finished(start(folder, launcher=TORCHRUN, **environment))
     ours, theirs = (read_lines(f / "metrics.jsonl") for f in (folder, uninterrupted))
-    assert len(ours) == 40 and max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs, strict=True)) < 1e-4
+    assert len(ours) == 50 and max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs, strict=True)) < 1e-4
     a, b = (load_file(f / "model.safetensors") for f in (folder, uninterrupted))
     assert a.keys() == b.keys() and max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4
 
@@ -274,3 +276,46 @@ def test_a_budget_of_time_fixes_the_steps_before_the_first(tmp_path):
     assert history[0]["loss"] == plain[0]["loss"]
     about = read_safely(tmp_path / "a" / "state.safetensors")[1]
     assert about == {"step": len(history), "steps": len(history)}
+
+
+# ---- compiling, and what is told -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["compiler", "no compiler"])
+def test_layers_are_compiled_where_there_is_a_compiler_and_else_it_is_said_once(monkeypatch, there):
+    """The parts themselves are asked, and not compiled here: that takes a minute."""
+    asked = []
+    monkeypatch.setattr(trainer.shutil, "which", lambda name: "/usr/bin/it" if there else None)
+    monkeypatch.setattr(trainer.Path, "is_file", lambda self: True)
+    system = NextToken(Config(length=16, width=32, depth=1, heads=2))
+    for part in (p for p in system.modules() if hasattr(p, "compile_training")):
+        monkeypatch.setattr(part, "compile_training", lambda part=part: asked.append(part))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.compile_layers(system)
+    assert len(asked) == (2 if there else 0) and len(said) == (0 if there else 1)
+    assert there or "no C++ compiler" in str(said[0].message)
+
+
+def test_figures_of_a_batch_stand_in_the_log_beside_its_loss(tmp_path):
+    """What a tokenizer says of its codes while it is trained."""
+    from seriatim.verbs.train import train as train_by_key
+
+    settings = {"steps": 6, "batch": 8, "warm_up": 0.3, "width": 8, "vocab": 8}
+    trained = train_by_key("image-vq", "digits", out=tmp_path / "vq", settings=settings)
+    last = read_lines(tmp_path / "vq" / "metrics.jsonl")[-1]
+    assert {"psnr", "codes_used", "perplexity", "codes_revived"} < last.keys() and 1 <= last["codes_used"] <= 8
+    assert trained.history[-1]["psnr"] == last["psnr"]
+
+
+def test_a_board_has_every_step_once_after_a_resumed_training(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for steps in ((1, 2, 3), (3, 4)):  # the third is taken again
+        board = Board(tmp_path)
+        for step in steps:
+            board(step, 4, {"loss": float(10 * step)})
+        board.close()
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {e.step: e.value for e in events.Scalars("loss")} == {1: 10, 2: 20, 3: 30, 4: 40}
+    assert len(events.Scalars("loss")) == 4

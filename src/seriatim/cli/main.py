@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import seriatim
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         top.error(f"unrecognized arguments: {' '.join(settings)}")
     if getattr(options, "trains", False):  # spinning threads hurt beside other programs; generation is faster with them
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    warnings.formatwarning = lambda message, *rest: f"seriatim: note: {message}\n"
     try:
         return options.run(options, settings) if getattr(options, "free", False) else options.run(options)
     except KeyboardInterrupt:

@@ -78,6 +78,7 @@ def _train(commands: Any) -> None:
     train.add_argument("--tokenizer", help="a kind (bytes, bpe, words, pixels), the run of a tokenizer, or zoo:NAME")
     train.add_argument("--minutes", type=float, help="as many steps as fit, instead of the recipe's")
     train.add_argument("--resume", action="store_true", help="go on with what is in the folder")
+    train.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard into the folder, too")
     train.set_defaults(run=_later("training", "run_train"), free=True, trains=True)
 
 

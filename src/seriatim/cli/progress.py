@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+UNTOLD = ("learning_rate", "gradient_norm", "seconds")  # they stand in metrics.jsonl
+
 
 class Bar:
     """One phase of a run."""
@@ -27,7 +29,8 @@ class Bar:
 
     def update(self, step: int, steps: int, metrics: Mapping[str, float]) -> None:
         """After each step."""
-        figures = "  ".join(f"{k} {v:.3g}" for k, v in list(metrics.items())[:2])
+        told = [k for k in metrics if k not in UNTOLD][:4]
+        figures = "  ".join(f"{k} {metrics[k]:.3g}" for k in told)
         if self.live:
             self.live.update(self.task, completed=step, total=steps, figures=figures)
         elif time.monotonic() - self.said > 10 or step == steps:

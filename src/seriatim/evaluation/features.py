@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,18 +99,24 @@ class FeatureModel:
 
 # ---- small classifiers -----------------------------------------------------------------------------------------------
 def features_for(
-    data: Data, folder: str | os.PathLike[str] | None = None, seed: int = 0, progress: Progress | None = None
+    data: Data,
+    folder: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    shipped: Sequence[str | os.PathLike[str]] = (),
 ) -> FeatureModel:
     """A small feature model of this data: a classifier where it has classes, else exemplars.
 
-    With `folder` it is loaded from there if it was trained on the same data, recipe and seed, and else trained and
-    saved there. Deterministic given the seed. Raises ValueError for data that are no pictures or too few.
+    With `folder` it is loaded from there, or from one of the `shipped` folders, if it was trained on the same data,
+    recipe and seed, and else trained and saved in `folder`. Deterministic given the seed. Raises ValueError for data
+    that are no pictures or too few.
     """
     card = _card(data, seed)
-    if folder is not None and (Path(folder) / "features.json").is_file():
-        stored = load_features(folder)
-        if stored.card.fingerprint == card.fingerprint:
-            return stored
+    for place in (*shipped, *([] if folder is None else [folder])):
+        if (Path(place) / "features.json").is_file():
+            stored = load_features(place)
+            if stored.card.fingerprint == card.fingerprint:
+                return stored
     train = _train_classifier if card.kind == "classifier" else _train_exemplars
     model = train(data, card, progress)
     if folder is not None:

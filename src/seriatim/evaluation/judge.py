@@ -61,6 +61,17 @@ class Judge(nn.Module):
         """What the last layer reads, for distances between sets of pictures."""
         return self.body(_shrink(images))
 
+    def maps(self, images: Float[Tensor, "n c h w"]) -> list[Float[Tensor, "n d h2 w2"]]:
+        """What each resolution ends with, for distances between a picture and what was made of it."""
+        x, found = _shrink(images), []
+        for layer in self.body:
+            if isinstance(layer, nn.MaxPool2d | nn.AdaptiveMaxPool2d):
+                found.append(x)
+            if isinstance(layer, nn.AdaptiveMaxPool2d):
+                break
+            x = layer(x)
+        return found
+
     @torch.no_grad()
     def predict(self, images: Float[Tensor, "n c h w"]) -> Int[Tensor, " n"]:
         return self(images).argmax(dim=-1)

@@ -87,6 +87,7 @@ class System(nn.Module):
 
     drop: float = 0.0  # set by whoever trains
     classes: tuple[str, ...] = ()  # names of labels
+    figures: Mapping[str, float] = MappingProxyType({})  # of the last batch, beside its loss
 
     def forward(self, batch: Mapping[str, Tensor], random: Generator, step: int, steps: int) -> tuple[Tensor, Tensor]:
         return self.losses(batch, random, self.drop)

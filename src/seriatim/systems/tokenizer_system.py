@@ -37,14 +37,14 @@ class TokenizerSystem(System):
     def __init__(self, config: Any, tokenizer: Any = None):
         nn.Module.__init__(self)
         self.config = config
-        self.figures: dict[str, float] = {}  # of the last batch
         settings = {k: getattr(config, k) for k in config.__dataclass_fields__}
         self.model = make_tokenizer(self.kind, settings)
         self.__dict__["tokenizer"] = self.model
 
     def forward(self, batch: Mapping[str, Tensor], random: Generator, step: int, steps: int) -> tuple[Tensor, Tensor]:
         images = batch["image"]
-        loss, self.figures = self.model.loss(images, step, steps, random.generator)
+        loss, figures = self.model.loss(images, step, steps, random.generator)
+        self.figures = {k: v for k, v in figures.items() if k != "loss"}
         count = torch.tensor(float(len(images)), device=images.device)
         return loss * count, count
 

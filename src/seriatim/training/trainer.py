@@ -7,15 +7,21 @@ whether one process takes them one after another or N processes one each.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
+import sys
+import sysconfig
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +50,8 @@ class Examples(Protocol):
 
 class Learner(Protocol):
     """What is trained: an nn.Module whose call gives the sum of a batch's losses and over how many elements."""
+
+    figures: Mapping[str, float]  # of the last batch, beside its loss: to be shown
 
     def __call__(self, batch: Mapping[str, Tensor], random: Generator, step: int, steps: int) -> tuple[Tensor, Tensor]:
         """`random` is all randomness there is; step and steps are for schedules."""
@@ -112,7 +120,7 @@ class _Training:
             raise ValueError(f"a batch of {recipe.batch} cannot be computed in {parts} equal parts; take a multiple")
         learner.train()
         if recipe.compile:
-            compile_layers(learner)
+            compile_layers(learner.to(self.accelerator.device))
         self.sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and self.accelerator.num_processes > 1
         self.model = self._sharded(learner) if self.sharded else self.accelerator.prepare(learner)
         self.optimizer = adamw(self.model, recipe)
@@ -192,7 +200,8 @@ class _Training:
         if self.average:
             ours = self._trained()
             torch._foreach_lerp_(list(self.average.values()), [ours[k] for k in self.average], 1 - r.decay(step))
-        return {"loss": value, "learning_rate": r.learning_rate * rate, "gradient_norm": float(norm)}
+        told = {"loss": value, "learning_rate": r.learning_rate * rate, "gradient_norm": float(norm)}
+        return told | self.learner.figures
 
     def _loss(self, index: Tensor, step: int, part: int) -> tuple[Tensor, Tensor]:
         r = self.recipe
@@ -321,11 +330,27 @@ class _Training:
 
 
 def compile_layers(module: nn.Module) -> None:
-    """Compile the parts that say how (`compile_training`)."""
+    """Compile the parts that say how (`compile_training`); where nothing can be compiled, a warning says why."""
+    missing = why_not_compiled(next(module.parameters()).device)
+    if missing:
+        warnings.warn(f"training is not compiled, and takes about twice the time: {missing}", stacklevel=2)
+        return
     for part in module.modules():
         compile_part = getattr(part, "compile_training", None)
         if compile_part is not None:
             compile_part()
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """What is missing to compile for a device; None where all is there."""
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "Triton is not installed"
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler {compiler} (CXX names another)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's headers are not installed (on Debian and Ubuntu: apt install python3-dev)"
+    return None
 
 
 def _whole(x: Tensor) -> Tensor:

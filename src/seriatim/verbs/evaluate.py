@@ -10,15 +10,16 @@ import torch
 
 from seriatim.data.base import Data, load_data
 from seriatim.evaluation.cost import parameters
-from seriatim.evaluation.features import features_for
+from seriatim.evaluation.features import FeatureModel, features_for
 from seriatim.evaluation.metrics import bits_per_byte, bits_per_dimension, text_statistics
 from seriatim.evaluation.quality import picture_quality
 from seriatim.systems.image_system import ImageSystem, Pictures
-from seriatim.systems.system import Sampling, System
+from seriatim.systems.system import Sampling, System, evenly
 from seriatim.systems.text_system import TextSystem
 from seriatim.systems.tokenizer_system import TokenizerSystem
+from seriatim.tokenizers.report import report
 from seriatim.training.run import RunFolder
-from seriatim.verbs.load import load, where
+from seriatim.verbs.load import ZOO, load, where
 
 HOME = Path(os.environ.get("SERIATIM_HOME", "~/.cache/seriatim")).expanduser()
 
@@ -36,7 +37,8 @@ def evaluate(
 
     Text: bits per byte (exact or a bound), and statistics of what it writes. Pictures: bits per dimension of the coded
     picture where the likelihood is tractable, FD-s and its kin on `samples` generated pictures, class accuracy,
-    forwards and seconds a sample. Names of units and cautions: docs/evaluation.md.
+    forwards and seconds a sample. A tokenizer: what `samples` held-out pictures lose, and how much of its vocabulary
+    they use. Names of units and cautions: docs/evaluation.md.
     """
     system = source if isinstance(source, System) else load(source)
     if data is None:
@@ -48,7 +50,7 @@ def evaluate(
     if isinstance(system, TextSystem):
         figures = text_figures(system, loaded, seed)
     elif isinstance(system, TokenizerSystem):
-        figures = dict(system.validate(loaded.test))
+        figures = tokenizer_figures(system, loaded, samples)
     else:
         assert isinstance(system, ImageSystem)
         figures = picture_figures(system, loaded, samples, seed, sampling)[0]
@@ -72,6 +74,20 @@ def text_figures(system: TextSystem, data: Data, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def tokenizer_figures(system: TokenizerSystem, data: Data, samples: int) -> dict[str, Any]:
+    """The tokenizer's report, with the distance on maps of the small classifier that also gives FD-s."""
+    index = evenly(len(data.test), samples)
+    model = _features(data)
+    maps: Any = model.network.maps
+    images = data.test.take(index)["image"]  # type: ignore[union-attr]
+    return {**report(system.model, images, maps), "features": str(model.card)}
+
+
+def _features(data: Data) -> FeatureModel:
+    name = data.name.replace("/", "_")
+    return features_for(data, HOME / "features" / name, shipped=[root / f"features-{name}" for root in ZOO])
+
+
 def picture_figures(
     system: ImageSystem, data: Data, samples: int, seed: int = 0, sampling: Sampling | None = None
 ) -> tuple[dict[str, Any], Pictures]:
@@ -86,7 +102,6 @@ def picture_figures(
     if data.classes:
         labels = torch.arange(len(data.classes)).repeat_interleave(-(-samples // len(data.classes)))
     pictures = system.draw(labels, samples, sampling, seed)
-    model = features_for(data, HOME / "features" / data.name.replace("/", "_"))
-    figures |= picture_quality(pictures.images, labels, data, model)
+    figures |= picture_quality(pictures.images, labels, data, _features(data))
     figures |= {"forwards": pictures.forwards, "seconds": pictures.seconds / len(pictures.images)}
     return figures, pictures

@@ -9,8 +9,10 @@ import torch
 
 from seriatim.evaluation.pictures import save_curve, save_grid
 from seriatim.systems.image_system import ImageSystem
+from seriatim.systems.system import evenly
 from seriatim.systems.text_system import TextSystem
 from seriatim.systems.tokenizer_system import TokenizerSystem
+from seriatim.tokenizers.report import report
 from seriatim.training.checkpoint import save_json
 from seriatim.verbs.evaluate import picture_figures
 from seriatim.verbs.generate import save_pictures
@@ -37,6 +39,8 @@ def show(trained: Trained, samples: int = 0, seed: int = 0) -> dict[str, Any]:
         (folder / "continuation.txt").write_text(figures["continuation"], encoding="utf-8")
     elif isinstance(system, TokenizerSystem):
         _before_and_after(trained, folder)
+        images = trained.data.test.take(evenly(len(trained.data.test), 256))["image"]  # type: ignore[union-attr]
+        figures |= report(system.model, images)
     elif isinstance(system, ImageSystem):
         figures |= _pictures(trained, samples, seed)
     save_json(figures, folder / "summary.json")

@@ -18,6 +18,7 @@ from seriatim.systems.text_system import TextSystem
 from seriatim.systems.tokenizer_system import TokenizerSystem
 from seriatim.tokenizers.files import load_tokenizer, make_tokenizer, save_tokenizer
 from seriatim.tokenizers.text import ByteTokenizer, PairTokenizer, TextTokenizer, WordTokenizer, load_text_tokenizer
+from seriatim.training.board import Board
 from seriatim.training.checkpoint import save_json
 from seriatim.training.recipe import Recipe
 from seriatim.training.run import RunFolder
@@ -47,6 +48,7 @@ def train(
     tokenizer: str | Path | None = None,
     minutes: float | None = None,
     resume: bool = False,
+    tensorboard: bool = False,
     settings: Mapping[str, Any] | None = None,
     bar: Bar | None = None,
     **data_options: Any,
@@ -55,8 +57,8 @@ def train(
 
     settings: any fields of its config or its recipe (`width`, `steps`, `batch`, `seed`, ...); size: one of its named
     sizes; tokenizer: a run of a tokenizer's training, `zoo:NAME`, or a kind; minutes: as many steps as fit, instead of
-    the recipe's; resume: go on with what is in `out` (default: runs/KEY). Raises ValueError, KeyError, OSError with
-    what is wrong and what to do, FloatingPointError where the loss breaks down.
+    the recipe's; resume: go on with what is in `out` (default: runs/KEY); tensorboard: write its events too. Raises
+    ValueError, KeyError, OSError with what is wrong and what to do, FloatingPointError where the loss breaks down.
     """
     cls = system_class(key)
     folder = Path(out or f"runs/{key}")
@@ -79,7 +81,7 @@ def train(
     }  # fmt: skip
     if minutes is not None:
         card["minutes"] = minutes
-    with _shown(bar, key) as tick:
+    with _shown(bar, key, Board(folder) if tensorboard else None) as tick:
         history = fit(system, examples, recipe, RunFolder(folder), card, held_out, resume, minutes, tick)
     return Trained(system, loaded, folder, history)
 
@@ -184,12 +186,19 @@ def _text_tokenizer(
 class _shown:
     """A phase on the terminal, if anybody watches."""
 
-    def __init__(self, bar: Bar | None, name: str):
-        self.display = bar(name) if bar else None
+    def __init__(self, bar: Bar | None, name: str, board: Board | None = None):
+        self.display, self.board = bar(name) if bar else None, board
 
-    def __enter__(self) -> Tick | None:
-        return None if self.display is None else self.display.update
+    def __enter__(self) -> Tick:
+        return self.tell
+
+    def tell(self, step: int, steps: int, figures: Mapping[str, float]) -> None:
+        if self.display is not None:
+            self.display.update(step, steps, figures)
+        if self.board is not None:
+            self.board(step, steps, figures)
 
     def __exit__(self, *error: Any) -> None:
-        if self.display is not None:
-            self.display.close()
+        for shown in (self.display, self.board):
+            if shown is not None:
+                shown.close()

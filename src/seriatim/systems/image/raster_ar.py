@@ -77,7 +77,7 @@ class RasterAR(ImageSystem):
     recipes = MappingProxyType({
         "tiny": Recipe(800, drop=0.1),
         "small": Recipe(4000, batch=64, learning_rate=1e-3, drop=0.1, bf16=True, ema=0.995),
-        "b": Recipe(300_000, batch=256, learning_rate=1e-4, drop=0.1, bf16=True, ema=0.9999),
+        "b": Recipe(300_000, batch=256, learning_rate=1e-4, drop=0.1, bf16=True, ema=0.9999, compile=True),
     })  # fmt: skip
     sampling = Sampling(top_p=0.96, guidance=0.5)
 

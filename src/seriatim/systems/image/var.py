@@ -151,7 +151,7 @@ class VAR(ImageSystem):
     recipes = MappingProxyType({
         "tiny": Recipe(500, drop=0.1),
         "small": Recipe(4000, batch=64, learning_rate=1e-3, drop=0.1, bf16=True, ema=0.995),
-        "d16": Recipe(500_000, batch=768, learning_rate=3e-4, floor=0.1, drop=0.1, bf16=True),
+        "d16": Recipe(500_000, batch=768, learning_rate=3e-4, floor=0.1, drop=0.1, bf16=True, compile=True),
     })  # fmt: skip
     sampling = Sampling(top_p=0.96, guidance=1.5)
     schedule = "linear"

@@ -72,7 +72,9 @@ class NextToken(TextSystem):
     recipes = MappingProxyType({
         "tiny": Recipe(800, batch=4, learning_rate=2e-3, weight_decay=0.1, bf16=True),
         "small": Recipe(6000, batch=8, learning_rate=2e-3, weight_decay=0.1, bf16=True, compile=True),
-        "medium": Recipe(50_000, batch=256, accumulate=16, learning_rate=6e-4, weight_decay=0.1, bf16=True),
+        "medium": Recipe(
+            50_000, batch=256, accumulate=16, learning_rate=6e-4, weight_decay=0.1, bf16=True, compile=True
+        ),
     })  # fmt: skip
 
     @staticmethod
