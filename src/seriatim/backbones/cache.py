@@ -8,7 +8,7 @@ cache is *plain* and holds no labels; the first commit that breaks this writes t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Int
@@ -80,8 +80,8 @@ class KVCache:
         if batch < 1 or capacity < 1:
             raise ValueError(f"a cache needs at least one row and one column, got batch {batch}, capacity {capacity}")
         self.names = tuple(names)
-        # zeros, not empty: what stands in masked columns must be finite
-        self._place(torch.zeros(layers, 2, batch, heads, capacity, head_dim, dtype=dtype, device=device))
+        # empty: every forward writes its columns in all rows, so what is masked is finite wherever it is read
+        self._place(torch.empty(layers, 2, batch, heads, capacity, head_dim, dtype=dtype, device=device))
         self.columns = 0  # committed, in the longest row
         self.pending = 0
         self._held: Int[Tensor, "b"] | None = None  # committed columns of each row, once they differ
@@ -89,8 +89,7 @@ class KVCache:
         self._labels: dict[str, View] = {}
         self.skips = False  # some committed entries were not computed in every layer
         self._layers: Bool[Tensor, "L b c"] | None = None  # was this column computed in this layer?
-        self._memory: Tensor | None = None
-        self._crossed: dict[int, Tensor] = {}
+        self._kept: dict[str, tuple[Tensor, Any]] = {}
         self._new: Sequence[Tensor] = ()  # where the present forward writes: keys and values of each layer
         self._all: Sequence[Tensor] = ()  # what it can read
 
@@ -118,11 +117,14 @@ class KVCache:
             self._widen(max(end, 2 * self.buffer.shape[4]))
         # the views of all layers at once: to slice keys and values layer by layer costs as much as a small layer
         seen = self._flat.narrow(3, 0, end)
-        self._all, self._new = seen.unbind(), seen.narrow(3, start, n).unbind()
+        new = seen.narrow(3, start, n)
+        if plan.layers is not None:
+            new.zero_()  # layers that skip a slot write nothing there
+        self._all, self._new = seen.unbind(), new.unbind()
         self.pending = n
 
     def _widen(self, columns: int) -> None:
-        wide = self.buffer.new_zeros(*self.buffer.shape[:4], columns, self.buffer.shape[5])
+        wide = self.buffer.new_empty(*self.buffer.shape[:4], columns, self.buffer.shape[5])
         wide[..., : self.columns, :] = self.buffer[..., : self.columns, :]
         self._place(wide)
 
@@ -144,15 +146,15 @@ class KVCache:
             old = [self._all[j][:, :, :start].clone() for j in (i, i + 1)]
         return torch.cat([old[0], k.to(old[0].dtype)], 2), torch.cat([old[1], v.to(old[1].dtype)], 2)
 
-    def crossed(self, layer: int, memory: Tensor) -> Tensor | None:
-        """What `keep_crossed` kept of this very memory in a layer."""
-        return self._crossed.get(layer) if memory is self._memory else None
+    def kept(self, name: str, source: Tensor) -> Any:
+        """What was kept under this name of this very tensor; None where it was of another, or nothing."""
+        of, value = self._kept.get(name, (None, None))
+        return value if of is source else None
 
-    def keep_crossed(self, layer: int, memory: Tensor, value: Tensor) -> None:
-        """Remember the keys and values of a memory that all steps attend to; another memory replaces them."""
-        if memory is not self._memory:
-            self._memory, self._crossed = memory, {}
-        self._crossed[layer] = value
+    def keep(self, name: str, source: Tensor, value: Any) -> Any:
+        """Remember what follows from a condition that stays the same over the steps; returns it."""
+        self._kept[name] = source, value
+        return value
 
     def labels(self, view: str) -> View | None:
         return None if self.plain else self._labels[view]

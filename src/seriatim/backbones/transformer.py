@@ -8,7 +8,7 @@ would cost a tenth of the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -98,6 +98,7 @@ class Context(NamedTuple):
     rope: tuple[Tensor, Tensor] | None
     vector: Tensor | None
     memory: Tensor | None
+    modulation: Sequence[Tensor] | None = None  # shifts, scales and gates of each layer and the last norm, if at hand
 
 
 class Layer(nn.Module):
@@ -198,9 +199,13 @@ class Transformer(nn.Module):
         for kind in self.mixers:
             mask = plan.attention(kind, cache)
             masks[kind] = _placed(mask, c, x, cache) if isinstance(mask, Tensor) and not some else mask
+        modulation = None
         if vector is not None:
-            vector = F.silu(vector if vector.dim() == 3 else vector[:, None])
-        context = Context(cache, rope, vector, memory)
+            condition, vector = vector, F.silu(vector if vector.dim() == 3 else vector[:, None])
+            if cache is not None and condition.dim() == 2:
+                modulation = cache.kept("modulation", condition)
+                modulation = modulation or cache.keep("modulation", condition, self._modulation(vector))
+        context = Context(cache, rope, vector, memory, modulation)
         if some:
             return self._some(x, plan, masks, context)
         if self._compiled is not None and cache is None and self.training:
@@ -216,16 +221,23 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers._modules.values()):
             w = layer.weights() if layer._modules else layer._parameters  # type: ignore[operator, union-attr]
             x = self._layer(i, w, x, masks[self.each_kind[i]], context)
-        return _normalise(c, x, self.norm, self.norm_bias) if vector is None else self._last(x, vector)
+        return _normalise(c, x, self.norm, self.norm_bias) if vector is None else self._last(x, context)
 
-    def _last(self, x: Tensor, vector: Tensor | None) -> Tensor:
+    def _last(self, x: Tensor, context: Context) -> Tensor:
         """The norm before the head."""
         x = _normalise(self.config, x, self.norm, self.norm_bias)
-        if vector is None:
+        if context.vector is None:
             return x
         assert self.ada is not None
-        shift, scale = F.linear(vector, self.ada, self.ada_bias).chunk(2, -1)
+        of = context.modulation
+        shift, scale = (F.linear(context.vector, self.ada, self.ada_bias) if of is None else of[-1]).chunk(2, -1)
         return torch.addcmul(shift, x, scale + 1)
+
+    def _modulation(self, vector: Float[Tensor, "b s e"]) -> list[Tensor]:
+        """What the vector says to every layer, and to the last norm."""
+        assert self.ada is not None
+        pairs: list[tuple[Any, Any]] = [(layer.ada, layer.ada_bias) for layer in self.layers]
+        return [F.linear(vector, weight, bias) for weight, bias in (*pairs, (self.ada, self.ada_bias))]
 
     def _some(self, x: Tensor, plan: Plan, masks: dict[str, Tensor | str | None], context: Context) -> Tensor:
         """Layers that some of the slots skip: they keep what they have, and are not seen there."""
@@ -238,14 +250,16 @@ class Transformer(nn.Module):
                 w = layer.weights()  # type: ignore[operator]
                 y = self._layer(i, w, x, _placed(mask, c, x, context.cache), context)
                 x = y if ran is None else torch.where(ran.to(x.device)[:, None], y, x)
-        return self._last(x, context.vector)
+        return self._last(x, context)
 
     def _layer(self, i: int, w: Weights, x: Tensor, mask: Tensor | str | None, context: Context) -> Tensor:
         c, vector = self.config, context.vector
         rms = c.norm == "rms"
         h = rms_norm(x, w["norm1"], c.eps) if rms else _normalise(c, x, w["norm1"], w["norm1_bias"])
         if vector is not None:
-            shift1, scale1, gate1, shift2, scale2, gate2 = F.linear(vector, w["ada"], w["ada_bias"]).chunk(6, -1)
+            of = context.modulation
+            parts = F.linear(vector, w["ada"], w["ada_bias"]) if of is None else of[i]
+            shift1, scale1, gate1, shift2, scale2, gate2 = parts.chunk(6, -1)
             h = torch.addcmul(shift1, h, scale1 + 1)
         h = F.linear(self._attend(i, w, h, mask, context), w["out"], w["out_bias"])
         if self.training and c.dropout:
@@ -287,7 +301,7 @@ class Transformer(nn.Module):
         if cache is not None:
             k, v = cache.append(i, k, v)
             q = q.to(k.dtype)
-        if groups == heads and not isinstance(mask, str) and not _by_blocks(q):
+        if groups == heads and not isinstance(mask, str) and not (self.training and _by_blocks(q)):
             out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         else:
             out = _attention(q, k, v, mask, scale)
@@ -299,14 +313,14 @@ class Transformer(nn.Module):
         c, cache, memory = self.config, context.cache, context.memory
         assert memory is not None
         b, n, _ = x.shape
-        both = None if cache is None else cache.crossed(i, memory)
+        both = None if cache is None else cache.kept(f"cross {i}", memory)
         if both is None:
             if memory.shape[0] not in (1, b):
                 raise ValueError(f"a memory of {memory.shape[0]} rows does not fit a batch of {b}")
             both = F.linear(memory, w["cross_kv"]).unflatten(-1, (2, c.heads, c.dim)).permute(2, 0, 3, 1, 4)
             both = both.expand(-1, b, -1, -1, -1)
             if cache is not None:
-                cache.keep_crossed(i, memory, both)
+                cache.keep(f"cross {i}", memory, both)
         q = F.linear(_normalise(c, x, w["norm3"], None), w["cross_q"]).view(b, n, c.heads, c.dim).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, both[0], both[1])
         return F.linear(out.transpose(1, 2).reshape(b, n, -1), w["cross_out"])

@@ -80,6 +80,7 @@ class Target:
         self.cache: Any = None
         self._canvas: Canvas | None = None
         self._repeated: tuple[Plan, Plan] | None = None  # the present plan, and the same for the rows of all branches
+        self._joined: tuple[Any, Condition] = (None, Condition())  # the conditions, and their rows below each other
         self._turn = 0  # forwards of this canvas
         self._unseen: tuple[Tensor, Any] | None = None  # the last hidden states and law, if not yet looked at for NaN
         if policy is not None:
@@ -182,7 +183,9 @@ class Target:
             model.vectors(hidden(plan, canvas, hide), canvas, c, guess).expand(batch, -1, -1)
             for hide, c in zip(hides, self.conditions, strict=True)
         ]
-        both = joined(self.conditions)
+        if self._joined[0] is not self.conditions:  # the very same tensors each time: a cache knows them again
+            self._joined = self.conditions, joined(self.conditions)
+        both = self._joined[1]
         self._repeated = (plan, repeated(plan, self.copies))
         h = model.backbone(torch.cat(parts), self._repeated[1], self.cache, both.vector, both.memory)
         (full, element, slot), *others = [model.dist(part, plan, canvas) for part in h.chunk(self.copies)]
