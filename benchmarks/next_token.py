@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seriatim.backbones.norm import rms_norm
 from seriatim.backbones.rope import RoPE
-from seriatim.backbones.transformer import Transformer, TransformerConfig, rms_norm
+from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.canvas import Canvas
 from seriatim.decoding.filters import Warper
 from seriatim.decoding.loop import decode
@@ -78,7 +79,7 @@ def bare(model: Model, prompt: Tensor, count: int, norm: Callable[..., Tensor] =
         for w in (layer.weights() for layer in model.backbone.layers)
     ]
     heads, dim, total, kind = c.heads, c.dim, prompt.shape[1] + count, table.dtype
-    cos, sin = model.backbone.rotary.run(0, total, kind, table.device)
+    cos, sin = model.backbone.rotary["all"].run(0, total, kind, table.device)
     with torch.inference_mode():
         keys = [torch.zeros(1, heads, total, dim) for _ in layers]
         values = [torch.zeros(1, heads, total, dim) for _ in layers]

@@ -141,19 +141,20 @@ def _positions(table: Float[Tensor, "n d"], plan: Plan, axis: int) -> Float[Tens
 
 
 class TokenEmbed(SlotEmbed):
-    """Ids of one kind through a table."""
+    """Ids of one kind through a table; `scale` multiplies its vectors (Gemma: the root of the width)."""
 
     def __init__(
         self, vocab: int, width: int, kind: str = "token", positions: Sequence[int] = (), mask: bool = False,
-        start: bool = True, std: float = 0.02,
+        start: bool = True, std: float = 0.02, scale: float = 1.0,
     ):  # fmt: skip
         super().__init__()
-        self.vocab = vocab
+        self.vocab, self.scale = vocab, scale
         self.table = nn.Parameter(torch.randn(vocab, width) * std)
         self._furnish(width, kind, positions, mask, start, std)
 
     def vectors(self, value: Int[Tensor, "*rest"]) -> Float[Tensor, "*rest d"]:
-        return torch.embedding(self.table, value)
+        x = torch.embedding(self.table, value)
+        return x if self.scale == 1 else x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
 
 
 class CodesEmbed(SlotEmbed):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from seriatim.backbones.transformer import BLOCK, SMALL, _attend_by_blocks, _by_blocks, rms_norm
+from seriatim.backbones.attention import BLOCK, attend_by_blocks, by_blocks
+from seriatim.backbones.norm import SMALL, rms_norm
 
 WIDTH = 16
 
@@ -35,10 +36,10 @@ def test_attention_by_blocks_is_attention(n, mask):
     if mask == "some":
         seen = (noise(2, n, n, seed=5) > 0)[:, None] | torch.eye(n, dtype=torch.bool)
         added = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)
-    got = _attend_by_blocks(q, k, v, added if mask == "some" else mask, None)
+    got = attend_by_blocks(q, k, v, added if mask == "some" else mask, None)
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, added, is_causal=mask == "causal")
     assert (got - want).abs().max() < 1e-12
     weight = noise(2, 3 * n, 8, seed=4).view_as(got)
     grads = [torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (got, want)]
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(*grads, strict=True))
-    assert _by_blocks(q.bfloat16()) and not _by_blocks(q) and not _by_blocks(q.detach().bfloat16())
+    assert by_blocks(q.bfloat16()) and not by_blocks(q) and not by_blocks(q.detach().bfloat16())

@@ -150,12 +150,12 @@ def test_the_reference_is_far_from_uniform(llama, ids, monkeypatch):
     """Logits have a standard deviation of 2 to 5 and attention scores reach 5, or the rest would prove little."""
     scores = []
 
-    def listening(q, k, v, mask, scale):
+    def listening(c, q, k, v, mask, training):
         scores.append(float((q @ k.repeat_interleave(HEADS // GROUPS, 1).mT / DIM**0.5).abs().max()))
-        return original(q, k, v, mask, scale)
+        return original(c, q, k, v, mask, training)
 
-    original = ours._attention
-    monkeypatch.setattr(ours, "_attention", listening)
+    original = ours.attend
+    monkeypatch.setattr(ours, "attend", listening)
     logits = packed_logits(mapped(llama), ids)
     assert 2 <= float(logits.std()) <= 5
     assert len(scores) == DEPTH and min(scores) >= 5

@@ -433,7 +433,7 @@ def test_gradients_through_a_step_are_those_of_one_pass_with_the_past_held_still
         ({"heads": 3}, "does not divide into 3 heads"),
         ({"kv_heads": 3}, "cannot share 3 key-value heads"),
         ({"norm": "batch"}, "norm is one of"),
-        ({"activation": "relu"}, "activation is one of"),
+        ({"activation": "sine"}, "activation is one of"),
         ({"qk_norm": "l1"}, "qk_norm is one of"),
         ({"kinds": ("a", "b", "c")}, "one for each of 2 layers"),
         ({"depth": 0}, "depth is at least 1"),

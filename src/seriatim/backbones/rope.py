@@ -6,7 +6,9 @@ frequencies are shared out among them, axis by axis.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -16,34 +18,128 @@ from seriatim.plan import Plan
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """How frequencies are changed for texts longer than those of the first training, of `length` tokens.
+
+    linear: all divided by `factor` (position interpolation, Chen et al. 2023). dynamic: the base grows with the text,
+    beyond `length` (NTK). yarn: slow ones divided, fast ones kept, between them a ramp over the dimensions that turn
+    `fast` to `slow` times within `length` (Peng et al. 2023, arXiv 2309.00071). llama3: the same over wavelengths from
+    `length / fast` to `length / slow`, smooth in their inverse. longrope: each divided by its own number, `near` up to
+    `length` and `far` beyond (Ding et al. 2024, arXiv 2402.13753). attention: the factor on queries and keys (None: as
+    the method says); truncate: yarn's ramp begins and ends at whole dimensions.
+    """
+
+    kind: Literal["linear", "dynamic", "yarn", "llama3", "longrope"]
+    factor: float
+    length: int = 0
+    fast: float = 32.0
+    slow: float = 1.0
+    attention: float | None = None
+    truncate: bool = True
+    near: tuple[float, ...] = ()
+    far: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.factor > 0 or (self.kind != "linear" and self.length < 1):
+            raise ValueError(
+                f"a stretch ({self.kind}) has a positive factor and the length of the first training, got "
+                f"{self.factor} and {self.length}"
+            )
+
+    @property
+    def grows(self) -> bool:
+        """Whether frequencies depend on the length of the text."""
+        return self.kind in ("dynamic", "longrope")
+
+    @property
+    def scale(self) -> float:
+        """The factor on cosines and sines."""
+        if self.attention is not None:
+            return self.attention
+        if self.kind == "yarn" and self.factor > 1:
+            return 0.1 * math.log(self.factor) + 1
+        if self.kind == "longrope" and self.factor > 1:
+            return math.sqrt(1 + math.log(self.factor) / math.log(self.length))
+        return 1.0
+
+    def frequencies(self, theta: float, dims: int, length: Float[Tensor, "b 1"]) -> Float[Tensor, "b half"]:
+        """Of texts of these lengths."""
+        turns = torch.arange(0, dims, 2, dtype=torch.float64, device=length.device) / dims
+        plain = theta ** -turns[None]
+        if self.kind == "linear":
+            return plain / self.factor
+        if self.kind == "dynamic":
+            grown = (self.factor * length / self.length - (self.factor - 1)).clamp(min=1)
+            return (theta * grown ** (dims / (dims - 2))) ** -turns
+        if self.kind == "longrope":
+            near, far = (torch.tensor(x, dtype=torch.float64, device=length.device) for x in (self.near, self.far))
+            return plain / torch.where(length > self.length, far, near)
+        if self.kind == "llama3":
+            kept = (self.length * plain / (2 * math.pi) - self.slow) / (self.fast - self.slow)
+        else:
+            first, last = (
+                dims * math.log(self.length / (r * 2 * math.pi)) / (2 * math.log(theta)) for r in (self.fast, self.slow)
+            )
+            if self.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, dims - 1)
+            kept = 1 - (torch.arange(dims // 2, device=length.device) - first) / max(last - first, 0.001)
+        kept = kept.clamp(0, 1).to(plain)
+        return plain * kept + plain / self.factor * (1 - kept)
+
+
+@dataclass(frozen=True)
 class RoPE:
-    """`theta` is the base; `axes` how many dimensions of a head each axis takes (None: one axis takes all)."""
+    """`theta` is the base; `axes` how many dimensions of a head each axis takes (None: one axis takes all); `dims` how
+    many are turned at all, from the first (None: all)."""
 
     theta: float = 10_000.0
     axes: tuple[int, ...] | None = None
+    dims: int | None = None
+    stretch: Stretch | None = None
 
     def __post_init__(self) -> None:
         if not self.theta > 0:
             raise ValueError(f"the base of rotary embedding is positive, got {self.theta}")
+        if self.stretch is not None and self.axes is not None:
+            raise ValueError("frequencies are stretched along a line, not over several axes")
 
 
 class RotaryTable:
     """Cosines and sines of coordinates; runs of one axis are slices of one table, made once."""
 
     def __init__(self, rope: RoPE, head_dim: int):
-        axes = rope.axes or (head_dim,)
-        if sum(axes) != head_dim or any(a % 2 for a in axes):
-            raise ValueError(f"rotary axes {axes} must be even and add up to the head dimension {head_dim}")
-        self.axes = len(axes)
-        self.frequency = [rope.theta ** (-torch.arange(0, a, 2, dtype=torch.float64) / a) for a in axes]
+        turned = head_dim if rope.dims is None else rope.dims
+        axes = rope.axes or (turned,)
+        if sum(axes) != turned or turned > head_dim or any(a % 2 for a in axes):
+            raise ValueError(f"rotary axes {axes} must be even and add up to the head dimension {turned}")
+        self.axes, self.rope = len(axes), rope
+        self.frequency = [rope.theta ** (-torch.arange(0, a, 2, dtype=torch.float64, device="cpu") / a) for a in axes]
+        stretch = rope.stretch
+        if (
+            stretch is not None
+            and stretch.kind == "longrope"
+            and not len(stretch.near) == len(stretch.far) == axes[0] // 2
+        ):
+            raise ValueError(f"longrope names a factor for each of {axes[0] // 2} frequencies, near and far")
+        self.grows = stretch is not None and stretch.grows
         self._runs: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def at(self, coord: Int[Tensor, "b s axes"], dtype: torch.dtype) -> tuple[Float[Tensor, "b s 1 d"], Tensor]:
-        """Cosine and signed sine for explicit coordinates."""
+    def at(
+        self, coord: Int[Tensor, "b s axes"], dtype: torch.dtype, near: bool = False
+    ) -> tuple[Float[Tensor, "b s 1 d"], Tensor]:
+        """Cosine and signed sine for explicit coordinates; `near`: as for a text as short as in the first training."""
         if coord.shape[-1] < self.axes:
             raise ValueError(f"rotary embedding over {self.axes} axes met coordinates with {coord.shape[-1]}")
-        angle = torch.cat([coord[..., i, None] * f.to(coord.device) for i, f in enumerate(self.frequency)], -1)
-        cos, sin = angle.cos(), angle.sin()
+        scale, stretch = 1.0, self.rope.stretch
+        if stretch is None:
+            angle = torch.cat([coord[..., i, None] * f.to(coord.device) for i, f in enumerate(self.frequency)], -1)
+        else:
+            length = coord[..., 0].amax(1, keepdim=True).double() + 1
+            length = torch.zeros_like(length) if near else length
+            frequency = stretch.frequencies(self.rope.theta, 2 * len(self.frequency[0]), length)
+            angle, scale = coord[..., 0, None] * frequency[:, None], stretch.scale
+        cos, sin = angle.cos() * scale, angle.sin() * scale
         cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         return cos.to(dtype)[..., None, :], sin.to(dtype)[..., None, :]
 
@@ -59,6 +155,10 @@ class RotaryTable:
     ) -> tuple[Tensor, Tensor]:
         """For positions start .. start + n - 1 of one axis, as slices; with offsets (a draft tree's depths, which
         reach no further) for start + offset."""
+        if self.grows and start + n > self.rope.stretch.length:  # type: ignore[union-attr]
+            place = start + (torch.arange(n) if offset is None else offset)
+            cos, sin = self.at(place.to(device)[None, :, None], dtype)
+            return cos[0], sin[0]
         cos, sin = self._runs.get((dtype, device)) or self._table(start + n, dtype, device)
         if start + n > cos.shape[0]:
             cos, sin = self._table(start + n, dtype, device)
@@ -69,11 +169,16 @@ class RotaryTable:
         if self.axes > 1:
             raise ValueError(f"rotary embedding over {self.axes} axes met slots along a line, which have one")
         with torch.inference_mode(False):  # the table outlives the loop that first asks for it
-            cos, sin = self.at(torch.arange(max(256, 2 * needed), device=device)[None, :, None], dtype)
+            place = torch.arange(max(256, 2 * needed), device=device)[None, :, None]
+            cos, sin = self.at(place, dtype, near=True)
         self._runs[dtype, device] = cos[0], sin[0]
         return cos[0], sin[0]
 
 
 def rotate(x: Float[Tensor, "b s h d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "b s h d"]:
-    """Turn queries or keys; cos and sin are (s, 1, d) or (b, s, 1, d)."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    """Turn queries or keys; cos and sin are (s, 1, d) or (b, s, 1, d). Where they are narrower than a head, the rest
+    of it stays."""
+    turned = cos.shape[-1]
+    if turned < x.shape[-1]:
+        return torch.cat([rotate(x[..., :turned], cos, sin), x[..., turned:]], -1)
+    return torch.addcmul(x * cos, x.roll(turned // 2, -1), sin)

@@ -3,6 +3,8 @@
 Slot j carries element j - prefix and reads out the one behind it. `prefix` slots in front carry no element: a class,
 a learned start. Without one, the first element must be given (a start-of-text token).
 
+Kinds of layers named in `windows` see the last so many places only, the slot itself among them.
+
 Plans along a line are runs: while every row has the same length they are a compiled shape plus one integer, and make
 no tensors (`LinePlan`). Rows of different lengths get labels (`_ragged`).
 """
@@ -10,7 +12,7 @@ no tensors (`LinePlan`). Rows of different lengths get labels (`_ragged`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -22,6 +24,8 @@ from seriatim.decoding.guess import Guess
 from seriatim.factorization.base import Factorization
 from seriatim.plan import LEARNED, VALUE, OrderError, Plan, Reads, Slots
 from seriatim.view import INF, View, inclusive, timed, tree
+
+NO_WINDOWS: Mapping[str, int] = {}
 
 
 class LineShape:
@@ -42,6 +46,13 @@ class LineShape:
             self.depth = torch.tensor(depth)
         self._tail: Tensor | None = None
 
+    def band(self, base: int, window: int, device: torch.device) -> Bool[Tensor, "1 1 q k"]:
+        """The same where only the last `window` places are seen: by depth, in a draft tree."""
+        offset = torch.arange(self.size) if self.depth is None else self.depth
+        place = torch.cat([torch.arange(base), base + offset]).to(device)
+        near = place[None] > (base + offset.to(device))[:, None] - window
+        return self.tail(base, device) & near
+
     def tail(self, base: int, device: torch.device) -> Bool[Tensor, "1 1 q k"]:
         """The mask over `base` cached entries, all seen, and these slots: a slice of one buffer."""
         tail = self._tail
@@ -59,16 +70,19 @@ class LinePlan(Plan):
 
     plain = True
 
-    def __init__(self, shape: LineShape, base: int, prefix: int, elements: int):
+    def __init__(
+        self, shape: LineShape, base: int, prefix: int, elements: int, windows: Mapping[str, int] = NO_WINDOWS
+    ):
         # what the hot path needs, past the frozen base class, whose fields are made on demand below
         d = self.__dict__
         d["shape"], d["base"], d["prefix"], d["elements"] = shape, base, prefix, elements
-        d["size"], d["run"] = shape.size, (base, shape.depth)
+        d["size"], d["run"], d["windows"] = shape.size, (base, shape.depth), windows
 
     shape: LineShape
     base: int
     prefix: int
     elements: int
+    windows: Mapping[str, int]
     size = 0  # in place of the property of the base class; each instance has its own
     run: tuple[int, Tensor | None]  # type: ignore[assignment]
 
@@ -76,6 +90,9 @@ class LinePlan(Plan):
         shape, base = self.shape, self.base
         if cache is not None and not cache.plain:
             return super().attention(view, cache)
+        window = self.windows.get(view) if self.windows else None
+        if window is not None and base + shape.size > window:
+            return shape.band(base, window, torch.device("cpu") if cache is None else cache.device)
         if shape.chain:
             if shape.size == 1:
                 return None
@@ -103,11 +120,12 @@ class LinePlan(Plan):
     @cached_property
     def views(self) -> Mapping[str, View]:  # type: ignore[override]
         v = self.shape.view
-        return _Same(View(v.at + self.base, v.born + self.base, torch.where(v.dies < INF, v.dies + self.base, INF)))
+        view = View(v.at + self.base, v.born + self.base, torch.where(v.dies < INF, v.dies + self.base, INF))
+        return _Same(view, self.windows, self.shape.depth is None)
 
     @cached_property
     def settled(self) -> Mapping[str, View]:  # type: ignore[override]
-        return _Same(timed(self._places))
+        return _Same(timed(self._places), self.windows)
 
     @cached_property
     def reads(self) -> Reads:  # type: ignore[override]
@@ -125,13 +143,21 @@ class LinePlan(Plan):
 
 
 class _Same(Mapping):
-    """One view for every kind of layer."""
+    """One view for every kind of layer, but for those that see less."""
 
-    def __init__(self, view: View):
-        self.view = view
+    def __init__(self, view: View, windows: Mapping[str, int] = NO_WINDOWS, chain: bool = True):
+        self.view, self.windows, self.chain = view, windows, chain
 
     def __getitem__(self, name: str) -> View:
-        return self.view
+        window = self.windows.get(name)
+        if window is None:
+            return self.view
+        if not self.chain:
+            raise OrderError(
+                "a draft tree in layers that see a window only has no labels: its clock is no count of places; draft "
+                "a chain, or decode rows one by one"
+            )
+        return self.view.narrow(window=window)
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -156,10 +182,12 @@ class Line(Factorization):
 
     draftable = True
 
-    def __init__(self, prefix: int = 0):
+    def __init__(self, prefix: int = 0, windows: Mapping[str, int] = NO_WINDOWS):
         if prefix < 0:
             raise ValueError(f"a line has 0 or more prefix slots, got {prefix}")
-        self.prefix = prefix
+        if any(w < 1 for w in windows.values()):
+            raise ValueError(f"a window is at least 1, got {dict(windows)}")
+        self.prefix, self.windows = prefix, dict(windows)
         self._shapes: dict[tuple, LineShape] = {}
 
     def packed(self, canvas: Canvas) -> Plan:
@@ -184,7 +212,9 @@ class Line(Factorization):
         needs = torch.where(element >= 0, rank.gather(1, element.clamp(min=0).expand(rank.shape[0], -1)), -1)
         source = torch.where(element >= 0, VALUE, LEARNED)
         slots = Slots(element.clamp(min=-1)[..., None], source, torch.arange(size)[None, :, None], needs)
-        return _Causal(slots, {"all": inclusive(range(size))}, Reads(slot, target), rank)
+        view = inclusive(range(size))
+        views = {"all": view, **{kind: view.narrow(window=w) for kind, w in self.windows.items()}}
+        return _Causal(slots, views, Reads(slot, target), rank, windows=self.windows)
 
     def step(self, canvas: Canvas, guess: Guess | None, cached: int | Tensor) -> Plan | None:
         length, layout = canvas.length, canvas.layout
@@ -202,7 +232,7 @@ class Line(Factorization):
             shape = self._shapes[key] = LineShape(known, nodes, parent)
             if len(self._shapes) > SHAPES:
                 del self._shapes[next(iter(self._shapes))]
-        return LinePlan(shape, cached, self.prefix, layout.size)
+        return LinePlan(shape, cached, self.prefix, layout.size, self.windows)
 
     def _ragged(self, canvas: Canvas, guess: Guess | None, cached: int | Tensor) -> Plan | None:
         """Rows of different lengths: labels by position, padding in lane -1."""
@@ -241,10 +271,10 @@ class Line(Factorization):
         padded = guess is None and not bool(live.all())
         return _Ragged(
             slots,
-            _Same(timed(at, at, dies, lane=lane)),
+            _Same(timed(at, at, dies, lane=lane), self.windows, guess is None or guess.parent is None),
             Reads(slot, torch.where(target < size, target, -1)),
             torch.arange(size)[None],
-            settled=_Same(timed(place, place, torch.full_like(place, INF), lane=lane)),
+            settled=_Same(timed(place, place, torch.full_like(place, INF), lane=lane), self.windows),
             kept=torch.where(live, offset, -1) if padded else None,
             prefix=self.prefix,
         )
@@ -272,10 +302,13 @@ class _Ragged(Plan):
         return Reads(torch.arange(self.size).expand_as(coord), coord - self.prefix + 1)
 
 
+@dataclass(frozen=True, eq=False)
 class _Causal(Plan):
     """A packed line: plain causal attention where rows are whole."""
 
+    windows: Mapping[str, int] = field(default_factory=dict)
+
     def attention(self, view: str, cache) -> Tensor | str | None:
-        if cache is None:
+        if cache is None and self.windows.get(view, self.size) >= self.size:
             return "causal" if self.size > 1 else None
         return super().attention(view, cache)

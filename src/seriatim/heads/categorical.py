@@ -17,25 +17,31 @@ from seriatim.random import Key, Random
 
 class CategoricalHead(nn.Module):
     """A linear map to logits, or the embedding table itself (`tied`). Several roles (predictors that look in different
-    directions) have a matrix each; where several slots read one element their logits are averaged."""
+    directions) have a matrix each; where several slots read one element their logits are averaged. `softcap` bounds
+    logits, smoothly (Gemma 2, arXiv 2408.00118)."""
 
     exact = True  # log_prob is the model's own
     continuous = False
     value_shape: tuple[int, ...] = ()
 
-    def __init__(self, width: int, vocab: int, roles: int = 1, tied: nn.Parameter | None = None, bias: bool = False):
+    def __init__(
+        self, width: int, vocab: int, roles: int = 1, tied: nn.Parameter | None = None, bias: bool = False,
+        softcap: float | None = None,
+    ):  # fmt: skip
         super().__init__()
         if vocab < 1 or roles < 1:
             raise ValueError(f"a head predicts at least 1 id in at least 1 role, got {vocab} ids in {roles} roles")
         if tied is not None and tuple(tied.shape) != (roles * vocab, width):
             raise ValueError(f"a tied table must be ({roles * vocab}, {width}), got {tuple(tied.shape)}")
-        self.width, self.vocab, self.roles = width, vocab, roles
+        self.width, self.vocab, self.roles, self.softcap = width, vocab, roles, softcap
         self._compiled: Callable[..., Tensor] | None = None
         self.weight = tied if tied is not None else nn.Parameter(torch.randn(roles * vocab, width) * 0.02)
         self.bias = nn.Parameter(torch.zeros(roles * vocab)) if bias else None
 
     def logits(self, h: Float[Tensor, "b m d"], reads: Reads | None = None) -> Float[Tensor, "b m v"]:
         x = F.linear(h, self.weight, self.bias)
+        if self.softcap is not None:
+            x = torch.tanh(x / self.softcap) * self.softcap
         if self.roles > 1:
             if reads is None or reads.role is None:
                 raise ValueError(f"this head has {self.roles} roles; the plan's reads must say which one reads what")

@@ -32,7 +32,8 @@ class _Restarts(RotaryTable):
 
 def restarting_positions(case: Case) -> Case:
     """Law 1: a decoding step forgets where it stands."""
-    case.model.backbone.rotary.__class__ = _Restarts  # type: ignore[assignment]
+    for table in case.model.backbone.rotary.values():  # type: ignore[union-attr, operator]
+        table.__class__ = _Restarts
     return case
 
 

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from seriatim.backbones.transformer import Layer, Transformer, TransformerConfig
+from seriatim.backbones.layer import Layer
+from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.canvas import Canvas
 from seriatim.conditions.condition import ClassCondition
 from seriatim.data.base import Data
