@@ -1,0 +1,1 @@
+"""Other people's models: read, run and written in their own formats."""

@@ -1,0 +1,99 @@
+"""What a published model is in this library's terms: parts, and where each of their parameters comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from seriatim.backbones.layer import TransformerConfig
+from seriatim.backbones.transformer import Transformer
+from seriatim.embed import TokenEmbed
+from seriatim.factorization.line import Line
+from seriatim.heads.categorical import CategoricalHead
+from seriatim.layout import line
+from seriatim.model import Model
+
+
+class Part(NamedTuple):
+    """One of our parameters: from which published tensors, and how (a key of `HOW`)."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    how: str = "rows"
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """length: the longest text in tokens; positions: learned ones; windows: by kind of layer; scale: of embeddings;
+    softcap: of logits; parts: every parameter; ignored: published tensors that say nothing new, by how they end."""
+
+    backbone: TransformerConfig
+    vocab: int
+    length: int
+    tied: bool
+    parts: tuple[Part, ...]
+    windows: Mapping[str, int] = field(default_factory=dict)
+    positions: int | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    head_bias: bool = False
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+    def build(self) -> Model:
+        """The model; its parameters are as the device context makes them."""
+        c = self.backbone
+        positions = () if self.positions is None else (self.positions,)
+        embed = TokenEmbed(self.vocab, c.width, positions=positions, start=False, scale=self.scale)
+        tied = embed.table if self.tied else None
+        head = CategoricalHead(c.width, self.vocab, tied=tied, bias=self.head_bias, softcap=self.softcap)
+        return Model(line(self.length), Line(windows=self.windows), embed, Transformer(c), head)
+
+    @property
+    def numbers(self) -> int:
+        """About how many parameters there are: what is absurd is refused before anything is allocated."""
+        c = self.backbone
+        layer = c.width * c.dim * (2 * c.heads + 2 * c.groups) + 3 * c.width * c.inner
+        if c.experts is not None:
+            layer += 3 * c.width * c.experts.hidden * c.experts.count
+        return c.depth * layer + (1 + (not self.tied)) * self.vocab * c.width
+
+
+# ---- how tensors are put together, and taken apart again -------------------------------------------------------------
+
+
+class How(NamedTuple):
+    """together: published tensors -> ours. apart: ours, and the rows of each published one -> published tensors."""
+
+    together: Callable[[Sequence[Tensor], TransformerConfig], Tensor]
+    apart: Callable[[Tensor, Sequence[int], TransformerConfig], Sequence[Tensor]]
+
+
+def _by_head(x: Tensor, c: TransformerConfig) -> Tensor:
+    """Rows ordered (head, q k v, dim) -> (q k v, head, dim)."""
+    return x.unflatten(0, (c.heads, 3, c.dim)).transpose(0, 1).flatten(0, 2)
+
+
+def _by_part(x: Tensor, c: TransformerConfig) -> Tensor:
+    return x.unflatten(0, (3, c.heads, c.dim)).transpose(0, 1).flatten(0, 2)
+
+
+def _experts(parts: Sequence[Tensor], c: TransformerConfig) -> Tensor:
+    """gate and up of each expert in turn, or down of each -> (experts, rows, columns)."""
+    assert c.experts is not None
+    each = len(parts) // c.experts.count
+    return torch.stack([torch.cat(list(parts[i : i + each])) for i in range(0, len(parts), each)])
+
+
+HOW: dict[str, How] = {
+    "rows": How(
+        lambda parts, c: parts[0] if len(parts) == 1 else torch.cat(list(parts)), lambda x, n, c: x.split(list(n))
+    ),
+    "columns": How(lambda parts, c: parts[0].T.contiguous(), lambda x, n, c: [x.T.contiguous()]),
+    "heads": How(lambda parts, c: _by_head(parts[0], c), lambda x, n, c: [_by_part(x, c)]),
+    "from one": How(lambda parts, c: parts[0].float() + 1, lambda x, n, c: [x - 1]),
+    "experts": How(_experts, lambda x, n, c: [y for expert in x for y in expert.split(list(n)[: len(n) // len(x)])]),
+}

@@ -1,0 +1,35 @@
+"""Published families of language models: what each config says, in this library's terms. One file a family."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from seriatim.interop.blueprint import Blueprint
+from seriatim.interop.fields import MOST_NUMBERS, Fields
+
+# model_type -> the module that reads it
+FAMILIES = {
+    "llama": "llama", "mistral": "mistral", "qwen2": "qwen", "qwen3": "qwen", "qwen3_moe": "qwen", "smollm3": "smollm3",
+    "phi3": "phi3", "olmo2": "olmo2", "gemma2": "gemma", "gemma3_text": "gemma", "gpt2": "gpt2", "gpt_neox": "gpt_neox",
+}  # fmt: skip
+
+
+def blueprint(raw: Mapping[str, Any], where: str = "config.json") -> Blueprint:
+    """The parts of a published model by its config. Raises ValueError for a family, a key or a size that is not
+    understood."""
+    kind = raw.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"{where}: models of type {kind!r} are not understood; there are {', '.join(FAMILIES)}")
+    fields = Fields(raw, where)
+    try:
+        found: Blueprint = importlib.import_module(f"{__name__}.{FAMILIES[kind]}").read(fields)
+    except KeyError as error:
+        raise ValueError(f"{where} lacks {error}") from None
+    except TypeError as error:
+        raise ValueError(f"{where} holds a value of the wrong kind: {error}") from None
+    fields.finish()
+    if found.numbers > MOST_NUMBERS:
+        raise ValueError(f"{where} describes {found.numbers:.1e} parameters: that is no model")
+    return found

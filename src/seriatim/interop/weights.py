@@ -1,0 +1,123 @@
+"""Published weights: one safetensors file or several with an index, never a pickle; every mistake is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from seriatim.interop.blueprint import HOW, Blueprint, Part
+from seriatim.model import Model
+
+INDEX = "model.safetensors.index.json"
+NAMED = 5  # names that an error lists
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Mapping[str, Any]]:
+    """Every tensor of a folder: its name -> the open file that holds it. Raises FileNotFoundError, ValueError."""
+    with ExitStack() as stack:
+        where: dict[str, Any] = {}
+        for path in shards(folder):
+            try:
+                file = stack.enter_context(safe_open(str(path), framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{path} cannot be read ({error}): it was cut short, or is no safetensors file"
+                ) from None
+            where |= dict.fromkeys(file.keys(), file)
+        yield where
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files of weights, those of the index where there is one. Raises FileNotFoundError that names what is missing,
+    ValueError for an index that leads out of the folder."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index} is no index of weights ({error})") from None
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ValueError(f"{index} names {name!r}: files of weights stand in the folder itself")
+        gone = [name for name in names if not (folder / name).is_file()]
+        if gone:
+            raise FileNotFoundError(f"{folder} lacks {', '.join(gone)} of its {len(names)} files of weights")
+        return [folder / name for name in names]
+    found = [folder / "model.safetensors"] if (folder / "model.safetensors").is_file() else []
+    found = found or sorted(folder.glob("*.safetensors"))
+    if found:
+        return found
+    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+    if pickles:
+        raise ValueError(
+            f"{folder} holds its weights as {', '.join(pickles[:NAMED])}: pickles, which run any code they like when "
+            "they are read. Use the model's safetensors files, or convert them where you trust them"
+        )
+    raise FileNotFoundError(f"{folder} holds no *.safetensors file")
+
+
+def load_into(model: Model, blueprint: Blueprint, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Fill a model that was made without memory ("meta"). `dtype`: the number format (None: that of the files).
+
+    Raises ValueError that names missing, unexpected and misshapen tensors.
+    """
+    with opened(folder) as files:
+        parts = [_as_stored(part, files) for part in blueprint.parts]
+        missing = sorted({name for part in parts for name in part.theirs} - set(files))
+        if missing:
+            raise ValueError(f"{folder} lacks {_some(missing)}: it is cut short, or of another model than its config")
+        used = {name for part in parts for name in part.theirs}
+        spare = (*blueprint.ignored, *(("lm_head.weight",) if blueprint.tied else ()))
+        odd = sorted(n for n in set(files) - used if not n.endswith(spare))
+        if odd:
+            raise ValueError(f"{folder} holds tensors that its config does not explain: {_some(odd)}")
+        for part in parts:
+            _fill(model, part, files, blueprint, folder, dtype)
+    left = [n for n, p in model.named_parameters() if p.is_meta]
+    if left:
+        raise AssertionError(f"no published tensor fills {_some(left)}")
+
+
+def _as_stored(part: Part, files: Mapping[str, Any]) -> Part:
+    """Names as these files have them: some leave out the first word, as GPT-2's do."""
+    bare = tuple(name.split(".", 1)[-1] for name in part.theirs)
+    if not any(name in files for name in part.theirs) and all(name in files for name in bare):
+        return part._replace(theirs=bare)
+    return part
+
+
+def _fill(
+    model: Model, part: Part, files: Mapping[str, Any], blueprint: Blueprint, folder: Path, dtype: torch.dtype | None
+) -> None:
+    owner, _, name = part.ours.rpartition(".")
+    module = model.get_submodule(owner)
+    want = getattr(module, name) if not isinstance(module, nn.ParameterList) else module[int(name)]
+    theirs = [files[n].get_tensor(n) for n in part.theirs]
+    try:
+        ours = HOW[part.how].together(theirs, blueprint.backbone)
+    except RuntimeError:
+        ours = None
+    if ours is None or ours.shape != want.shape:
+        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(part.theirs[:NAMED], theirs, strict=False))
+        raise ValueError(f"{folder}: the config makes {part.ours} {tuple(want.shape)}, the file holds {shapes}")
+    if dtype is not None and part.how != "from one":  # 1 + w is too fine for bfloat16
+        ours = ours.to(dtype)
+    made = nn.Parameter(ours, requires_grad=False)
+    if isinstance(module, nn.ParameterList):
+        module[int(name)] = made
+        return
+    setattr(module, name, made)
+    if blueprint.tied and part.ours == "embed.table":
+        model.heads["token"].weight = made
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
