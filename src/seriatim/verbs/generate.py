@@ -10,15 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seriatim.decoding.loop import Decider, Proposer
-from seriatim.decoding.sample import SampleAll
 from seriatim.evaluation.pictures import save_film, save_grid
+from seriatim.systems.decoders import decoder_of
 from seriatim.systems.image_system import ImageSystem, Pictures
 from seriatim.systems.system import Sampling, System
 from seriatim.systems.text_system import TextSystem
 from seriatim.verbs.load import load
-
-DECODERS = ("own", "ancestral", "ngram", "jacobi", "beam")
 
 
 def generate(
@@ -81,28 +78,6 @@ def sampling_of(system: System, **changes: Any) -> Sampling:
             f"there is no sampling setting {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}"
         )
     return replace(system.sampling, **{k: v for k, v in changes.items() if v is not None})
-
-
-def decoder_of(system: TextSystem, name: str, sampling: Sampling) -> tuple[Decider, Proposer | None]:
-    """Decider and proposer by name: "own" is the system's, the others work with every next-token model."""
-    from seriatim.decoding.beam import Beam
-    from seriatim.decoding.draft import NGram
-    from seriatim.decoding.jacobi import Window
-    from seriatim.decoding.verify import Walk
-
-    if name not in DECODERS:
-        raise ValueError(f"there is no decoder {name!r}; there are {', '.join(DECODERS)}")
-    if name == "own":
-        return system.decider(sampling), system.proposer(sampling)
-    if not system.model.factorization.draftable:
-        raise ValueError(f"{system.meta.key} decodes in an order of its own; --decoder {name} needs a next-token model")
-    eos = system.tokenizer.special.get("eos")
-    stop = () if eos is None else (eos,)
-    if name == "ngram":
-        return Walk(stop), NGram()
-    if name == "jacobi":
-        return Walk(stop), Window(8)
-    return (Beam(4), None) if name == "beam" else (SampleAll(stop), None)
 
 
 def save_pictures(pictures: Pictures, folder: Path, classes: Sequence[str] = (), columns: int = 10) -> list[Path]:

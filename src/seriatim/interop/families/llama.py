@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from seriatim.backbones.layer import Experts, TransformerConfig
+from seriatim.backbones.rope import RoPE
 from seriatim.interop.blueprint import Blueprint, Part
 from seriatim.interop.fields import Fields, rope_of
 
@@ -53,6 +54,9 @@ def decoder(
     tied = bool(f.take("tie_word_embeddings", default=tied))
     length = f.number("max_position_embeddings", default=2048, most=100_000_000)
     vocab = f.number("vocab_size")
+    rope = backbone["rope"]
+    if isinstance(rope, RoPE) and rope.stretch is not None and rope.stretch.kind == "dynamic":
+        length = int(length * rope.stretch.factor)  # it is made to go beyond
     return Blueprint(
         c, vocab, length, tied, parts_of(c, tied, dict(NORMS) | dict(names or {}), fused, plus_one), windows or {},
         scale=scale, softcap=softcap,

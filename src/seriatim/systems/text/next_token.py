@@ -21,8 +21,8 @@ from seriatim.heads.categorical import CategoricalHead
 from seriatim.laws.case import Case, randomise
 from seriatim.layout import line
 from seriatim.model import Model
+from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.meta import Meta
-from seriatim.systems.text_system import TextSystem
 from seriatim.training.recipe import Recipe
 
 META = Meta(
@@ -60,7 +60,7 @@ def build(config: Config | None = None) -> Model:
     return Model(line(c.length), Line(prefix=1), embed, backbone, head)
 
 
-class NextToken(TextSystem):
+class NextToken(LanguageModel):
     """A learned start, then every token from all before it."""
 
     meta, Config = META, Config

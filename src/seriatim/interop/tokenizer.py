@@ -1,0 +1,59 @@
+"""Tokenizers of published models: tokenizer.json, or vocab.json with merges.txt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+class PublishedTokenizer:
+    """A file of the `tokenizers` library as it was published: what it adds around a text, it adds here."""
+
+    kind = "published"
+
+    def __init__(self, inner: Any):
+        self.inner = inner
+        self.vocab = inner.get_vocab_size(with_added_tokens=True)
+        self.special: dict[str, int] = {}
+
+    def encode(self, text: str) -> list[int]:
+        return self.inner.encode(text).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.inner.decode(list(ids), skip_special_tokens=True)
+
+    @cached_property
+    def bytes_of(self) -> Int[Tensor, " vocab"]:
+        """UTF-8 bytes each id stands for, as far as single ids can say."""
+        return torch.tensor([len(self.inner.decode([i]).encode()) for i in range(self.vocab)])
+
+
+def published_tokenizer(folder: Path) -> PublishedTokenizer | None:
+    """The tokenizer of a folder; None where there is none. Raises ValueError for files that are broken or of another
+    format."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    try:
+        if whole.is_file():
+            return PublishedTokenizer(Tokenizer.from_file(str(whole)))
+        if vocab.is_file() and merges.is_file():
+            inner = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+            inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            inner.decoder = decoders.ByteLevel()
+            return PublishedTokenizer(inner)
+    except Exception as error:  # the library raises bare exceptions
+        raise ValueError(f"the tokenizer of {folder} cannot be read: {error}") from None
+    if (folder / "tokenizer.model").is_file():
+        raise ValueError(
+            f"{folder} holds its tokenizer as tokenizer.model (SentencePiece) only; write a tokenizer.json beside it, "
+            'with transformers installed: python -c "from transformers import AutoTokenizer as T; '
+            f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+    return None
