@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from seriatim.backbones.rope import RoPE, RotaryTable, Stretch
-from seriatim.interop.checkpoint import Published, load_published
+from seriatim.systems.published import Published, load_published
 
 transformers = pytest.importorskip("transformers")
 

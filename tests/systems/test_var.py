@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seriatim import Generator, Guidance, Keyed, SampleAll, Target, decode, generate
-from seriatim.backbones import transformer
+from seriatim.backbones import attention as kernels
 from seriatim.random import Forced
 from seriatim.systems.image import var
 from seriatim.tokenizers.multiscale import MultiScaleConfig
@@ -185,7 +185,7 @@ MUTANTS = {
     "shift and scale change places in a layer": lambda m, _: swap(m.backbone.layers[1], 6),
     "shift and scale change places before the head": lambda m, _: swap(m.backbone, 2),
     "no adaptive norm before the head": lambda m, _: (m.backbone.ada.data.zero_(), m.backbone.ada_bias.data.zero_()),
-    "no clamp of the temperature": lambda _, patch: patch.setattr(transformer, "LOG_100", 99.0),
+    "no clamp of the temperature": lambda _, patch: patch.setattr(kernels, "LOG_100", 99.0),
     "guidance a scale early": lambda _, patch: patch.setattr(
         Guidance, "weight", lambda g, done: g.scale * (done + 0.5)
     ),

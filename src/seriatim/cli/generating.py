@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from seriatim.systems.image_system import ImageSystem
+from seriatim.systems.language_model import Generation, LanguageModel
 from seriatim.systems.text_system import TextSystem
-from seriatim.verbs.generate import draw, save_pictures, stream
+from seriatim.verbs.generate import draw, sampling_of, save_pictures, stream
 from seriatim.verbs.load import load, where
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical", "guidance", "steps")
@@ -25,11 +26,43 @@ def run_generate(options: argparse.Namespace) -> int:
     system = load(options.source)
     sampling = {name: getattr(options, name) for name in SAMPLING}
     with torch.inference_mode():
+        if isinstance(system, LanguageModel):
+            return _language(system, options, sampling)
         if isinstance(system, TextSystem):
             return _text(system, options, sampling)
         if not isinstance(system, ImageSystem):
             raise ValueError(f"{system.meta.key} is a tokenizer: it generates nothing by itself")
         return _pictures(system, options, sampling)
+
+
+def _language(system: LanguageModel, options: argparse.Namespace, sampling: dict[str, Any]) -> int:
+    """Next-token models: text as it comes, or what it cost."""
+    s = sampling_of(system, **sampling)
+    given = system.prompt_ids(options.prompt) if options.ids is None else ids_of(options.ids)
+    new = options.length or max(min(200, system.model.layout.size - len(given)), 1)
+    for n in range(options.count or 1):
+        if not options.json and options.ids is None:
+            sys.stdout.write(options.prompt)
+        made = system.generate(
+            given, options.decoder, max_new_tokens=new, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
+            min_p=s.min_p, typical=s.typical, seed=options.seed + n, stream=None if options.json else _say,
+        )  # fmt: skip
+        assert isinstance(made, Generation)
+        if not options.json:
+            print("" if made.text is not None else " ".join(map(str, made.ids)))
+            continue
+        figures = {
+            "prompt": options.prompt, "text": made.text, "ids": made.ids, "forwards": made.forwards,
+            "seconds": round(made.seconds, 4), "tokens_per_second": round(len(made.ids) / made.seconds, 2),
+            "mean_accepted_length": round(len(made.ids) / max(made.forwards, 1), 3),
+        }  # fmt: skip
+        print(json.dumps(figures, ensure_ascii=False))
+    return 0
+
+
+def _say(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
 
 
 def _text(system: TextSystem, options: argparse.Namespace, sampling: dict[str, Any]) -> int:
@@ -42,8 +75,7 @@ def _text(system: TextSystem, options: argparse.Namespace, sampling: dict[str, A
         if not options.json:
             sys.stdout.write(options.prompt)
             for piece in pieces:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                _say(piece)
             print()
             continue
         text = "".join(pieces)
@@ -68,6 +100,14 @@ def _pictures(system: ImageSystem, options: argparse.Namespace, sampling: dict[s
             f"{n} pictures, {pictures.forwards} forwards each, {pictures.seconds:.1f} s: {', '.join(map(str, paths))}"
         )
     return 0
+
+
+def ids_of(text: str) -> list[int]:
+    """Whole numbers between commas or spaces. Raises ValueError for anything else."""
+    words = text.replace(",", " ").split()
+    if not words or not all(w.isdigit() for w in words):
+        raise ValueError(f"--ids takes whole numbers between commas, got {text!r}")
+    return [int(w) for w in words]
 
 
 def label_of(text: str, classes: Sequence[str]) -> int:

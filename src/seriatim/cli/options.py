@@ -84,9 +84,14 @@ def _train(commands: Any) -> None:
 
 def _generate(commands: Any) -> None:
     generate = commands.add_parser("generate", help="text to the terminal, pictures to PNG and GIF")
-    generate.add_argument("source", metavar="RUN", help="folder of a run, or zoo:NAME")
+    generate.add_argument(
+        "source", metavar="MODEL", help="folder of a run or of a published model, zoo:NAME, or a name on the hub"
+    )
     generate.add_argument("--prompt", default="", help="what text begins with")
-    generate.add_argument("--length", type=positive, help="tokens of text (default: 200, or what there is room for)")
+    generate.add_argument("--ids", help="the same as ids, for a model without a tokenizer: 1,2,3")
+    generate.add_argument(
+        "--length", "--max-new-tokens", type=positive, help="tokens of text (default: 200, or what there is room for)"
+    )
     generate.add_argument("--label", action="append", help="class of pictures, by number or name; may be repeated")
     generate.add_argument("--count", type=positive, help="pictures of each label, or in all; texts (default: 1)")
     generate.add_argument("--decoder", default="own", help="own, ancestral, ngram, jacobi or beam (default: own)")

@@ -26,9 +26,7 @@ def decoder_of(
         return system.decider(sampling), system.proposer(sampling)
     if not system.model.factorization.draftable:
         raise ValueError(f"{system.meta.key} decodes in an order of its own; --decoder {name} needs a next-token model")
-    if stop is None:
-        eos = system.tokenizer.special.get("eos")
-        stop = () if eos is None else (eos,)
+    stop = system.stop if stop is None else stop
     if name == "ngram":
         return Walk(stop), NGram()
     if name == "jacobi":

@@ -18,6 +18,7 @@ from seriatim.random import Keyed
 from seriatim.systems.decoders import decoder_of
 from seriatim.systems.system import Sampling
 from seriatim.systems.text_system import TextSystem
+from seriatim.tokenizers.text import Detokenizer
 
 Prompt = str | Sequence[int] | Int[Tensor, " n"]
 
@@ -42,12 +43,6 @@ class Generation:
 
 class LanguageModel(TextSystem):
     """Tokens one after another, each from all before it."""
-
-    @property
-    def stop(self) -> tuple[int, ...]:
-        """Ids that end a text."""
-        eos = None if self.tokenizer is None else self.tokenizer.special.get("eos")
-        return () if eos is None else (eos,)
 
     @property
     def _prefix(self) -> int:
@@ -97,6 +92,7 @@ class LanguageModel(TextSystem):
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        typical: float | None = None,
         seed: int = 0,
         stop: Sequence[int] | None = None,
         stream: Callable[[str], None] | None = None,
@@ -111,17 +107,18 @@ class LanguageModel(TextSystem):
         if stream is not None and many:
             raise ValueError("text is streamed for one prompt, not for a batch")
         ends = self.stop if stop is None else tuple(stop)
-        s = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        decider, proposer = decoder_of(self, decoder, s, ends)
+        s = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical=typical)
+        decider, proposer = decoder_of(self, "ancestral" if decoder == "own" else decoder, s, ends)
         start = time.perf_counter()
         canvas = self._begun(rows, max_new_tokens)
-        forwards, drafted, accepted, told = 0, torch.zeros(len(rows)), torch.zeros(len(rows)), ""
+        forwards, drafted, accepted = 0, torch.zeros(len(rows)), torch.zeros(len(rows))
+        pieces = None if stream is None or self.tokenizer is None else Detokenizer(self.tokenizer)
         with torch.inference_mode():
             for step in decode(self.target(None, s), canvas, decider, proposer, Keyed(seed)):
                 forwards += step.forwards
                 drafted, accepted = drafted + step.drafted, accepted + step.accepted
-                if stream is not None:
-                    told = self._tell(stream, told, self._new(canvas, rows, 0))
+                if pieces is not None and (piece := pieces.push(self._new(canvas, rows, 0, len(pieces.ids)))):
+                    stream(piece)  # type: ignore[misc]
         seconds = time.perf_counter() - start
         out = []
         for b in range(len(rows)):
@@ -129,8 +126,8 @@ class LanguageModel(TextSystem):
             text = None if self.tokenizer is None else self.tokenizer.decode(ids)
             scores = self._scores([*rows[b], *ids], len(ids)) if logprobs else None
             out.append(Generation(ids, text, forwards, int(drafted[b]), int(accepted[b]), seconds, scores))
-        if stream is not None and out[0].text is not None:
-            stream(out[0].text[len(told) :])
+        if pieces is not None:
+            stream(pieces.push(self._new(canvas, rows, 0, len(pieces.ids))) + pieces.rest())  # type: ignore[misc]
         return out if many else out[0]
 
     def _rows(self, prompt: object) -> tuple[list[list[int]], bool]:
@@ -138,16 +135,15 @@ class LanguageModel(TextSystem):
         if isinstance(prompt, Tensor):
             prompt = prompt.tolist()
         if isinstance(prompt, str):
-            return [self._ids(prompt)], False
-        if not isinstance(prompt, Sequence) or len(prompt) == 0:
-            raise ValueError(
-                f"a prompt is a text, ids, or a list of either, got {type(prompt).__name__} {prompt!r:.60}"
-            )
+            return [self.prompt_ids(prompt)], False
+        if not isinstance(prompt, Sequence):
+            raise ValueError(f"a prompt is a text, ids, or a list of either, got {type(prompt).__name__}")
         if all(isinstance(x, int) for x in prompt):
             return [list(prompt)], False
-        return [self._ids(x) if isinstance(x, str) else [int(i) for i in x] for x in prompt], True
+        return [self.prompt_ids(x) if isinstance(x, str) else [int(i) for i in x] for x in prompt], True
 
-    def _ids(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str) -> list[int]:
+        """A prompt as ids. Raises ValueError where there is no tokenizer."""
         if self.tokenizer is None:
             raise ValueError("this model came without a tokenizer: give ids")
         return self.tokenizer.encode(text)
@@ -162,7 +158,8 @@ class LanguageModel(TextSystem):
         size, room = int(known.max()) + new, self.model.layout.size
         if size > room:
             raise ValueError(
-                f"the prompt takes {int(known.max())} tokens and {new} new ones are asked for; this model takes {room}"
+                f"the prompt takes {int(known.max())} tokens and {new} are asked for; this model takes {room} in all: "
+                "shorten the prompt or --length"
             )
         value = torch.zeros(len(rows), size, dtype=torch.long)
         for b, row in enumerate(rows):
@@ -173,17 +170,10 @@ class LanguageModel(TextSystem):
             canvas.apply([Truncate(known + new)])
         return canvas
 
-    def _new(self, canvas: Canvas, rows: Sequence[Sequence[int]], b: int) -> list[int]:
-        """What a row has got behind its prompt so far."""
+    def _new(self, canvas: Canvas, rows: Sequence[Sequence[int]], b: int, start: int = 0) -> list[int]:
+        """What a row has got behind its prompt so far, from a place on."""
         end = canvas.length if canvas.length is not None else int(canvas.lengths()[b])
-        return canvas.value["token"][b, len(rows[b]) : end].tolist()
-
-    def _tell(self, stream: Callable[[str], None], told: str, ids: list[int]) -> str:
-        text = self.tokenizer.decode(ids)
-        if len(text) <= len(told) or text.endswith("\ufffd"):  # half a letter waits for its other half
-            return told
-        stream(text[len(told) :])
-        return text
+        return canvas.value["token"][b, len(rows[b]) + start : end].tolist()
 
     def _scores(self, ids: list[int], new: int) -> list[float]:
         """Log-probabilities of the last `new` ids."""

@@ -17,7 +17,7 @@ from seriatim.decoding.sample import SampleAll
 from seriatim.layout import line
 from seriatim.random import Keyed
 from seriatim.systems.system import Sampling, System, evenly
-from seriatim.tokenizers.text import ByteTokenizer, TextTokenizer, id_stream
+from seriatim.tokenizers.text import ByteTokenizer, Detokenizer, TextTokenizer, id_stream
 
 
 @dataclass(frozen=True)
@@ -90,27 +90,25 @@ class TextSystem(System):
         there is room for). `trace` collects the steps."""
         s = sampling or self.sampling
         canvas = self.prompted(prompt, length)
-        known = canvas.given_length
-        target = self.target(None, s)
-        done = ""
+        told = canvas.given_length
+        target, pieces = self.target(None, s), Detokenizer(self.tokenizer)
         for step in decode(target, canvas, decider or self.decider(s), proposer or self.proposer(s), Keyed(seed)):
             if trace is not None:
                 trace.append(step)
-            text = self.tokenizer.decode(self._settled(canvas)[known:])
-            if len(text) > len(done) and not text.endswith("\ufffd"):  # half a letter waits for its other half
-                yield text[len(done) :]
-                done = text
-        rest = self.tokenizer.decode(self._settled(canvas)[known:])[len(done) :]
+            ids = self._settled(canvas, told)
+            told += len(ids)
+            piece = pieces.push(ids)
+            if piece:
+                yield piece
+        rest = pieces.push(self._settled(canvas, told)) + pieces.rest()
         if rest:
             yield rest
 
-    def _settled(self, canvas: Canvas) -> list[int]:
-        """Ids known from the front, without what ends a text."""
+    def _settled(self, canvas: Canvas, start: int = 0) -> list[int]:
+        """Ids known from the front, from a place on."""
         if canvas.length is not None:
-            ids = canvas.value["token"][0, : canvas.length].tolist()
-        else:
-            ids = canvas.read("token")[0][: int(canvas.lengths()[0])].tolist()
-        return ids
+            return canvas.value["token"][0, start : canvas.length].tolist()
+        return canvas.read("token")[0][start : int(canvas.lengths()[0])].tolist()
 
     def prompted(self, prompt: str, length: int | None) -> Canvas:
         """A canvas with a prompt given and room for `length` tokens. Raises ValueError where they do not fit."""
@@ -125,9 +123,14 @@ class TextSystem(System):
         value = torch.nn.functional.pad(torch.tensor([ids], dtype=torch.long), (0, length))
         return self.model.canvas({"token": value}, len(ids), layout=line(len(ids) + length))
 
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """Ids that end a text."""
+        eos = None if self.tokenizer is None else self.tokenizer.special.get("eos")
+        return () if eos is None else (eos,)
+
     def decider(self, sampling: Sampling) -> Decider:
-        eos = self.tokenizer.special.get("eos")
-        return SampleAll(() if eos is None else (eos,))
+        return SampleAll(self.stop)
 
     def write(self, prompt: str, length: int, sampling: Sampling | None = None, seed: int = 0) -> str:
         """A whole continuation at once."""

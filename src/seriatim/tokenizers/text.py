@@ -129,6 +129,34 @@ class WordTokenizer(PairTokenizer):
         return torch.tensor(lengths)  # with the space behind it
 
 
+class Detokenizer:
+    """Ids that come one after another -> pieces of text, each as soon as it is whole; at the same cost each time."""
+
+    def __init__(self, tokenizer: TextTokenizer):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.told = self.before = 0  # ids whose text was given out; those before the last piece, for what joins them
+
+    def push(self, ids: Sequence[int]) -> str:
+        """What these ids add; nothing while half a letter waits for its other half."""
+        self.ids.extend(ids)
+        piece = self._piece()
+        if not piece or piece.endswith("\ufffd"):
+            return ""
+        self.before, self.told = self.told, len(self.ids)
+        return piece
+
+    def rest(self) -> str:
+        """What is left at the end."""
+        piece = self._piece()
+        self.before = self.told = len(self.ids)
+        return piece
+
+    def _piece(self) -> str:
+        known = self.tokenizer.decode(self.ids[self.before : self.told])
+        return self.tokenizer.decode(self.ids[self.before :])[len(known) :]
+
+
 KINDS: dict[str, Any] = {"bpe": PairTokenizer, "words": WordTokenizer}
 
 

@@ -6,8 +6,12 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from seriatim.interop.hub import HUB, from_hub
 from seriatim.systems.meta import catalogue
 from seriatim.systems.meta import load as load_module
+from seriatim.systems.published import load_published
 from seriatim.systems.system import System
 from seriatim.training.checkpoint import load_weights
 from seriatim.training.run import RunFolder
@@ -15,12 +19,19 @@ from seriatim.training.run import RunFolder
 ZOO = (Path(__file__).parents[1] / "zoo", Path(__file__).parents[3] / "zoo")  # installed; in a clone
 
 
-def load(source: str | Path) -> System:
-    """A trained system, ready to generate: a run's folder or `zoo:NAME`.
+def load(source: str | Path, dtype: torch.dtype | None = None) -> System:
+    """A system with weights, ready to generate: a run's folder, `zoo:NAME`, the folder of a published language model
+    (config.json and safetensors), or its name on the Hugging Face hub (`owner/name`).
 
-    Raises ValueError that says what is wrong: no run there, a checkpoint cut short or of another system.
+    dtype: the number format of a published model (None: as stored). Raises ValueError, OSError that says what is
+    wrong: nothing there, a checkpoint cut short or of another system, no network.
     """
-    folder = RunFolder(where(source))
+    if HUB.fullmatch(str(source)) and not Path(source).exists():
+        source = from_hub(str(source))
+    place = where(source)
+    if not (place / "run.json").is_file() and (place / "config.json").is_file():
+        return load_published(place, dtype)
+    folder = RunFolder(place)
     card = folder.read_card()
     key = card.get("system")
     if key not in catalogue():

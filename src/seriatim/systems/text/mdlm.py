@@ -202,17 +202,15 @@ class MDLM(TextSystem):
         canvas.given_length = known
         return canvas
 
-    def _settled(self, canvas: Canvas) -> list[int]:
-        ids = super()._settled(canvas)
-        return ids[:-1] if ids and ids[-1] in self._stop else ids
-
-    @property
-    def _stop(self) -> tuple[int, ...]:
-        eos = self.tokenizer.special.get("eos")
-        return () if eos is None else (eos,)
+    def _settled(self, canvas: Canvas, start: int = 0) -> list[int]:
+        ids = super()._settled(canvas, start)
+        ends = [i for i, x in enumerate(ids) if x in self.stop]
+        if ends and (not canvas.done or ends == [len(ids) - 1]):  # what stands behind an end may yet go
+            return ids[: ends[0]]
+        return ids
 
     def decider(self, sampling: Sampling) -> Decider:
-        return Unmask(sampling.steps or self.model.layout.size, self.config.rule, stop=self._stop)
+        return Unmask(sampling.steps or self.model.layout.size, self.config.rule, stop=self.stop)
 
 
 # ---- what the laws run -----------------------------------------------------------------------------------------------
