@@ -38,18 +38,18 @@ def add_commands(commands: Any) -> None:
     compare.add_argument("--samples", type=positive, default=500, help="pictures to judge (default: 500)")
     compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (default: runs/compare)")
     compare.add_argument("--seed", type=int, default=0)
-    compare.set_defaults(run=_later("comparing", "run_compare"), trains=True)
+    compare.set_defaults(run=_later("comparing", "run_compare"))
 
     claim = commands.add_parser("claim", help="measure the claim of a system here and now")
     claim.add_argument("key", metavar="KEY")
     claim.add_argument("--results", type=Path, default=Path("results"), help="folder of results (default: results)")
-    claim.set_defaults(run=_later("claiming", "run_claim"), trains=True)
+    claim.set_defaults(run=_later("claiming", "run_claim"))
 
     claims = commands.add_parser("claims", help="all claims and their verdicts")
     claims.add_argument("keys", nargs="*", metavar="KEY")
     claims.add_argument("--run", dest="work", action="store_true", help="work off what is not measured yet")
     claims.add_argument("--results", type=Path, default=Path("results"), help="folder of results (default: results)")
-    claims.set_defaults(run=_later("claiming", "run_claims"), trains=True)
+    claims.set_defaults(run=_later("claiming", "run_claims"))
 
     laws = commands.add_parser("laws", help="hold systems to the laws, and the laws to their mutants")
     laws.add_argument("keys", nargs="*", metavar="KEY", help="systems (default: all)")
@@ -61,7 +61,7 @@ def add_commands(commands: Any) -> None:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
     demo.add_argument("--steps", type=positive, help="training steps of the generator (default: the system's own)")
     demo.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
-    demo.set_defaults(run=_later("demo", "run_demo"), trains=True)
+    demo.set_defaults(run=_later("demo", "run_demo"))
 
 
 def _train(commands: Any) -> None:
@@ -79,7 +79,7 @@ def _train(commands: Any) -> None:
     train.add_argument("--minutes", type=float, help="as many steps as fit, instead of the recipe's")
     train.add_argument("--resume", action="store_true", help="go on with what is in the folder")
     train.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard into the folder, too")
-    train.set_defaults(run=_later("training", "run_train"), free=True, trains=True)
+    train.set_defaults(run=_later("training", "run_train"), free=True)
 
 
 def _generate(commands: Any) -> None:

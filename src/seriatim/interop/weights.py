@@ -64,23 +64,25 @@ def shards(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder} holds no *.safetensors file")
 
 
-def load_into(model: Model, blueprint: Blueprint, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Fill a model that was made without memory ("meta"). `dtype`: the number format (None: that of the files).
+def load_into(
+    model: Model, blueprint: Blueprint, files: Mapping[str, Any], where: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Fill a model that was made without memory ("meta") from `opened` files; `where` they stand is for errors.
+    `dtype`: the number format (None: that of the files).
 
     Raises ValueError that names missing, unexpected and misshapen tensors.
     """
-    with opened(folder) as files:
-        parts = [_as_stored(part, files) for part in blueprint.parts]
-        missing = sorted({name for part in parts for name in part.theirs} - set(files))
-        if missing:
-            raise ValueError(f"{folder} lacks {_some(missing)}: it is cut short, or of another model than its config")
-        used = {name for part in parts for name in part.theirs}
-        spare = (*blueprint.ignored, *(("lm_head.weight",) if blueprint.tied else ()))
-        odd = sorted(n for n in set(files) - used if not n.endswith(spare))
-        if odd:
-            raise ValueError(f"{folder} holds tensors that its config does not explain: {_some(odd)}")
-        for part in parts:
-            _fill(model, part, files, blueprint, folder, dtype)
+    parts = [_as_stored(part, files) for part in blueprint.parts]
+    used = {name for part in parts for name in part.theirs}
+    missing = sorted(used - set(files))
+    if missing:
+        raise ValueError(f"{where} lacks {_some(missing)}: it is cut short, or of another model than its config")
+    spare = (*blueprint.ignored, *(("lm_head.weight",) if blueprint.tied else ()))
+    odd = sorted(n for n in set(files) - used if not n.endswith(spare))
+    if odd:
+        raise ValueError(f"{where} holds tensors that its config does not explain: {_some(odd)}")
+    for part in parts:
+        _fill(model, part, files, blueprint, where, dtype)
     left = [n for n, p in model.named_parameters() if p.is_meta]
     if left:
         raise AssertionError(f"no published tensor fills {_some(left)}")

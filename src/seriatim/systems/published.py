@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import nn
 from seriatim.interop.blueprint import Blueprint
 from seriatim.interop.families import blueprint
 from seriatim.interop.fields import read_config
+from seriatim.interop.gguf import GGUF
 from seriatim.interop.tokenizer import published_tokenizer
-from seriatim.interop.weights import load_into
+from seriatim.interop.weights import load_into, opened
 from seriatim.model import Model
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.meta import Meta
@@ -39,21 +41,32 @@ class Published(LanguageModel):
         return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
 
-def load_published(folder: str | Path, dtype: torch.dtype | None = None) -> Published:
-    """The model of a folder with config.json and safetensors, in evaluation mode, in `dtype` (None: as stored).
+def load_published(place: str | Path, dtype: torch.dtype | None = None) -> Published:
+    """The model of a folder with config.json and safetensors, or of a GGUF file, in evaluation mode, in `dtype` (None:
+    as stored; of a GGUF file, dequantised to float32).
 
     Without files of a tokenizer it works on ids. Raises FileNotFoundError, ValueError that says what is missing,
     unexpected or not understood.
     """
-    folder = Path(folder)
-    raw = read_config(folder)
-    plan = blueprint(raw, str(folder / "config.json"))
+    place = Path(place)
+    if place.suffix == ".gguf":
+        file = GGUF(place)
+        return _put_together(file.config, file.files, file.tokenizer, file.settings, place, dtype)
+    raw = read_config(place)
+    settings = {"eos_token_id": raw.get("eos_token_id")} | _settings(place / "generation_config.json")
+    with opened(place) as files:
+        return _put_together(raw, files, published_tokenizer(place), settings, place, dtype)
+
+
+def _put_together(
+    raw: dict[str, Any], files: Mapping[str, Any], tokenizer: Any, settings: dict[str, Any], place: Path,
+    dtype: torch.dtype | None,
+) -> Published:  # fmt: skip
+    plan = blueprint(raw, str(place if place.is_file() else place / "config.json"))
     with torch.device("meta"):
         model = plan.build()
-    load_into(model, plan, folder, dtype)
-    settings = {"eos_token_id": raw.get("eos_token_id")} | _settings(folder / "generation_config.json")
-    system = Published(plan, model, published_tokenizer(folder), raw["model_type"], settings)
-    return system.eval().requires_grad_(False)
+    load_into(model, plan, files, place, dtype)
+    return Published(plan, model, tokenizer, raw["model_type"], settings).eval().requires_grad_(False)
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def load(source: str | Path, dtype: torch.dtype | None = None) -> System:
     if HUB.fullmatch(str(source)) and not Path(source).exists():
         source = from_hub(str(source))
     place = where(source)
-    if not (place / "run.json").is_file() and (place / "config.json").is_file():
+    if place.suffix == ".gguf" or (not (place / "run.json").is_file() and (place / "config.json").is_file()):
         return load_published(place, dtype)
     folder = RunFolder(place)
     card = folder.read_card()
@@ -50,7 +50,7 @@ def where(source: str | Path) -> Path:
     """The folder of `zoo:NAME`, or a path. Raises FileNotFoundError that names what there is."""
     text = str(source)
     if not text.startswith("zoo:"):
-        if not Path(text).is_dir():
+        if not Path(text).is_dir() and not (text.endswith(".gguf") and Path(text).is_file()):
             raise FileNotFoundError(f"there is no folder {text}; give the folder of a run, or one of {_zoo_names()}")
         return Path(text)
     for root in ZOO:
