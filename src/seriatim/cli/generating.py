@@ -102,6 +102,18 @@ def _pictures(system: ImageSystem, options: argparse.Namespace, sampling: dict[s
     return 0
 
 
+def run_export(options: argparse.Namespace) -> int:
+    """Write the folder, and say what reads it."""
+    import torch
+
+    from seriatim.verbs.export import export
+
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    out = export(options.source, options.out, options.format, dtype)
+    print(f"{out}: transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}) reads it")
+    return 0
+
+
 def ids_of(text: str) -> list[int]:
     """Whole numbers between commas or spaces. Raises ValueError for anything else."""
     words = text.replace(",", " ").split()

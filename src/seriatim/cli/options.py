@@ -40,6 +40,13 @@ def add_commands(commands: Any) -> None:
     compare.add_argument("--seed", type=int, default=0)
     compare.set_defaults(run=_later("comparing", "run_compare"))
 
+    export = commands.add_parser("export", help="a language model in Hugging Face's format, for other programs")
+    export.add_argument("source", metavar="MODEL", help="folder of a run or of a published model, or zoo:NAME")
+    export.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    export.add_argument("--format", default="hf", help="hf (default: hf)")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format (default: as it is)")
+    export.set_defaults(run=_later("generating", "run_export"))
+
     claim = commands.add_parser("claim", help="measure the claim of a system here and now")
     claim.add_argument("key", metavar="KEY")
     claim.add_argument("--results", type=Path, default=Path("results"), help="folder of results (default: results)")

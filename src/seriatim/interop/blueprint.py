@@ -66,10 +66,17 @@ class Blueprint:
 
 
 class How(NamedTuple):
-    """together: published tensors -> ours. apart: ours, and the rows of each published one -> published tensors."""
+    """together: published tensors -> ours. apart: ours -> the published ones of these names."""
 
     together: Callable[[Sequence[Tensor], TransformerConfig], Tensor]
-    apart: Callable[[Tensor, Sequence[int], TransformerConfig], Sequence[Tensor]]
+    apart: Callable[[Tensor, Sequence[str], TransformerConfig], Sequence[Tensor]]
+
+
+def _split(x: Tensor, names: Sequence[str], c: TransformerConfig) -> Sequence[Tensor]:
+    """Rows of queries, keys and values, or of gate and up."""
+    if len(names) == 3:
+        return x.split([c.heads * c.dim, c.groups * c.dim, c.groups * c.dim])
+    return x.chunk(len(names))
 
 
 def _by_head(x: Tensor, c: TransformerConfig) -> Tensor:
@@ -88,12 +95,14 @@ def _experts(parts: Sequence[Tensor], c: TransformerConfig) -> Tensor:
     return torch.stack([torch.cat(list(parts[i : i + each])) for i in range(0, len(parts), each)])
 
 
+def _apart(x: Tensor, names: Sequence[str], c: TransformerConfig) -> Sequence[Tensor]:
+    return [part for expert in x for part in expert.chunk(len(names) // len(x))]
+
+
 HOW: dict[str, How] = {
-    "rows": How(
-        lambda parts, c: parts[0] if len(parts) == 1 else torch.cat(list(parts)), lambda x, n, c: x.split(list(n))
-    ),
-    "columns": How(lambda parts, c: parts[0].T.contiguous(), lambda x, n, c: [x.T.contiguous()]),
-    "heads": How(lambda parts, c: _by_head(parts[0], c), lambda x, n, c: [_by_part(x, c)]),
-    "from one": How(lambda parts, c: parts[0].float() + 1, lambda x, n, c: [x - 1]),
-    "experts": How(_experts, lambda x, n, c: [y for expert in x for y in expert.split(list(n)[: len(n) // len(x)])]),
+    "rows": How(lambda parts, c: parts[0] if len(parts) == 1 else torch.cat(list(parts)), _split),
+    "columns": How(lambda parts, c: parts[0].T.contiguous(), lambda x, names, c: [x.T]),
+    "heads": How(lambda parts, c: _by_head(parts[0], c), lambda x, names, c: [_by_part(x, c)]),
+    "from one": How(lambda parts, c: parts[0].float() + 1, lambda x, names, c: [x - 1]),
+    "experts": How(_experts, _apart),
 }

@@ -23,12 +23,13 @@ from seriatim.systems.system import Sampling
 
 
 class Published(LanguageModel):
-    """A language model that somebody published, in our parts. `config` is its blueprint; `settings` what its
-    generation_config.json says."""
+    """A language model that somebody published, in our parts. `config` is its blueprint, `raw` its config.json,
+    `settings` its generation_config.json."""
 
-    def __init__(self, plan: Blueprint, model: Model, tokenizer: Any, name: str, settings: dict[str, Any]):
+    def __init__(self, plan: Blueprint, model: Model, tokenizer: Any, raw: dict[str, Any], settings: dict[str, Any]):
         nn.Module.__init__(self)
-        self.config, self.model, self.settings = plan, model, settings
+        self.config, self.model, self.raw, self.settings = plan, model, raw, settings
+        name = raw["model_type"]
         self.__dict__["tokenizer"] = tokenizer
         self.meta = Meta(name, name, "text", "text", "", "exact", f"A published model of type {name}.")  # type: ignore[misc]
         said = {k: settings[k] for k in ("temperature", "top_k", "top_p", "min_p") if settings.get(k) is not None}
@@ -66,7 +67,7 @@ def _put_together(
     with torch.device("meta"):
         model = plan.build()
     load_into(model, plan, files, place, dtype)
-    return Published(plan, model, tokenizer, raw["model_type"], settings).eval().requires_grad_(False)
+    return Published(plan, model, tokenizer, raw, settings).eval().requires_grad_(False)
 
 
 def _settings(path: Path) -> dict[str, Any]:

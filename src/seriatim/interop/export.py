@@ -1,0 +1,103 @@
+"""Our language models in Hugging Face's format: config.json, safetensors, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from seriatim.backbones.layer import TransformerConfig
+from seriatim.backbones.transformer import Transformer
+from seriatim.interop.blueprint import HOW, Part
+from seriatim.interop.families.llama import NORMS, parts_of
+from seriatim.model import Model
+
+LARGEST = 5 * 2**30  # bytes of a file of weights
+
+
+def published_tensors(model: Model, parts: tuple[Part, ...], config: TransformerConfig) -> dict[str, Tensor]:
+    """Every tensor under its published name, as the family stores it."""
+    out: dict[str, Tensor] = {}
+    for part in parts:
+        owner, _, name = part.ours.rpartition(".")
+        module = model.get_submodule(owner)
+        ours = module[int(name)] if isinstance(module, nn.ParameterList) else getattr(module, name)
+        for theirs, x in zip(part.theirs, HOW[part.how].apart(ours.detach(), part.theirs, config), strict=True):
+            out[theirs] = x.contiguous()
+    return out
+
+
+def llama_of(model: Model, length: int, start: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of a plain decoder as a Llama. A learned start becomes the embedding of id `start`, which then
+    begins every text; the output matrix stays as it is. Raises ValueError for what no Llama has."""
+    backbone, embed, head = model.backbone, model.embed, model.heads["token"]
+    c: Any = getattr(backbone, "config", None)
+    plain = isinstance(backbone, Transformer) and (c.norm, c.place, c.activation) == ("rms", "pre", "swiglu")
+    odd = not plain or c.parallel or c.qk_norm or c.experts or c.softcap or c.vector or c.memory or len(c.kinds) > 1
+    if odd or c.rope is None or c.rope.stretch is not None or c.rope.dims is not None:
+        raise ValueError("only plain decoders (RMS norm, rotary positions, SwiGLU) are Llamas; this model is another")
+    tensors = published_tensors(model, parts_of(c, False, NORMS, False, False), c)
+    first: Any = getattr(embed, "start", None)
+    if first is not None:
+        table = tensors["model.embed_tokens.weight"].clone()
+        table[start] = first.detach()
+        tensors["model.embed_tokens.weight"] = table
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": c.width,
+        "num_hidden_layers": c.depth, "num_attention_heads": c.heads, "num_key_value_heads": c.groups,
+        "head_dim": c.dim, "intermediate_size": c.inner, "hidden_act": "silu", "rms_norm_eps": c.eps,
+        "max_position_embeddings": length + (first is not None), "vocab_size": head.vocab,  # type: ignore[union-attr]
+        "rope_theta": c.rope.theta, "attention_bias": c.biased("qkv"), "mlp_bias": c.biased("up"),
+        "tie_word_embeddings": False, "bos_token_id": start if first is not None else None,
+    }  # fmt: skip
+    return config, tensors
+
+
+def write_published(
+    out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Any, settings: Mapping[str, Any]
+) -> None:
+    """A folder as the hub has them; complete or not there. Raises OSError where it cannot be written or is in use."""
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; choose another folder")
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    names = {str(x.dtype).removeprefix("torch.") for x in tensors.values() if x.dim() > 1}
+    _save(part, {**config, "dtype": min(names), "torch_dtype": min(names)}, "config.json")
+    groups: list[dict[str, Tensor]] = [{}]
+    for name, x in tensors.items():
+        held = sum(t.numel() * t.element_size() for t in groups[-1].values())
+        if groups[-1] and held + x.numel() * x.element_size() > LARGEST:
+            groups.append({})
+        groups[-1][name] = x
+    files = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+    files = ["model.safetensors"] if len(groups) == 1 else files
+    for file, group in zip(files, groups, strict=True):
+        save_file(group, str(part / file), {"format": "pt"})
+    if len(groups) > 1:
+        where = {name: file for file, group in zip(files, groups, strict=True) for name in group}
+        size = sum(x.numel() * x.element_size() for x in tensors.values())
+        _save(part, {"metadata": {"total_size": size}, "weight_map": where}, "model.safetensors.index.json")
+    _save(part, {k: v for k, v in settings.items() if v is not None}, "generation_config.json")
+    if tokenizer is not None and hasattr(tokenizer, "inner"):
+        tokenizer.inner.save(str(part / "tokenizer.json"))
+        _save(part, {"tokenizer_class": "PreTrainedTokenizerFast"}, "tokenizer_config.json")
+    if out.exists():
+        out.rmdir()
+    os.replace(part, out)
+
+
+def _save(folder: Path, about: Mapping[str, Any], name: str) -> None:
+    (folder / name).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def in_format(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """All in one number format (None: as they are)."""
+    return {name: x if dtype is None else x.to(dtype) for name, x in tensors.items()}
