@@ -23,9 +23,10 @@ _WHERE = {
     "factorization.line": ("Line",),
     "factorization.static": ("Scales", "Blocks", "AnyOrder"),
     "factorization.insertion": ("Insertion",),
-    "backbones.transformer": ("Transformer", "TransformerConfig"),
+    "backbones.layer": ("TransformerConfig", "Experts"),
+    "backbones.transformer": ("Transformer",),
     "backbones.mamba": ("Mamba", "MambaConfig"),
-    "backbones.rope": ("RoPE",),
+    "backbones.rope": ("RoPE", "Stretch"),
     "heads.dist": ("Categorical",),
     "heads.categorical": ("CategoricalHead",),
     "heads.depthwise": ("DepthwiseHead",),
@@ -54,11 +55,14 @@ _WHERE = {
     "training.recipe": ("Recipe",),
     "training.loop": ("fit",),
     "systems.system": ("System", "Sampling"),
+    "systems.language_model": ("LanguageModel", "Generation"),
+    "systems.published": ("Published",),
     "data.base": ("load_data",),
     "verbs.load": ("load",),
     "verbs.train": ("train",),
     "verbs.compare": ("compare",),
     "verbs.evaluate": ("evaluate",),
+    "verbs.export": ("export",),
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = ["__version__", *_HOME]

@@ -12,6 +12,7 @@ from typing import Any
 
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.language_model import Generation, LanguageModel
+from seriatim.systems.published import Published
 from seriatim.systems.text_system import TextSystem
 from seriatim.verbs.generate import draw, sampling_of, save_pictures, stream
 from seriatim.verbs.load import load, where
@@ -25,6 +26,8 @@ def run_generate(options: argparse.Namespace) -> int:
 
     system = load(options.source)
     sampling = {name: getattr(options, name) for name in SAMPLING}
+    if options.chat and not isinstance(system, Published):
+        raise ValueError(f"{system.meta.key} has no chat template: --chat is for published models that converse")
     with torch.inference_mode():
         if isinstance(system, LanguageModel):
             return _language(system, options, sampling)
@@ -38,10 +41,10 @@ def run_generate(options: argparse.Namespace) -> int:
 def _language(system: LanguageModel, options: argparse.Namespace, sampling: dict[str, Any]) -> int:
     """Next-token models: text as it comes, or what it cost."""
     s = sampling_of(system, **sampling)
-    given = system.prompt_ids(options.prompt) if options.ids is None else ids_of(options.ids)
+    given = _given(system, options)
     new = options.length or max(min(200, system.model.layout.size - len(given)), 1)
     for n in range(options.count or 1):
-        if not options.json and options.ids is None:
+        if not options.json and options.ids is None and not options.chat:
             sys.stdout.write(options.prompt)
         made = system.generate(
             given, options.decoder, max_new_tokens=new, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
@@ -58,6 +61,16 @@ def _language(system: LanguageModel, options: argparse.Namespace, sampling: dict
         }  # fmt: skip
         print(json.dumps(figures, ensure_ascii=False))
     return 0
+
+
+def _given(system: LanguageModel, options: argparse.Namespace) -> list[int]:
+    """Ids of what was asked: a text to continue, what a user says, or ids."""
+    if options.chat:
+        assert isinstance(system, Published)
+        if options.ids is not None or not options.prompt:
+            raise ValueError("--chat puts a text as what a user says: give it by --prompt")
+        return system.chat_ids([{"role": "user", "content": options.prompt}])
+    return system.prompt_ids(options.prompt) if options.ids is None else ids_of(options.ids)
 
 
 def _say(piece: str) -> None:

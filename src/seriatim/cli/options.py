@@ -95,6 +95,7 @@ def _generate(commands: Any) -> None:
         "source", metavar="MODEL", help="folder of a run or of a published model, zoo:NAME, or a name on the hub"
     )
     generate.add_argument("--prompt", default="", help="what text begins with")
+    generate.add_argument("--chat", action="store_true", help="the prompt is what a user says, in the model's template")
     generate.add_argument("--ids", help="the same as ids, for a model without a tokenizer: 1,2,3")
     generate.add_argument(
         "--length", "--max-new-tokens", type=positive, help="tokens of text (default: 200, or what there is room for)"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from seriatim.backbones.layer import TransformerConfig
 from seriatim.backbones.transformer import Transformer
 from seriatim.interop.blueprint import HOW, Part
+from seriatim.interop.chat import ChatTemplate
 from seriatim.interop.families.llama import NORMS, parts_of
 from seriatim.model import Model
 
@@ -61,8 +62,9 @@ def llama_of(model: Model, length: int, start: int) -> tuple[dict[str, Any], dic
 
 
 def write_published(
-    out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Any, settings: Mapping[str, Any]
-) -> None:
+    out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Any, settings: Mapping[str, Any],
+    chat: ChatTemplate | None = None,
+) -> None:  # fmt: skip
     """A folder as the hub has them; complete or not there. Raises OSError where it cannot be written or is in use."""
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another folder")
@@ -88,7 +90,10 @@ def write_published(
     _save(part, {k: v for k, v in settings.items() if v is not None}, "generation_config.json")
     if tokenizer is not None and hasattr(tokenizer, "inner"):
         tokenizer.inner.save(str(part / "tokenizer.json"))
-        _save(part, {"tokenizer_class": "PreTrainedTokenizerFast"}, "tokenizer_config.json")
+        said = {} if chat is None else chat.tokens
+        _save(part, {"tokenizer_class": "PreTrainedTokenizerFast", **said}, "tokenizer_config.json")
+    if chat is not None:
+        (part / "chat_template.jinja").write_text(chat.source, encoding="utf-8")
     if out.exists():
         out.rmdir()
     os.replace(part, out)

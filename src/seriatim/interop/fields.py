@@ -24,6 +24,7 @@ HARMLESS = frozenset({
     "cross_attention_hidden_size", "tie_encoder_decoder", "finetuning_task", "tokenizer_class", "prefix",
     "begin_suppress_tokens", "suppress_tokens", "pruned_heads", "use_flash_attention_2", "classifier_bias",
     "embedding_dropout", "attention_probs_dropout_prob", "unsloth_version", "unsloth_fixed",
+    "transformers.js_config",
 })  # fmt: skip
 
 
@@ -32,6 +33,10 @@ class Fields:
 
     def __init__(self, raw: Mapping[str, Any], where: str = "config.json"):
         self.raw, self.where, self.left = dict(raw), where, set(raw) - HARMLESS
+
+    def presume(self, **values: Any) -> None:
+        """What a family's files mean where they leave a key out; where one is null, it stays null."""
+        self.raw = values | self.raw
 
     def take(self, *names: str, default: Any = None) -> Any:
         """The value of the first of these names that there is and that is not null."""
@@ -52,7 +57,8 @@ class Fields:
         """One of several words, translated. Raises ValueError for others."""
         value = self.take(*names, default=default)
         if value not in of:
-            raise ValueError(f"{self.where}: {names[0]} is {value!r}; understood are {', '.join(map(str, of))}")
+            name = next((n for n in names if self.raw.get(n) is not None), names[0])
+            raise ValueError(f"{self.where}: {name} is {value!r}; understood are {', '.join(map(str, of))}")
         return of[value]
 
     def must(self, name: str, expected: Any, default: Any = None) -> None:

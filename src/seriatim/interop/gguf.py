@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seriatim.interop.chat import ChatTemplate
 from seriatim.interop.tokenizer import PublishedTokenizer
 
 FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
@@ -120,6 +121,17 @@ class GGUF:
         special = [t for t, kind in zip(said["tokens"], said["token_type"], strict=True) if kind in (CONTROL, USER)]
         inner.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
         return PublishedTokenizer(inner)
+
+    @property
+    def chat(self) -> ChatTemplate | None:
+        source, listed = self.said.get("tokenizer.chat_template"), self.said.get("tokenizer.ggml.tokens", ())
+        if source is None:
+            return None
+        if not isinstance(source, str):
+            raise ValueError(f"the tokenizer.chat_template of {self.path} is no text")
+        ids = {f"{name}_token": self.said.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+        there = {name: i for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(listed)}
+        return ChatTemplate(source, {name: listed[i] for name, i in there.items()})
 
 
 class _Stored:

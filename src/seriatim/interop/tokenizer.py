@@ -25,6 +25,10 @@ class PublishedTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.inner.encode(text).ids
 
+    def encode_templated(self, text: str) -> list[int]:
+        """Ids of a text in which every special token stands already, as a chat template writes it."""
+        return self.inner.encode(text, add_special_tokens=False).ids
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.inner.decode(list(ids), skip_special_tokens=True)
 

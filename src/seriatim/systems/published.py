@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from seriatim.interop.blueprint import Blueprint
+from seriatim.interop.chat import ChatTemplate, read_template
 from seriatim.interop.families import blueprint
 from seriatim.interop.fields import read_config
 from seriatim.interop.gguf import GGUF
@@ -24,11 +25,14 @@ from seriatim.systems.system import Sampling
 
 class Published(LanguageModel):
     """A language model that somebody published, in our parts. `config` is its blueprint, `raw` its config.json,
-    `settings` its generation_config.json."""
+    `settings` its generation_config.json, `chat` its template of conversations (None: it has none)."""
 
-    def __init__(self, plan: Blueprint, model: Model, tokenizer: Any, raw: dict[str, Any], settings: dict[str, Any]):
+    def __init__(
+        self, plan: Blueprint, model: Model, tokenizer: Any, raw: dict[str, Any], settings: dict[str, Any],
+        chat: ChatTemplate | None = None,
+    ):  # fmt: skip
         nn.Module.__init__(self)
-        self.config, self.model, self.raw, self.settings = plan, model, raw, settings
+        self.config, self.model, self.raw, self.settings, self.chat = plan, model, raw, settings, chat
         name = raw["model_type"]
         self.__dict__["tokenizer"] = tokenizer
         self.meta = Meta(name, name, "text", "text", "", "exact", f"A published model of type {name}.")  # type: ignore[misc]
@@ -41,6 +45,23 @@ class Published(LanguageModel):
         eos = self.settings.get("eos_token_id")
         return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
+    def prompt_of(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation ([{"role": "user", "content": "Hello"}, ...]) as the text of a prompt, special tokens in it,
+        which the model's answer continues. Raises ValueError where there is no chat template, or it refuses."""
+        if self.chat is None:
+            raise ValueError(
+                f"this {self.meta.key} has no chat template: it was not trained to converse, or its folder lacks "
+                "chat_template.jinja or tokenizer_config.json; give it a text to continue"
+            )
+        return self.chat.render(messages)
+
+    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The same as ids, special tokens as theirs and none added. Raises ValueError as `prompt_of`, and where there
+        is no tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError("this model came without a tokenizer: give ids")
+        return self.tokenizer.encode_templated(self.prompt_of(messages))  # type: ignore[attr-defined]
+
 
 def load_published(place: str | Path, dtype: torch.dtype | None = None) -> Published:
     """The model of a folder with config.json and safetensors, or of a GGUF file, in evaluation mode, in `dtype` (None:
@@ -52,22 +73,22 @@ def load_published(place: str | Path, dtype: torch.dtype | None = None) -> Publi
     place = Path(place)
     if place.suffix == ".gguf":
         file = GGUF(place)
-        return _put_together(file.config, file.files, file.tokenizer, file.settings, place, dtype)
+        return _put_together(file.config, file.files, file.tokenizer, file.settings, file.chat, place, dtype)
     raw = read_config(place)
     settings = {"eos_token_id": raw.get("eos_token_id")} | _settings(place / "generation_config.json")
     with opened(place) as files:
-        return _put_together(raw, files, published_tokenizer(place), settings, place, dtype)
+        return _put_together(raw, files, published_tokenizer(place), settings, read_template(place), place, dtype)
 
 
 def _put_together(
-    raw: dict[str, Any], files: Mapping[str, Any], tokenizer: Any, settings: dict[str, Any], place: Path,
-    dtype: torch.dtype | None,
+    raw: dict[str, Any], files: Mapping[str, Any], tokenizer: Any, settings: dict[str, Any],
+    chat: ChatTemplate | None, place: Path, dtype: torch.dtype | None,
 ) -> Published:  # fmt: skip
     plan = blueprint(raw, str(place if place.is_file() else place / "config.json"))
     with torch.device("meta"):
         model = plan.build()
     load_into(model, plan, files, place, dtype)
-    return Published(plan, model, tokenizer, raw, settings).eval().requires_grad_(False)
+    return Published(plan, model, tokenizer, raw, settings, chat).eval().requires_grad_(False)
 
 
 def _settings(path: Path) -> dict[str, Any]:

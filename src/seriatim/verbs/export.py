@@ -34,5 +34,6 @@ def export(source: str | Path | System, out: str | Path, form: str = "hf", dtype
         config |= settings
     else:
         raise ValueError(f"{system.meta.key} has no counterpart in that format: next-token models do")
-    write_published(out, config, in_format(tensors, dtype), system.tokenizer, settings)
+    chat = system.chat if isinstance(system, Published) else None
+    write_published(out, config, in_format(tensors, dtype), system.tokenizer, settings, chat)
     return out

@@ -14,20 +14,18 @@ NAMES = {
 
 
 def read(f: Fields) -> Blueprint:
-    depth, width = f.number("num_hidden_layers", default=26, most=10_000), f.number("hidden_size", default=2304)
     second = f.raw["model_type"] == "gemma2"
+    f.presume(num_key_value_heads=4, head_dim=256, sliding_window=4096)
+    if second:
+        f.presume(max_position_embeddings=8192, final_logit_softcapping=30.0, attn_logit_softcapping=50.0)
+    else:
+        f.presume(max_position_embeddings=131_072)
+    depth, width = f.number("num_hidden_layers", default=26, most=10_000), f.number("hidden_size", default=2304)
     f.must("use_bidirectional_attention", False)
     every = 2 if second else f.number("sliding_window_pattern", default=6)
-    f.raw.setdefault("sliding_window", 4096)
     kinds, windows = by_layer(f, depth, [bool((i + 1) % every) for i in range(depth)])
     scale = f.take("query_pre_attn_scalar", default=256) ** -0.5
-    softcap = f.take(
-        "final_logit_softcapping", default=30.0 if second and "final_logit_softcapping" not in f.raw else None
-    )
-    capped = f.take(
-        "attn_logit_softcapping", default=50.0 if second and "attn_logit_softcapping" not in f.raw else None
-    )
-    f.raw.setdefault("head_dim", 256)
+    softcap, capped = f.take("final_logit_softcapping"), f.take("attn_logit_softcapping")
     shared = {
         "names": NAMES, "tied": True, "scale": width**0.5, "softcap": softcap, "act": "gelu_pytorch_tanh",
         "plus_one": True, "kinds": kinds, "place": "both", "bias": biases(f), "score_scale": scale,

@@ -42,7 +42,7 @@ def decoder(
     stored as their distance from 1; backbone: fields of the transformer beyond sizes.
     """
     width, heads = f.number("hidden_size"), f.number("num_attention_heads", most=100_000)
-    hidden_act = f.choice("hidden_act", "hidden_activation", of=ACTIVATIONS, default=act)
+    hidden_act = f.choice("hidden_activation", "hidden_act", of=ACTIVATIONS, default=act)
     if "rope" not in backbone:
         backbone["rope"] = rope_of(f, theta)
     c = TransformerConfig(

@@ -6,6 +6,7 @@ from seriatim.interop.fields import Fields, rope_of
 
 
 def read(f: Fields) -> Blueprint:
+    f.presume(max_position_embeddings=4096, original_max_position_embeddings=4096)
     depth = f.number("num_hidden_layers", most=10_000)
     kinds, windows = by_layer(f, depth, [True] * depth)
     dim = f.number("hidden_size") // f.number("num_attention_heads", most=100_000)

@@ -8,7 +8,11 @@ from seriatim.interop.fields import Fields
 
 
 def read(f: Fields) -> Blueprint:
-    depth, kind = f.number("num_hidden_layers", most=10_000), f.raw["model_type"]
+    kind = f.raw["model_type"]
+    f.presume(max_position_embeddings=32_768, sliding_window=4096, num_key_value_heads=4 if kind == "qwen3_moe" else 32)
+    if kind == "qwen3":
+        f.presume(head_dim=128)
+    depth = f.number("num_hidden_layers", most=10_000)
     first = f.take("max_window_layers", default=28)  # the layers before see everything
     slides = bool(f.take("use_sliding_window", default=False))
     kinds, windows = by_layer(f, depth, [slides and i >= first for i in range(depth)])

@@ -6,6 +6,7 @@ from seriatim.interop.fields import Fields, rope_of
 
 
 def read(f: Fields) -> Blueprint:
+    f.presume(max_position_embeddings=32_768, num_key_value_heads=4)
     depth = f.number("num_hidden_layers", default=36, most=10_000)
     every = f.number("no_rope_layer_interval", default=4)
     turned = f.take("no_rope_layers") or [int((i + 1) % every != 0) for i in range(depth)]  # 1: with positions
