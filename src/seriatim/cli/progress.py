@@ -38,7 +38,9 @@ class Bar:
             spent = self.said - self.start
             left = spent / step * (steps - step)
             self.console.print(
-                f"{self.name:>10} {step}/{steps}  {figures}  {spent:.0f} s, {left:.0f} s left", highlight=False
+                f"{self.name:>10} {step}/{steps}  {figures}  {spent:.0f} s, {left:.0f} s left",
+                highlight=False,
+                soft_wrap=True,
             )
 
     def close(self) -> None:

@@ -60,7 +60,8 @@ def where(source: str | Path) -> Path:
 
 
 def _zoo_names() -> str:
-    names = sorted({p.parent.name for root in ZOO if root.is_dir() for p in root.glob("*/*.json")})
+    files = (p for root in ZOO for name in ("run.json", "tokenizer.json") for p in root.glob(f"*/{name}"))
+    names = sorted({p.parent.name for p in files})
     return ", ".join(f"zoo:{n}" for n in names) or "nothing yet"
 
 
