@@ -131,6 +131,20 @@ def test_log_probabilities_are_those_of_the_logits(published):
     assert float((ours.log_prob(whole)[0] - every).abs()) < 1e-3
 
 
+def test_a_published_model_is_evaluated_on_a_text(published, tmp_path, capsys):
+    """Bits per byte of a byte-level tokenizer: all bytes of the text count."""
+    ours = load(published)
+    sentence = "The quick brown f\u00f6x jumps over the lazy dog. "
+    assert int(ours.tokenizer.bytes_of[ours.tokenizer.encode(sentence)].sum()) == len(sentence.encode())
+    text = tmp_path / "text.txt"
+    text.write_text(sentence * 200, encoding="utf-8")
+    assert main(["evaluate", str(published), "--data", str(text), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["likelihood"] == "exact" and said["bits_per_byte"] > 1
+    assert main(["evaluate", str(published)]) == 2
+    assert "say on which data" in capsys.readouterr().err
+
+
 # ---- broken and hostile files ----------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +35,17 @@ class PublishedTokenizer:
 
     @cached_property
     def bytes_of(self) -> Int[Tensor, " vocab"]:
-        """UTF-8 bytes each id stands for, as far as single ids can say."""
-        return torch.tensor([len(self.inner.decode([i]).encode()) for i in range(self.vocab)])
+        """UTF-8 bytes each id stands for; 0 of special ones."""
+        special = {i for i, token in self.inner.get_added_tokens_decoder().items() if token.special}
+        letters = "ByteLevel" in repr(self.inner.decoder)  # tokens are written with one letter a byte
+        lengths = []
+        for i in range(self.vocab):
+            token = self.inner.id_to_token(i) or ""
+            if re.fullmatch("<0x[0-9A-F]{2}>", token):
+                lengths.append(1)
+            else:
+                lengths.append(len(token) if letters else len(token.replace("\u2581", " ").encode()))
+        return torch.tensor([0 if i in special else n for i, n in enumerate(lengths)])
 
 
 def published_tokenizer(folder: Path) -> PublishedTokenizer | None:

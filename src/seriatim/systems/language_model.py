@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,8 @@ from seriatim.decoding.loop import decode
 from seriatim.layout import line
 from seriatim.random import Keyed
 from seriatim.systems.decoders import decoder_of
-from seriatim.systems.system import Sampling
-from seriatim.systems.text_system import TextSystem
+from seriatim.systems.system import Sampling, evenly
+from seriatim.systems.text_system import TextSystem, Windows
 from seriatim.tokenizers.text import Detokenizer
 
 Prompt = str | Sequence[int] | Int[Tensor, " n"]
@@ -49,6 +49,19 @@ class LanguageModel(TextSystem):
         """1 where a learned start stands before the first token."""
         return self.model.factorization.prefix  # type: ignore[attr-defined]
 
+    def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, None]:
+        tokens = batch["token"]
+        return self.model.canvas({"token": tokens}, self._given, layout=line(tokens.shape[1])), None
+
+    def bytes_in(self, examples: Windows, most: int | None = None) -> int:
+        ids = examples.take(evenly(len(examples), most or self.score_size))["token"]
+        return int(self.tokenizer.bytes_of[ids[:, self._given :]].sum())
+
+    @property
+    def _given(self) -> int:
+        """First tokens that must be given, and are not scored."""
+        return 0 if self._prefix else 1
+
     # ---- scoring ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -69,7 +82,7 @@ class LanguageModel(TextSystem):
 
     def _packed(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n v"]:
         model, n = self.model, ids.shape[1]
-        canvas = model.canvas({"token": F.pad(ids, (0, 1))}, 0 if self._prefix else 1, layout=line(n + 1))
+        canvas = model.canvas({"token": F.pad(ids, (0, 1))}, self._given, layout=line(n + 1))
         plan = model.factorization.packed(canvas)
         assert plan is not None
         return model.heads["token"].logits(model.hidden(plan, canvas)[:, self._prefix :])  # type: ignore[operator]
@@ -77,8 +90,7 @@ class LanguageModel(TextSystem):
     @torch.no_grad()
     def log_prob(self, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch"]:
         """Log-probability in nats of whole rows; where no learned start stands in front, given their first token."""
-        canvas = self.model.canvas({"token": ids}, 0 if self._prefix else 1, layout=line(ids.shape[1]))
-        return self.model.log_prob(canvas)
+        return self.model.log_prob(self.canvas({"token": ids})[0])
 
     # ---- generation -------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,8 @@ from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.meta import Meta
 from seriatim.systems.system import Sampling
 
+WINDOW = 1024  # tokens that are scored together, however long a text the model takes
+
 
 class Published(LanguageModel):
     """A language model that somebody published, in our parts. `config` is its blueprint, `raw` its config.json,
@@ -44,6 +46,10 @@ class Published(LanguageModel):
     def stop(self) -> tuple[int, ...]:
         eos = self.settings.get("eos_token_id")
         return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+
+    @property
+    def window(self) -> int:
+        return min(self.config.length, WINDOW)
 
     def prompt_of(self, messages: Sequence[Mapping[str, str]]) -> str:
         """A conversation ([{"role": "user", "content": "Hello"}, ...]) as the text of a prompt, special tokens in it,

@@ -58,7 +58,12 @@ class TextSystem(System):
 
     def examples(self, documents: Sequence[str]) -> Windows:
         """One side of a data set, as training draws it."""
-        return Windows(id_stream(self.tokenizer, documents), self.config.length)
+        return Windows(id_stream(self.tokenizer, documents), self.window)
+
+    @property
+    def window(self) -> int:
+        """Tokens that are trained and scored together."""
+        return self.config.length
 
     def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, None]:
         return self.model.canvas({"token": batch["token"]}), None

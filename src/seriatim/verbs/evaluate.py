@@ -14,6 +14,7 @@ from seriatim.evaluation.features import FeatureModel, features_for
 from seriatim.evaluation.metrics import bits_per_byte, bits_per_dimension, text_statistics
 from seriatim.evaluation.quality import picture_quality
 from seriatim.systems.image_system import ImageSystem, Pictures
+from seriatim.systems.published import Published
 from seriatim.systems.system import Sampling, System, evenly
 from seriatim.systems.text_system import TextSystem
 from seriatim.systems.tokenizer_system import TokenizerSystem
@@ -44,6 +45,8 @@ def evaluate(
     if data is None:
         if isinstance(source, System):
             raise ValueError("say on which data to evaluate: a system in memory does not know")
+        if isinstance(system, Published):
+            raise ValueError("say on which data to evaluate a published model: --data")
         data = RunFolder(where(source)).read_card()["data"]
     modality = "text" if isinstance(system, TextSystem) else "image"
     loaded = data if isinstance(data, Data) else load_data(data, modality, **data_options)
@@ -59,14 +62,20 @@ def evaluate(
 
 @torch.no_grad()
 def text_figures(system: TextSystem, data: Data, seed: int) -> dict[str, Any]:
-    """Bits per byte of held-out windows, and statistics of eight continuations of nothing."""
+    """Bits per byte of held-out windows, and statistics of four continuations: of nothing, or, where a model begins no
+    text by itself, of the windows' first words."""
     examples = system.examples(data.test.documents)  # type: ignore[union-attr, arg-type]
     nats, ids = system.score(examples)
     size = system.bytes_in(examples)
     kind = "bound" if system.meta.likelihood == "bound" else "exact"
     bits = bits_per_byte(nats, ids, size, kind)  # type: ignore[arg-type]
-    length = min(256, system.model.layout.size)
-    texts = [system.write("", length, seed=seed + i) for i in range(4)]
+    starts = [""] * 4
+    if isinstance(system, Published):
+        first = examples.take(evenly(len(examples), 4))["token"][:, :8].tolist()
+        starts = [system.tokenizer.decode(ids) for ids in first]
+    longest = max(len(system.tokenizer.encode(text)) for text in starts)
+    length = min(256, system.model.layout.size - longest)
+    texts = [system.write(text, length, seed=seed + i) for i, text in enumerate(starts)]
     written = text_statistics([system.tokenizer.encode(text) for text in texts if text])
     return {
         "bits_per_byte": bits.value, "likelihood": kind, "bytes": size, "distinct_share": written.share,
