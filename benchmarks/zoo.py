@@ -29,7 +29,7 @@ from seriatim.tokenizers.text import PairTokenizer
 from seriatim.training.checkpoint import save_json
 from seriatim.training.run import RunFolder
 from seriatim.training.state import read_safely, write_safely
-from seriatim.verbs.evaluate import HOME
+from seriatim.verbs.evaluate import HOME, evaluate
 from seriatim.verbs.show import show
 from seriatim.verbs.train import train
 
@@ -63,6 +63,10 @@ ENTRIES: dict[str, dict[str, Any]] = {
 }
 
 
+MADE_APART = ("text-bpe", "features-glyphs")
+KNOWN = ("system", "data", "parameters")  # of the figures: they stand above
+
+
 def make(name: str, entry: Mapping[str, Any], console: Console) -> None:
     """Train or go on, then write to the zoo."""
     work, out = HOME / "zoo" / name, ROOT / name
@@ -71,7 +75,7 @@ def make(name: str, entry: Mapping[str, Any], console: Console) -> None:
         **{k: v for k, v in entry.items() if k != "tokenizer"}, tokenizer=entry.get("tokenizer"), out=work,
         resume=True, bar=lambda phase: Bar(f"{name} {phase}", console),
     )  # fmt: skip
-    figures = show(trained)
+    show(trained)
     out.mkdir(parents=True, exist_ok=True)
     tensors, about = read_safely(RunFolder(work).weights)
     small = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}
@@ -81,11 +85,11 @@ def make(name: str, entry: Mapping[str, Any], console: Console) -> None:
             shutil.copyfile(work / part, out / part)
     if (work / "tokenizer").is_dir():
         shutil.copytree(work / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
-    _card(name, entry, trained, figures, out)
+    _card(name, trained, evaluate(out), out)  # of the weights as they ship
     console.print(f"{name}: {out} ({time.monotonic() - start:.0f} s in this session)", highlight=False)
 
 
-def _card(name: str, entry: Mapping[str, Any], trained: Any, figures: Mapping[str, Any], out: Path) -> None:
+def _card(name: str, trained: Any, figures: Mapping[str, Any], out: Path) -> None:
     run = RunFolder(out).read_card()
     seconds = sum(h.get("seconds", 0.0) for h in trained.history)
     lines = [
@@ -93,7 +97,7 @@ def _card(name: str, entry: Mapping[str, Any], trained: Any, figures: Mapping[st
         f"{trained.system.meta.title}; {parameters(trained.system.model):,} parameters, stored as bfloat16.", "",
         f"- data: {run['data']}, built in; its held-out side was not seen",
         f"- steps: {len(trained.history):,} of {run['recipe']['batch']} samples, {seconds / 60:.0f} minutes",
-        *(f"- {k}: {v:.4g}" for k, v in figures.items() if isinstance(v, float)),
+        *(f"- {k}: {v:.4g}" if isinstance(v, float) else f"- {k}: {v}" for k, v in figures.items() if k not in KNOWN),
         f"- made again by: `python benchmarks/zoo.py {name}`", "- license: Apache-2.0, like the project",
     ]  # fmt: skip
     (out / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -101,33 +105,39 @@ def _card(name: str, entry: Mapping[str, Any], trained: Any, figures: Mapping[st
 
 def make_pairs() -> None:
     """The byte-pair encoding that all text models share: 4,096 ids, 16 of them reserved."""
-    if not (ROOT / "text-bpe" / "tokenizer.json").is_file():
+    if not (ROOT / "text-bpe" / "README.md").is_file():
         learned = PairTokenizer.train(load_data("stdlib", "text").train.documents, 4096)
         save_json(learned.to_json(), ROOT / "text-bpe" / "tokenizer.json")
+        said = f"Byte-pair encoding of {learned.vocab:,} ids, 16 of them reserved, for all text models of the zoo."
+        _note("text-bpe", f"{said}\n\n- data: stdlib, built in; its held-out side was not seen")
 
 
 def make_features() -> None:
     """The classifier of glyphs, by which generated glyphs are judged."""
     place = ROOT / "features-glyphs"
-    if not (place / "features.json").is_file():
+    if not (place / "README.md").is_file():
         model = features_for(load_data("glyphs", "image"), place)
-        (place / "README.md").write_text(
-            f"# features-glyphs\n\n{model.card}: what FD-s and class accuracy of generated glyphs are measured on.\n\n"
-            "- made again by: `python benchmarks/zoo.py features-glyphs`\n- license: Apache-2.0, like the project\n",
-            encoding="utf-8",
-        )
+        _note("features-glyphs", f"The {model.card}: FD-s and class accuracy of generated glyphs are measured on it.\n")
+
+
+def _note(name: str, text: str) -> None:
+    """The card of a file that no training of a system made."""
+    ends = f"- made again by: `python benchmarks/zoo.py {name}`\n- license: Apache-2.0, like the project\n"
+    (ROOT / name / "README.md").write_text(f"# {name}\n\n{text}\n{ends}", encoding="utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(ENTRIES)} (default: all, in this order)")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join((*MADE_APART, *ENTRIES))} (default: what is missing)")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    wrong = [n for n in options.names if n not in (*ENTRIES, "features-glyphs")]
+    wrong = [n for n in options.names if n not in (*ENTRIES, *MADE_APART)]
     if wrong:
-        print(f"the zoo has no {', '.join(wrong)}; it has {', '.join(ENTRIES)}", file=sys.stderr)
+        print(f"the zoo has no {', '.join(wrong)}; it has {', '.join((*MADE_APART, *ENTRIES))}", file=sys.stderr)
         return 2
+    for name in options.names:  # what is asked for by name is made again
+        (ROOT / name / "README.md").unlink(missing_ok=True)
     make_pairs()
     make_features()
     for name in options.names or ENTRIES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -154,7 +155,13 @@ class TokenEmbed(SlotEmbed):
 
     def vectors(self, value: Int[Tensor, "*rest"]) -> Float[Tensor, "*rest d"]:
         x = torch.embedding(self.table, value)
-        return x if self.scale == 1 else x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
+        return x if self.scale == 1 else x * _rounded(self.scale, x.dtype)
+
+
+@lru_cache(maxsize=8)
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    """As a number format has it: models were trained with that."""
+    return torch.tensor(number, dtype=dtype, device="cpu").item()
 
 
 class CodesEmbed(SlotEmbed):

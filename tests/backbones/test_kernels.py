@@ -1,10 +1,13 @@
 """Where a part has two ways to one result, for speed, both give it: values and gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from seriatim.backbones.attention import BLOCK, attend_by_blocks, by_blocks
+from seriatim.backbones.attention import BLOCK, attend, attend_by_blocks, by_blocks, placed
+from seriatim.backbones.layer import TransformerConfig
 from seriatim.backbones.norm import SMALL, rms_norm
 
 WIDTH = 16
@@ -43,3 +46,18 @@ def test_attention_by_blocks_is_attention(n, mask):
     grads = [torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (got, want)]
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(*grads, strict=True))
     assert by_blocks(q.bfloat16()) and not by_blocks(q) and not by_blocks(q.detach().bfloat16())
+
+
+@pytest.mark.parametrize("mask", ["causal", "some", None])
+def test_capped_attention_of_heads_that_share_keys_is_attention_where_the_cap_is_far(mask):
+    """The explicit kernel beside torch's, keys shared by pairs of heads; a near cap changes it."""
+    n, c = 5, TransformerConfig(32, 1, 4, 2, softcap=1e9)
+    q, k, v = noise(2, 4 * n, 8).view(2, 4, n, 8), *(noise(2, 2 * n, 8, seed=i).view(2, 2, n, 8) for i in (2, 3))
+    seen = (noise(2, n, n, seed=5) > 0)[:, None] | torch.eye(n, dtype=torch.bool)
+    given = placed(seen, c, q, None) if mask == "some" else mask
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, seen if mask == "some" else None, is_causal=mask == "causal", enable_gqa=True
+    )
+    assert (attend(c, q, k, v, given) - want).abs().max() < 1e-7
+    assert (attend(replace(c, softcap=0.5), q, k, v, given) - want).abs().max() > 1e-3
+    assert (attend(replace(c, softcap=None), q, k, v, given) - want).abs().max() < 1e-12

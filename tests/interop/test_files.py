@@ -202,6 +202,8 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(copy):
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "twist": 1}}, "rotary parameters twist"),
         ({"quantization_config": {"bits": 4}}, "quantised weights are not read"),
         ({"hidden_size": "32"}, "hidden_size is a whole number from 1"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is a positive number"),
+        ({"rope_interleaved": True}, "may change what is computed: rope_interleaved"),
     ],
 )
 def test_configs_that_are_absurd_or_not_understood_are_refused_before_anything_is_made(copy, changes, says):
@@ -235,6 +237,14 @@ def test_prompts_that_cannot_be_are_refused(published):
             ours.generate(prompt, max_new_tokens=10)
     with pytest.raises(ValueError, match="no decoder 'magic'"):
         ours.generate([1], "magic")
+
+
+def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr("seriatim.verbs.load.from_hub", lambda name: pytest.fail(f"asked for {name}"))
+    assert main(["generate", "runs/vra"]) == 2
+    assert "there is no folder runs/vra" in capsys.readouterr().err
 
 
 def test_a_name_on_the_hub_without_a_network_is_answered(monkeypatch, capsys):

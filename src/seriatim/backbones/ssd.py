@@ -114,22 +114,15 @@ def ssd_chunked(
     if chunk < 1:
         raise ValueError(f"a chunk holds at least one slot, got chunk={chunk}")
     kind = x.dtype
-    b, s, h, p = x.shape
-    g, n = B.shape[2:]
+    (b, s, h, p), (g, n) = x.shape, B.shape[2:]
     state = x.new_zeros(b, h, p, n) if state is None else state
     x, dt, A, B, C, state = _promoted(x, dt, A, B, C, state)
     if s == 0:
         return x.to(kind), state
-    if lane is not None:
-        dead = lane < 0
-        x, B, C = (t.masked_fill(dead[..., None, None], 0) for t in (x, B, C))
-        dt = dt.masked_fill(dead[..., None], 0)
     size = min(chunk, s)
     count = -(-s // size)
     pad = count * size - s
-    if pad:  # a step of zero neither decays nor writes
-        x, B, C = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (x, B, C))
-        dt = F.pad(dt, (0, 0, 0, pad))
+    x, dt, B, C = (_quiet(t, lane, pad) for t in (x, dt, B, C))
 
     # r: heads of one group; l, m: query and key slot in a chunk; z: chunk
     log = (dt * A).reshape(b, count, size, g, -1).permute(0, 1, 3, 4, 2)  # b z g r l
@@ -162,6 +155,13 @@ def ssd_chunked(
     brought = brought.reshape(b, count, g, size, -1, p).transpose(3, 4) * from_start[..., None]
     y = (inside + brought).permute(0, 1, 4, 2, 3, 5).reshape(b, count * size, h, p)
     return y[:, :s].to(kind), state
+
+
+def _quiet(x: Float[Tensor, "b s *rest"], lane: Int[Tensor, "b s"] | None, pad: int) -> Float[Tensor, "b t *rest"]:
+    """Zero where a slot belongs to no sample, and in `pad` slots behind: a step of zero neither decays nor writes."""
+    if lane is not None:
+        x = x.masked_fill((lane < 0).view(*lane.shape, *[1] * (x.dim() - 2)), 0)
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad)) if pad else x
 
 
 def ssd_tree(

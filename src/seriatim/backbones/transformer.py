@@ -1,4 +1,4 @@
-"""A pre-norm transformer over slots: whom a slot sees is the plan's business, what it computes is here.
+"""A transformer over slots: whom a slot sees is the plan's business, what it computes is here.
 
 Norms before or behind each branch, rotary embedding from coordinates, grouped-query attention, gated and plain
 feed-forward networks and mixtures of them, normalised queries and keys, adaptive layer norm per sample or per slot
@@ -58,7 +58,6 @@ class Transformer(nn.Module):
         self.rotary = {kind: None if rope is None else tables[rope] for kind, rope in ropes.items()}
         self.mixers = dict.fromkeys(config.kinds, "any")
         self.each_kind = config.kinds if len(config.kinds) > 1 else config.kinds * config.depth  # of each layer
-        self.score_scale = config.score_scale
         self._compiled: Callable[..., Tensor] | None = None
         self.__dict__.update(self._modules)  # at hand: torch's way to a part costs a call (assigning one undoes this)
 
@@ -219,7 +218,7 @@ class Transformer(nn.Module):
             k, v = cache.append(i, k, v)
             q = q.to(k.dtype)
         if groups == heads and not isinstance(mask, str) and not self.training and c.softcap is None:
-            out = F.scaled_dot_product_attention(q, k, v, mask, scale=self.score_scale)
+            out = F.scaled_dot_product_attention(q, k, v, mask, scale=c.score_scale)
         else:
             out = attend(c, q, k, v, mask, self.training)
         out = out.to(dtype)

@@ -12,7 +12,6 @@ from typing import Any
 
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.language_model import Generation, LanguageModel
-from seriatim.systems.published import Published
 from seriatim.systems.text_system import TextSystem
 from seriatim.verbs.generate import draw, sampling_of, save_pictures, stream
 from seriatim.verbs.load import load, where
@@ -26,8 +25,8 @@ def run_generate(options: argparse.Namespace) -> int:
 
     system = load(options.source)
     sampling = {name: getattr(options, name) for name in SAMPLING}
-    if options.chat and not isinstance(system, Published):
-        raise ValueError(f"{system.meta.key} has no chat template: --chat is for published models that converse")
+    if options.chat and not isinstance(system, LanguageModel):
+        raise ValueError(f"{system.meta.key} has no chat template: --chat is for language models that converse")
     with torch.inference_mode():
         if isinstance(system, LanguageModel):
             return _language(system, options, sampling)
@@ -66,7 +65,6 @@ def _language(system: LanguageModel, options: argparse.Namespace, sampling: dict
 def _given(system: LanguageModel, options: argparse.Namespace) -> list[int]:
     """Ids of what was asked: a text to continue, what a user says, or ids."""
     if options.chat:
-        assert isinstance(system, Published)
         if options.ids is not None or not options.prompt:
             raise ValueError("--chat puts a text as what a user says: give it by --prompt")
         return system.chat_ids([{"role": "user", "content": options.prompt}])

@@ -163,10 +163,10 @@ class _Same(Mapping):
         return True
 
     def __iter__(self):
-        return iter(("all",))
+        return iter(("all", *self.windows))
 
     def __len__(self) -> int:
-        return 1
+        return 1 + len(self.windows)
 
 
 def _within(place: Int[Tensor, "b s"], prefix: int, elements: int) -> Int[Tensor, "b s"]:
@@ -212,8 +212,7 @@ class Line(Factorization):
         needs = torch.where(element >= 0, rank.gather(1, element.clamp(min=0).expand(rank.shape[0], -1)), -1)
         source = torch.where(element >= 0, VALUE, LEARNED)
         slots = Slots(element.clamp(min=-1)[..., None], source, torch.arange(size)[None, :, None], needs)
-        view = inclusive(range(size))
-        views = {"all": view, **{kind: view.narrow(window=w) for kind, w in self.windows.items()}}
+        views = _Same(inclusive(range(size)), self.windows)
         return _Causal(slots, views, Reads(slot, target), rank, windows=self.windows)
 
     def step(self, canvas: Canvas, guess: Guess | None, cached: int | Tensor) -> Plan | None:

@@ -40,7 +40,6 @@ class Blueprint:
     positions: int | None = None
     scale: float = 1.0
     softcap: float | None = None
-    head_bias: bool = False
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
     def build(self) -> Model:
@@ -49,7 +48,7 @@ class Blueprint:
         positions = () if self.positions is None else (self.positions,)
         embed = TokenEmbed(self.vocab, c.width, positions=positions, start=False, scale=self.scale)
         tied = embed.table if self.tied else None
-        head = CategoricalHead(c.width, self.vocab, tied=tied, bias=self.head_bias, softcap=self.softcap)
+        head = CategoricalHead(c.width, self.vocab, tied=tied, softcap=self.softcap)
         return Model(line(self.length), Line(windows=self.windows), embed, Transformer(c), head)
 
     @property

@@ -7,9 +7,8 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,6 +20,14 @@ from seriatim.interop.families.llama import NORMS, parts_of
 from seriatim.model import Model
 
 LARGEST = 5 * 2**30  # bytes of a file of weights
+
+
+class Publication(NamedTuple):
+    """A model in Hugging Face's terms: config.json, tensors by name, generation_config.json."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
 
 
 def published_tensors(model: Model, parts: tuple[Part, ...], config: TransformerConfig) -> dict[str, Tensor]:
@@ -61,18 +68,17 @@ def llama_of(model: Model, length: int, start: int) -> tuple[dict[str, Any], dic
     return config, tensors
 
 
-def write_published(
-    out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Any, settings: Mapping[str, Any],
-    chat: ChatTemplate | None = None,
-) -> None:  # fmt: skip
-    """A folder as the hub has them; complete or not there. Raises OSError where it cannot be written or is in use."""
+def write_published(out: Path, what: Publication, tokenizer: Any = None, chat: ChatTemplate | None = None) -> None:
+    """A folder as the hub has them; complete or not there. Raises ValueError for a folder that holds something, OSError
+    where nothing can be written."""
+    config, tensors, settings = what
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another folder")
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    names = {str(x.dtype).removeprefix("torch.") for x in tensors.values() if x.dim() > 1}
-    _save(part, {**config, "dtype": min(names), "torch_dtype": min(names)}, "config.json")
+    form = str(next(x.dtype for x in tensors.values() if x.dim() > 1)).removeprefix("torch.")
+    _save(part, {**config, "dtype": form, "torch_dtype": form}, "config.json")
     groups: list[dict[str, Tensor]] = [{}]
     for name, x in tensors.items():
         held = sum(t.numel() * t.element_size() for t in groups[-1].values())
@@ -101,8 +107,3 @@ def write_published(
 
 def _save(folder: Path, about: Mapping[str, Any], name: str) -> None:
     (folder / name).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-
-
-def in_format(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """All in one number format (None: as they are)."""
-    return {name: x if dtype is None else x.to(dtype) for name, x in tensors.items()}

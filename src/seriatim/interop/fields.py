@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,9 @@ HARMLESS = frozenset({
     "label2id", "auto_map", "router_aux_loss_coef", "output_router_logits", "chunk_size_feed_forward",
     "cache_implementation", "unk_token_id", "summary_type", "summary_use_proj", "summary_activation",
     "summary_first_dropout", "summary_proj_to_labels", "n_ctx", "problem_type", "gradient_checkpointing",
-    "_attn_implementation_autoset", "attn_implementation", "is_llama_config", "rope_interleaved", "use_mla",
-    "_sliding_window_pattern", "max_window_layers", "bad_words_ids", "is_encoder_decoder", "add_cross_attention",
-    "cross_attention_hidden_size", "tie_encoder_decoder", "finetuning_task", "tokenizer_class", "prefix",
-    "begin_suppress_tokens", "suppress_tokens", "pruned_heads", "use_flash_attention_2", "classifier_bias",
-    "embedding_dropout", "attention_probs_dropout_prob", "unsloth_version", "unsloth_fixed",
-    "transformers.js_config",
+    "_attn_implementation_autoset", "attn_implementation", "is_llama_config", "_sliding_window_pattern",
+    "max_window_layers", "finetuning_task", "tokenizer_class", "prefix", "use_flash_attention_2", "classifier_bias",
+    "embedding_dropout", "attention_probs_dropout_prob", "unsloth_version", "unsloth_fixed", "transformers.js_config",
 })  # fmt: skip
 
 
@@ -52,6 +50,15 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise ValueError(f"{self.where}: {names[0]} is a whole number from {least} to {most}, got {value!r}")
         return value
+
+    def real(self, *names: str, default: float | None = None) -> Any:
+        """A positive number, or None where neither the file nor `default` says one. Raises ValueError else."""
+        value = self.take(*names, default=default)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{self.where}: {names[0]} is a positive number, got {value!r}")
+        return float(value)
 
     def choice(self, *names: str, of: Mapping[str, Any], default: str) -> Any:
         """One of several words, translated. Raises ValueError for others."""
@@ -91,7 +98,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def rope_of(f: Fields, theta: float = 10_000.0, dims: int | None = None, head_dim: int = 0) -> RoPE:
+def rope_of(f: Fields, theta: float = 10_000.0, dims: int | None = None) -> RoPE:
     """Rotary embedding by either dialect: `rope_parameters`, or `rope_theta` and `rope_scaling`."""
     return rope_from(
         f, f.take("rope_parameters", "rope_scaling", default={}), f.take("rope_theta", default=theta), dims

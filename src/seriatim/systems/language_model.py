@@ -13,6 +13,8 @@ from torch import Tensor
 
 from seriatim.canvas import Canvas, Truncate
 from seriatim.decoding.loop import decode
+from seriatim.interop.chat import ChatTemplate
+from seriatim.interop.export import Publication
 from seriatim.layout import line
 from seriatim.random import Keyed
 from seriatim.systems.decoders import decoder_of
@@ -42,7 +44,13 @@ class Generation:
 
 
 class LanguageModel(TextSystem):
-    """Tokens one after another, each from all before it."""
+    """Tokens one after another, each from all before it. `chat`: its template of conversations, if it has one."""
+
+    chat: ChatTemplate | None = None
+
+    @property
+    def begins(self) -> bool:
+        return self._prefix > 0
 
     @property
     def _prefix(self) -> int:
@@ -91,6 +99,29 @@ class LanguageModel(TextSystem):
     def log_prob(self, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch"]:
         """Log-probability in nats of whole rows; where no learned start stands in front, given their first token."""
         return self.model.log_prob(self.canvas({"token": ids})[0])
+
+    # ---- conversations and other programs ---------------------------------------------------------------------------
+
+    def prompt_of(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation ([{"role": "user", "content": "Hello"}, ...]) as the text of a prompt, special tokens in it,
+        which the model's answer continues. Raises ValueError where there is no chat template, or it refuses."""
+        if self.chat is None:
+            raise ValueError(
+                f"this {self.meta.key} has no chat template: it was not trained to converse, or its folder lacks "
+                "chat_template.jinja or tokenizer_config.json; give it a text to continue"
+            )
+        return self.chat.render(messages)
+
+    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The same as ids, special tokens as theirs and none added. Raises ValueError as `prompt_of`, and where there
+        is no tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError("this model came without a tokenizer: give ids")
+        return self.tokenizer.encode_templated(self.prompt_of(messages))  # type: ignore[attr-defined]
+
+    def publication(self) -> Publication:
+        """The model as other programs read it. Raises ValueError where it has no counterpart there."""
+        raise ValueError(f"{self.meta.key} has no counterpart in that format")
 
     # ---- generation -------------------------------------------------------------------------------------------------
 

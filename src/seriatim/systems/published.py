@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from seriatim.interop.blueprint import Blueprint
 from seriatim.interop.chat import ChatTemplate, read_template
+from seriatim.interop.export import Publication, published_tensors
 from seriatim.interop.families import blueprint
 from seriatim.interop.fields import read_config
 from seriatim.interop.gguf import GGUF
@@ -51,22 +52,9 @@ class Published(LanguageModel):
     def window(self) -> int:
         return min(self.config.length, WINDOW)
 
-    def prompt_of(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """A conversation ([{"role": "user", "content": "Hello"}, ...]) as the text of a prompt, special tokens in it,
-        which the model's answer continues. Raises ValueError where there is no chat template, or it refuses."""
-        if self.chat is None:
-            raise ValueError(
-                f"this {self.meta.key} has no chat template: it was not trained to converse, or its folder lacks "
-                "chat_template.jinja or tokenizer_config.json; give it a text to continue"
-            )
-        return self.chat.render(messages)
-
-    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The same as ids, special tokens as theirs and none added. Raises ValueError as `prompt_of`, and where there
-        is no tokenizer."""
-        if self.tokenizer is None:
-            raise ValueError("this model came without a tokenizer: give ids")
-        return self.tokenizer.encode_templated(self.prompt_of(messages))  # type: ignore[attr-defined]
+    def publication(self) -> Publication:
+        tensors = published_tensors(self.model, self.config.parts, self.config.backbone)
+        return Publication(self.raw, tensors, self.settings)
 
 
 def load_published(place: str | Path, dtype: torch.dtype | None = None) -> Published:

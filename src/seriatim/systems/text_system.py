@@ -129,6 +129,11 @@ class TextSystem(System):
         return self.model.canvas({"token": value}, len(ids), layout=line(len(ids) + length))
 
     @property
+    def begins(self) -> bool:
+        """Whether it writes without anything given."""
+        return True
+
+    @property
     def stop(self) -> tuple[int, ...]:
         """Ids that end a text."""
         eos = None if self.tokenizer is None else self.tokenizer.special.get("eos")

@@ -70,7 +70,7 @@ def text_figures(system: TextSystem, data: Data, seed: int) -> dict[str, Any]:
     kind = "bound" if system.meta.likelihood == "bound" else "exact"
     bits = bits_per_byte(nats, ids, size, kind)  # type: ignore[arg-type]
     starts = [""] * 4
-    if isinstance(system, Published):
+    if not system.begins:
         first = examples.take(evenly(len(examples), 4))["token"][:, :8].tolist()
         starts = [system.tokenizer.decode(ids) for ids in first]
     longest = max(len(system.tokenizer.encode(text)) for text in starts)

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 
-from seriatim.interop.export import in_format, llama_of, published_tensors, write_published
-from seriatim.systems.published import Published
+from seriatim.interop.export import write_published
+from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.system import System
-from seriatim.systems.text.next_token import NextToken
 from seriatim.verbs.load import load
 
 FORMATS = ("hf",)
@@ -24,16 +23,10 @@ def export(source: str | Path | System, out: str | Path, form: str = "hf", dtype
     if form not in FORMATS:
         raise ValueError(f"there is no format {form!r}; there is {', '.join(FORMATS)}")
     system, out = source if isinstance(source, System) else load(source), Path(out)
-    if isinstance(system, Published):
-        config, settings = system.raw, system.settings
-        tensors = published_tensors(system.model, system.config.parts, system.config.backbone)
-    elif isinstance(system, NextToken):
-        special = system.tokenizer.special
-        config, tensors = llama_of(system.model, system.config.length, special["bos"])
-        settings = {"bos_token_id": special["bos"], "eos_token_id": special.get("eos")}
-        config |= settings
-    else:
+    if not isinstance(system, LanguageModel):
         raise ValueError(f"{system.meta.key} has no counterpart in that format: next-token models do")
-    chat = system.chat if isinstance(system, Published) else None
-    write_published(out, config, in_format(tensors, dtype), system.tokenizer, settings, chat)
+    what = system.publication()
+    if dtype is not None:
+        what = what._replace(tensors={name: x.to(dtype) for name, x in what.tensors.items()})
+    write_published(out, what, system.tokenizer, system.chat)
     return out

@@ -26,7 +26,7 @@ def load(source: str | Path, dtype: torch.dtype | None = None) -> System:
     dtype: the number format of a published model (None: as stored). Raises ValueError, OSError that says what is
     wrong: nothing there, a checkpoint cut short or of another system, no network.
     """
-    if HUB.fullmatch(str(source)) and not Path(source).exists():
+    if HUB.fullmatch(str(source)) and not Path(source).parent.exists():  # else a path, mistyped perhaps
         source = from_hub(str(source))
     place = where(source)
     if place.suffix == ".gguf" or (not (place / "run.json").is_file() and (place / "config.json").is_file()):

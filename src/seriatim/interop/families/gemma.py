@@ -24,15 +24,13 @@ def read(f: Fields) -> Blueprint:
     f.must("use_bidirectional_attention", False)
     every = 2 if second else f.number("sliding_window_pattern", default=6)
     kinds, windows = by_layer(f, depth, [bool((i + 1) % every) for i in range(depth)])
-    scale = f.take("query_pre_attn_scalar", default=256) ** -0.5
-    softcap, capped = f.take("final_logit_softcapping"), f.take("attn_logit_softcapping")
-    shared = {
-        "names": NAMES, "tied": True, "scale": width**0.5, "softcap": softcap, "act": "gelu_pytorch_tanh",
-        "plus_one": True, "kinds": kinds, "place": "both", "bias": biases(f), "score_scale": scale,
-    }  # fmt: skip
-    if second:
-        return decoder(f, windows, rope=rope_of(f), **shared, **{"softcap_scores": capped})
-    return decoder(f, windows, rope=_ropes(f, kinds), qk_norm="rms", **shared, **{"softcap_scores": capped})
+    scalar = f.real("query_pre_attn_scalar", default=256.0)
+    own = {"rope": rope_of(f)} if second else {"rope": _ropes(f, kinds), "qk_norm": "rms"}
+    return decoder(
+        f, windows, names=NAMES, tied=True, scale=width**0.5, softcap=f.real("final_logit_softcapping"),
+        softcap_scores=f.real("attn_logit_softcapping"), act="gelu_pytorch_tanh", plus_one=True, kinds=kinds,
+        place="both", bias=biases(f), score_scale=scalar**-0.5, **own,
+    )  # fmt: skip
 
 
 def _ropes(f: Fields, kinds: tuple[str, ...]) -> RoPE | dict[str, RoPE]:

@@ -15,7 +15,7 @@ def read(f: Fields) -> Blueprint:
     c = TransformerConfig(
         width, depth, f.number("n_head", default=12, most=100_000), hidden=f.number("n_inner", default=4 * width),
         norm="layer", activation=f.choice("activation_function", of=ACTIVATIONS, default="gelu_new"), bias=True,
-        eps=float(f.take("layer_norm_epsilon", default=1e-5)),
+        eps=f.real("layer_norm_epsilon", default=1e-5),
     )  # fmt: skip
     length, tied = f.number("n_positions", default=1024), bool(f.take("tie_word_embeddings", default=True))
     parts = [

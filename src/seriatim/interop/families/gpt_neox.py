@@ -25,7 +25,7 @@ def read(f: Fields) -> Blueprint:
         width, depth, heads, hidden=f.number("intermediate_size"), norm="layer",
         parallel=bool(f.take("use_parallel_residual", default=True)), rope=rope,
         activation=f.choice("hidden_act", of=ACTIVATIONS, default="gelu"),
-        bias=True if biased else ("up", "down"), eps=float(f.take("layer_norm_eps", default=1e-5)),
+        bias=True if biased else ("up", "down"), eps=f.real("layer_norm_eps", default=1e-5),
     )  # fmt: skip
     tied = bool(f.take("tie_word_embeddings", default=False))
     parts = [

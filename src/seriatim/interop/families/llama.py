@@ -49,7 +49,7 @@ def decoder(
         width, f.number("num_hidden_layers", most=10_000), heads,
         f.number("num_key_value_heads", default=heads, most=100_000),
         f.number("head_dim", default=max(width // heads, 1), most=100_000), f.number("intermediate_size"),
-        activation=hidden_act, eps=float(f.take("rms_norm_eps", default=eps)), softcap=softcap_scores, **backbone,
+        activation=hidden_act, eps=f.real("rms_norm_eps", default=eps), softcap=softcap_scores, **backbone,
     )  # fmt: skip
     tied = bool(f.take("tie_word_embeddings", default=tied))
     length = f.number("max_position_embeddings", default=2048, most=100_000_000)

@@ -18,6 +18,7 @@ from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.line import Line
 from seriatim.heads.categorical import CategoricalHead
+from seriatim.interop.export import Publication, llama_of
 from seriatim.laws.case import Case, randomise
 from seriatim.layout import line
 from seriatim.model import Model
@@ -80,6 +81,13 @@ class NextToken(LanguageModel):
     @staticmethod
     def build(config: Any, tokenizer: Any) -> Model:
         return build(config)
+
+    def publication(self) -> Publication:
+        """A Llama. The learned start becomes the embedding of <bos>."""
+        special = self.tokenizer.special
+        config, tensors = llama_of(self.model, self.config.length, special["bos"])
+        settings = {"bos_token_id": special["bos"], "eos_token_id": special["eos"]}
+        return Publication(config | settings, tensors, settings)
 
 
 def case() -> Case:
