@@ -117,7 +117,8 @@ class LanguageModel(TextSystem):
         is no tokenizer."""
         if self.tokenizer is None:
             raise ValueError("this model came without a tokenizer: give ids")
-        return self.tokenizer.encode_templated(self.prompt_of(messages))  # type: ignore[attr-defined]
+        prompt = self.prompt_of(messages)  # refuses models that do not converse, whatever their tokenizer
+        return self.tokenizer.encode_templated(prompt)  # type: ignore[attr-defined]
 
     def publication(self) -> Publication:
         """The model as other programs read it. Raises ValueError where it has no counterpart there."""
