@@ -43,22 +43,22 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "image-msvq": {"key": "image-msvq", **PICTURES, "settings": {"steps": 3000}},
     "image-vq": {"key": "image-vq", **PICTURES, "settings": {"steps": 3000}},
     "image-kl": {"key": "image-kl", **PICTURES, "settings": {"steps": 3000}},
-    "text-mdlm": {"key": "mdlm", "size": "small", **TEXT, "settings": {"steps": 2500}},
-    "text-draft": {"key": "next-token", **TEXT, "settings": {**DRAFT, "steps": 5000, "batch": 8, "compile": True}},
+    "text-mdlm": {"key": "mdlm", "size": "small", **TEXT, "settings": {"steps": 1200}},
+    "text-draft": {"key": "next-token", **TEXT, "settings": {**DRAFT, "steps": 3000, "batch": 8, "compile": True}},
     "var": {"key": "var", "size": "small", **PICTURES, "tokenizer": "zoo:image-msvq", "settings": {"steps": 1500}},
     "raster-ar": {
         "key": "raster-ar",
         "size": "small",
         **PICTURES,
         "tokenizer": "zoo:image-vq",
-        "settings": {"steps": 2500},
+        "settings": {"steps": 1500},
     },
     "mar": {
         "key": "mar",
         "size": "small",
         **PICTURES,
         "tokenizer": "zoo:image-kl",
-        "settings": {"steps": 2500, "batch": 32},
+        "settings": {"steps": 1500, "batch": 32},
     },
 }
 
