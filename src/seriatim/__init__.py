@@ -26,6 +26,8 @@ _WHERE = {
     "backbones.layer": ("TransformerConfig", "Experts"),
     "backbones.transformer": ("Transformer",),
     "backbones.mamba": ("Mamba", "MambaConfig"),
+    "backbones.hybrid": ("Hybrid", "HybridConfig"),
+    "backbones.relative": ("Relative",),
     "backbones.rope": ("RoPE", "Stretch"),
     "heads.dist": ("Categorical",),
     "heads.categorical": ("CategoricalHead",),
@@ -37,6 +39,7 @@ _WHERE = {
     "heads.in_place": ("InPlaceHead", "noised", "pure_noise"),
     "conditions.condition": ("Condition", "ClassCondition", "MemoryCondition", "PerElementCondition"),
     "conditions.prefix": ("PrefixCondition",),
+    "conditions.text": ("TextEncoder",),
     "decoding.target": ("Target", "Branch"),
     "decoding.policy": ("FreeCache",),
     "decoding.guess": ("Guess",),
@@ -57,12 +60,14 @@ _WHERE = {
     "systems.system": ("System", "Sampling"),
     "systems.language_model": ("LanguageModel", "Generation"),
     "systems.published": ("Published",),
+    "systems.encoder_decoder": ("EncoderDecoder",),
     "data.base": ("load_data",),
     "verbs.load": ("load",),
     "verbs.train": ("train",),
     "verbs.compare": ("compare",),
     "verbs.evaluate": ("evaluate",),
     "verbs.export": ("export",),
+    "verbs.bench": ("bench",),
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = ["__version__", *_HOME]

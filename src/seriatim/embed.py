@@ -63,8 +63,7 @@ class SlotEmbed(nn.Module):
         if not isinstance(plan, LinePlan):
             x = self._slots(canvas, plan, guess, prefix)
         elif guess is None and plan.base >= plan.prefix:
-            start = plan.base - plan.prefix
-            x = self.vectors(canvas.value[self.kind].narrow(1, start, (canvas.length or 0) - start))
+            x = self.vectors(canvas.value[self.kind].narrow(1, plan.base - plan.prefix, plan.size))
         else:
             x = self._run(canvas, plan, guess, prefix)
         if self._placed:
@@ -75,7 +74,7 @@ class SlotEmbed(nn.Module):
     def _run(self, canvas: Canvas, plan: LinePlan, guess: Guess | None, prefix: Tensor | None) -> Tensor:
         first = plan.base - plan.prefix
         start = max(first, 0)
-        value = canvas.value[self.kind].narrow(1, start, (canvas.length or 0) - start)
+        value = canvas.value[self.kind].narrow(1, start, first + plan.shape.known - start)
         if guess is not None:
             value = torch.cat([value, _drafted(guess)], 1)
         x = self.vectors(value)

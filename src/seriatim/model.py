@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from seriatim.canvas import DELETED, GIVEN, Canvas, given_elements
+from seriatim.compiling import why_not_compiled
 from seriatim.conditions.condition import Condition
 from seriatim.decoding.guess import Guess
 from seriatim.factorization.base import Factorization
@@ -87,8 +88,18 @@ class Model(nn.Module):
     def mixers(self) -> Mapping[str, str]:
         return self.backbone.mixers  # type: ignore[return-value]
 
-    def new_cache(self, batch: int):
-        return self.backbone.new_cache(batch)  # type: ignore[operator]
+    def compile_decoding(self) -> None:
+        """Compile the step of one element a row, at the first such step (some seconds, once). Worth it where hundreds
+        of tokens are generated. Raises RuntimeError where nothing can be compiled, with the reason."""
+        if missing := why_not_compiled(self.device):
+            raise RuntimeError(f"decoding cannot be compiled: {missing}")
+        for part in (self.backbone, *self.heads.values()):
+            if hasattr(part, "compile_decoding"):
+                part.compile_decoding()  # type: ignore[operator]
+
+    def new_cache(self, batch: int, capacity: int = 256):
+        """An empty cache; `capacity`: slots a row to make room for at first."""
+        return self.backbone.new_cache(batch, capacity)  # type: ignore[operator]
 
     # ---- canvases and conditions ------------------------------------------------------------------------------------
 
@@ -188,7 +199,7 @@ class Model(nn.Module):
         c = condition or NO_CONDITION
         embed, backbone = _direct(self.embed), _direct(self.backbone)
         x = embed(canvas, plan, guess) if c.rows is None else self.vectors(plan, canvas, c, guess)
-        return backbone(x, plan, cache, c.vector, c.memory)
+        return backbone(x, plan, cache, c.vector, c.memory, *c.padding)
 
     def dist(self, h: Float[Tensor, "b s d"], plan: Plan, canvas: Canvas) -> tuple[Dist, Tensor | int, Any]:
         """The distribution of everything the plan reads, the elements, and the slots read."""

@@ -130,6 +130,7 @@ class Plan:
     kept: Int[Tensor, "b m"] | None = field(default=None, repr=False)
     retain: Int[Tensor, "b m"] | None = field(default=None, repr=False)
     decides: int | None = field(default=None, repr=False)
+    windows: Mapping[str, int] = field(default_factory=dict, repr=False)  # kinds of layer that see the last places only
 
     def __post_init__(self) -> None:
         n, elements = self.size, self.rank.shape[1]

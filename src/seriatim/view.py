@@ -182,6 +182,20 @@ def visible(query: View, key: View) -> Bool[Tensor, "b q k"]:
     return timed
 
 
+def below(views: Sequence[View]) -> View:
+    """The rows of several views of equally many slots, one below the other."""
+    lanes, groups = any(v.lane is not None for v in views), any(v.group is not None for v in views)
+
+    def stacked(name: str) -> Tensor:
+        parts = [getattr(v, name) for v in views]
+        return torch.cat([torch.zeros_like(v.at) if p is None else p for v, p in zip(views, parts, strict=True)])
+
+    return View(
+        stacked("at"), stacked("born"), stacked("dies"), stacked("lane") if lanes else None,
+        stacked("group") if groups else None, next((v.relation for v in views if v.relation is not None), None),
+    )  # fmt: skip
+
+
 def join(views: Sequence[View]) -> View:
     """Slots of several views side by side, labels untouched (packed samples: give each its own lane)."""
     if not views:

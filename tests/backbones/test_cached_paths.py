@@ -8,6 +8,7 @@ from __future__ import annotations
 import random as stdlib
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -256,3 +257,55 @@ def test_slots_that_skip_layers_are_not_seen_there_whatever_the_rows_keep():
         cache.commit(padded(keep, stdlib.Random(turn)), plan)
         for b, chosen in enumerate(keep):
             texts[b] += [(x[b, i], layers[:, i], clock[i]) for i in chosen]
+
+
+# ---- caches that are joined ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("windows", [{}, {"local": 4}], ids=["all", "windows"])
+@pytest.mark.parametrize("stop", [(), (2, 5, 7)], ids=["", "rows end"])
+def test_rows_of_joined_caches_go_on_as_they_would_alone(windows, stop):
+    """Rows that were remembered apart, of equal and of other lengths, then computed together, until one after the other
+    ends; in layers that see everything, and in layers that see the last few places."""
+    from seriatim.backbones.layer import TransformerConfig
+    from seriatim.backbones.rope import RoPE
+    from seriatim.backbones.transformer import Transformer
+    from seriatim.decoding.loop import decode
+    from seriatim.decoding.sample import SampleAll
+    from seriatim.decoding.target import Target
+    from seriatim.embed import TokenEmbed
+    from seriatim.factorization.line import Line
+    from seriatim.heads.categorical import CategoricalHead
+    from seriatim.layout import line
+    from seriatim.model import Model
+    from seriatim.random import Keyed
+
+    torch.manual_seed(0)
+    embed = TokenEmbed(13, 16)
+    head = CategoricalHead(16, 13, tied=embed.table)
+    config = TransformerConfig(16, 2, 2, rope=RoPE(), kinds=("all", "local") if windows else ("all",))
+    model = Model(line(30), Line(windows=windows), embed, Transformer(config), head).double().eval()
+    for p in model.parameters():
+        p.data.mul_(8 if p.dim() > 1 else 1)
+    lengths = (3, 9, 9, 1)
+    text = torch.randint(13, (4, 30))
+    with torch.inference_mode():
+        for order in ((0, 1, 2, 3), (1, 2), (3, 0)):
+            canvases = [model.canvas({"token": text[b : b + 1]}, lengths[b], row=torch.tensor([b])) for b in order]
+            targets = [Target(model) for _ in order]
+            for canvas, target in zip(canvases, targets, strict=True):
+                target.prefill(canvas, 4)
+            known = torch.tensor([lengths[b] for b in order])
+            both = model.canvas({"token": text[list(order)]}, known, row=torch.tensor(order))
+            together = Target(model)
+            together.plan(both)
+            together.cache = targets[0].cache
+            together.cache.join([t.cache for t in targets[1:]])
+            for _ in decode(together, both, SampleAll(stop), random=Keyed(3)):
+                pass
+            alone = []
+            for canvas in canvases:
+                for _ in decode(Target(model), canvas, SampleAll(stop), random=Keyed(3)):
+                    pass
+                alone.append(canvas.read("token")[0].tolist())
+            assert [row.tolist() for row in both.read("token")] == alone

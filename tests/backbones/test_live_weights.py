@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
+from seriatim.backbones.hybrid import Hybrid, HybridConfig
 from seriatim.backbones.mamba import Mamba, MambaConfig
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.canvas import Canvas
@@ -21,13 +22,16 @@ def said(backbone):
     return backbone(X, PLAN)
 
 
-@pytest.fixture(params=["mamba", "transformer"])
+@pytest.fixture(params=["mamba", "transformer", "hybrid"])
 def two(request):
     """Two backbones of one shape and different weights."""
     made = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        if request.param == "mamba":
+        if request.param == "hybrid":
+            mixer = MambaConfig(16, 1, head_dim=8, state=8)
+            made.append(Hybrid(HybridConfig(16, 2, 2, attends=(1,), mixer=mixer)).double())
+        elif request.param == "mamba":
             made.append(Mamba(MambaConfig(16, 2, head_dim=8, state=8)).double())
         else:
             made.append(Transformer(TransformerConfig(16, 2, 2)).double())

@@ -300,9 +300,24 @@ def test_rows_of_another_shape_are_not_admitted():
     target = Target(cond, condition_of(0))
     with pytest.raises(ValueError, match="takes the conditions: class, text, sketch; got: none"):
         select_rows(target, canvas_of(cond, [0], KNOWN), torch.tensor([0, -1]), canvas_of(cond, [1], KNOWN))
-    longer = {**condition_of(1), "text": torch.zeros(1, 4, MEMORY, dtype=torch.float64)}
-    with pytest.raises(ValueError, match=r"memory of \(3, 5\), \(4, 5\); pad them"):
+    longer = {**condition_of(1), "sketch": torch.zeros(1, LENGTH + 1, 3, dtype=torch.float64)}
+    with pytest.raises(ValueError, match=rf"per_element of \({LENGTH}, \d+\), \({LENGTH + 1}, \d+\); pad them"):
         select_rows(target, canvas_of(cond, [0], KNOWN), torch.tensor([0, -1]), canvas_of(cond, [1], KNOWN), longer)
+
+
+def test_a_row_with_a_longer_memory_is_admitted_as_if_alone():
+    """Each row attends to its own places only."""
+    model = conditional()
+    longer = {**condition_of(1), "text": normal_memory(4)}
+    want = generate(Target(model, longer), canvas_of(model, [1], KNOWN), SampleAll(), random=Keyed(3))
+    target, canvas = Target(model, condition_of(0)), canvas_of(model, [0], KNOWN)
+    select_rows(target, canvas, torch.tensor([0, -1]), canvas_of(model, [1], KNOWN), longer)
+    generate(target, canvas, SampleAll(), random=Keyed(3))
+    assert torch.equal(canvas.value["token"][1], want.value["token"][0])
+
+
+def normal_memory(places: int) -> Tensor:
+    return torch.randn(1, places, MEMORY, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
 
 
 def test_conditions_of_another_number_of_rows_are_refused():

@@ -235,7 +235,7 @@ def test_a_run_of_ours_does_not_converse(monkeypatch, capsys):
     from seriatim.cli import generating
     from seriatim.systems.text.next_token import Config, NextToken
 
-    monkeypatch.setattr(generating, "load", lambda source: NextToken(Config(length=16, width=32, depth=1, heads=2)))
+    monkeypatch.setattr(generating, "load", lambda *a: NextToken(Config(length=16, width=32, depth=1, heads=2)))
     assert main(["generate", "run", "--chat", "--prompt", "Hi"]) == 2
     assert "next-token has no chat template" in capsys.readouterr().err
 

@@ -262,7 +262,7 @@ def test_greedy_text_of_a_ragged_batch_equals_transformers(pair, family, n):
     settings = {"max_new_tokens": NEW, "temperature": 0.0, "stop": ()}
     assert [g.ids for g in ours.generate(rows, **settings)] == want
     assert ours.generate(rows[2], **settings).ids == want[2]
-    drafted = ours.generate(rows[2], "ngram", **settings)
+    drafted = ours.generate(rows[2], "prompt-lookup", **settings)
     assert drafted.ids == want[2] and drafted.forwards <= NEW
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from seriatim import compiling
 from seriatim.systems.text.next_token import Config, NextToken
 from seriatim.training import trainer
 from seriatim.training.board import Board
@@ -285,8 +286,8 @@ def test_a_budget_of_time_fixes_the_steps_before_the_first(tmp_path):
 def test_layers_are_compiled_where_there_is_a_compiler_and_else_it_is_said_once(monkeypatch, there):
     """The parts themselves are asked, and not compiled here: that takes a minute."""
     asked = []
-    monkeypatch.setattr(trainer.shutil, "which", lambda name: "/usr/bin/it" if there else None)
-    monkeypatch.setattr(trainer.Path, "is_file", lambda self: True)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: "/usr/bin/it" if there else None)
+    monkeypatch.setattr(compiling.Path, "is_file", lambda self: True)
     system = NextToken(Config(length=16, width=32, depth=1, heads=2))
     for part in (p for p in system.modules() if hasattr(p, "compile_training")):
         monkeypatch.setattr(part, "compile_training", lambda part=part: asked.append(part))

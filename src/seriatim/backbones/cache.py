@@ -7,15 +7,15 @@ cache is *plain* and holds no labels; the first commit that breaks this writes t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from seriatim.plan import Plan
-from seriatim.view import INF, View, join
+from seriatim.view import INF, View, below, join
 
 Keep = int | Sequence[int] | Tensor
 
@@ -52,9 +52,26 @@ class Cache(Protocol):
         """Keep, copy, reorder rows; -1 is a new row that holds nothing."""
         ...
 
+    def join(self, others: Sequence[Any]) -> None:
+        """Take in the rows of other caches of the same kind, below one's own. What is pending is dropped."""
+        ...
+
     def nbytes(self) -> int:
         """Bytes held by committed entries."""
         ...
+
+
+class Entry(NamedTuple):
+    """Keys and values of one layer, up to the end of what is pending: all that a compiled step knows of a cache."""
+
+    keys: Tensor
+    values: Tensor
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As `KVCache.append`."""
+        self.keys[:, :, -k.shape[2] :].copy_(k)
+        self.values[:, :, -v.shape[2] :].copy_(v)
+        return self.keys, self.values
 
 
 class KVCache:
@@ -90,6 +107,7 @@ class KVCache:
         self.skips = False  # some committed entries were not computed in every layer
         self._layers: Bool[Tensor, "L b c"] | None = None  # was this column computed in this layer?
         self._kept: dict[str, tuple[Tensor, Any]] = {}
+        self._windows: Mapping[str, int] = {}  # kinds of layer that see the last so many places only
         self._new: Sequence[Tensor] = ()  # where the present forward writes: keys and values of each layer
         self._all: Sequence[Tensor] = ()  # what it can read
 
@@ -118,6 +136,7 @@ class KVCache:
         # the views of all layers at once: to slice keys and values layer by layer costs as much as a small layer
         seen = self._flat.narrow(3, 0, end)
         new = seen.narrow(3, start, n)
+        self._windows = plan.windows
         if plan.layers is not None:
             new.zero_()  # layers that skip a slot write nothing there
         self._all, self._new = seen.unbind(), new.unbind()
@@ -136,6 +155,10 @@ class KVCache:
         self._new[i].copy_(k)
         self._new[i + 1].copy_(v)
         return self._all[i], self._all[i + 1]
+
+    def entry(self, layer: int) -> Entry:
+        """The present forward's keys and values of one layer."""
+        return Entry(self._all[2 * layer], self._all[2 * layer + 1])
 
     def _append_differentiably(self, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients flow through what is pending, not through what is remembered (truncated backpropagation)."""
@@ -157,7 +180,15 @@ class KVCache:
         return value
 
     def labels(self, view: str) -> View | None:
-        return None if self.plain else self._labels[view]
+        if not self.plain:
+            return self._labels[view]
+        return self._seen(view) if view in self._windows else None
+
+    def _seen(self, view: str) -> View:
+        """The labels that go without saying while the cache is plain."""
+        start = torch.arange(self.columns)[None]
+        seen = View(start, start, torch.full_like(start, INF))
+        return seen.narrow(window=self._windows[view]) if view in self._windows else seen
 
     def computed(self, layer: int) -> Bool[Tensor, "b c"] | None:
         """Which committed columns were computed in a layer; None: all."""
@@ -249,8 +280,7 @@ class KVCache:
         """The labels, made up where they went without saying."""
         if self.plain:
             self.plain = False
-            start = torch.arange(self.columns)[None]
-            self._labels = dict.fromkeys(self.names, View(start, start, torch.full_like(start, INF)))
+            self._labels = {name: self._seen(name) for name in self.names}
         return self._labels
 
     # ---- changing what is committed ---------------------------------------------------------------------------------
@@ -305,6 +335,27 @@ class KVCache:
             self._labels = {name: _of_rows(view, where).take(index) for name, view in labels.items()}
         if self._layers is not None:
             self._layers = (self._layers if self._layers.shape[1] == 1 else self._layers[:, where])[:, :, :columns]
+        self._hold(held)
+        self.pending = 0
+
+    def join(self, others: Sequence[KVCache]) -> None:
+        parts = [self, *others]
+        if any(part.skips for part in parts):
+            raise ValueError("caches whose entries were not computed in every layer cannot be joined")
+        held = torch.cat([torch.as_tensor(part.length).expand(part.batch) for part in parts])
+        columns, size = int(held.max()), [*self.buffer.shape]
+        size[2], size[4] = len(held), max(part.buffer.shape[4] for part in parts)
+        if not all(part.plain for part in parts) or bool((held != columns).any()):
+            index = torch.where((place := torch.arange(columns)) < held[:, None], place, -1)
+            rows = index.split([part.batch for part in parts])
+            taken = [{n: v.take(i) for n, v in p._written_out().items()} for p, i in zip(parts, rows, strict=True)]
+            self._labels = {name: below([views[name] for views in taken]) for name in self.names}
+        buffer, row = self.buffer.new_empty(size), 0
+        buffer[..., :columns, :] = 0  # what is masked is finite wherever it is read
+        for part in parts:
+            buffer[:, :, row : row + part.batch, :, : part.columns] = part.buffer[..., : part.columns, :]
+            row += part.batch
+        self._place(buffer)
         self._hold(held)
         self.pending = 0
 

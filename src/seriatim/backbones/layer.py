@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seriatim.backbones.quantize import Quantizable
+from seriatim.backbones.relative import Relative
 from seriatim.backbones.rope import RoPE
 
 MATRICES = ("qkv", "out", "up", "down")
@@ -44,7 +46,8 @@ class TransformerConfig:
     a head), "rms_all" (over all heads together) or "l2" (unit length, learned temperature a head, as in VAR). `place`
     says where norms stand: "pre" (before each branch), "post" (behind it, before it is added), "both". `parallel`:
     both branches read what came into the layer. `bias`: of all matrices, none, or those named. `score_scale`: of
-    queries times keys (None: 1 over the root of the head's dimension). `softcap` bounds scores. `experts` stand in
+    queries times keys (None: 1 over the root of the head's dimension). `softcap` bounds scores. `relative`: they depend
+    on distance, in all layers alike. `experts` stand in
     place of one feed-forward network.
     """
 
@@ -65,6 +68,7 @@ class TransformerConfig:
     bias: bool | tuple[str, ...] = False
     score_scale: float | None = None
     softcap: float | None = None
+    relative: Relative | None = None
     experts: Experts | None = None
     eps: float = 1e-5
     dropout: float = 0.0
@@ -101,6 +105,8 @@ class TransformerConfig:
             raise ValueError("experts are gated networks without biases")
         if self.qk_norm == "l2" and self.score_scale is None:
             object.__setattr__(self, "score_scale", 1.0)  # the temperature is learned
+        if self.relative is not None and (self.softcap is not None or self.groups < self.heads):
+            raise ValueError("scores that depend on distance are of heads with keys of their own, and not capped")
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap is positive, got {self.softcap}")
 
@@ -120,21 +126,40 @@ class TransformerConfig:
     def pre(self) -> bool:
         return self.place != "post"
 
+    @property
+    def attending(self) -> int:
+        """How many layers attend, and so remember keys and values."""
+        return self.depth
+
+    @property
+    def numbers(self) -> int:
+        """About how many parameters there are."""
+        layer = self.width * self.dim * (2 * self.heads + 2 * self.groups) + 3 * self.width * self.inner
+        if self.experts is not None:
+            layer += 3 * self.width * self.experts.hidden * self.experts.count
+        return self.depth * layer
+
     def biased(self, matrix: str) -> bool:
         """Whether a matrix has a bias."""
         return self.bias if isinstance(self.bias, bool) else matrix in self.bias
 
 
 Weights = dict[str, Any]  # of one layer, by name
-NAMES = (
-    *("norm1", "norm1_bias", "qkv", "qkv_bias", "out", "out_bias", "norm2", "norm2_bias", "up", "up_bias"),
-    *("down", "down_bias", "q_norm", "k_norm", "ada", "ada_bias", "norm3", "cross_q", "cross_kv", "cross_out"),
-    *("post1", "post2", "router"),
-)
 
 
-class Layer(nn.Module):
+def weights_of(layer: nn.Module) -> Weights:
+    """By name. Read anew in each forward, so that they are never stale; from the module's own table, at the cost of a
+    dictionary."""
+    if "parametrizations" in layer._modules:  # computed from other parameters: a low-rank adapter, a masked matrix
+        names = {*layer._parameters, *layer._modules["parametrizations"]._modules}  # type: ignore[union-attr]
+        return {name: getattr(layer, name) for name in names}
+    return layer._parameters
+
+
+class Layer(Quantizable):
     """The parameters of one layer."""
+
+    matrices = MATRICES  # that `quantize` may keep as integers
 
     def __init__(self, c: TransformerConfig):
         super().__init__()
@@ -174,7 +199,4 @@ class Layer(nn.Module):
         optional("cross_out", c.memory is not None, torch.randn(d, c.heads * hd) * 0.02)
 
     def weights(self) -> Weights:
-        """By name. Read from the module's own table, at the cost of a dictionary, so that they are never stale."""
-        if "parametrizations" in self._modules:  # computed from other parameters: a low-rank adapter, a masked matrix
-            return {name: getattr(self, name) for name in NAMES}
-        return self._parameters
+        return self.quantized() if self._formats else weights_of(self)

@@ -10,13 +10,17 @@ weights.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from seriatim.backbones.layer import Weights, weights_of
+from seriatim.backbones.quantize import Quantizable, linear
 from seriatim.backbones.ssd import (
     ancestors,
     causal_conv,
@@ -27,7 +31,7 @@ from seriatim.backbones.ssd import (
     tree_conv,
     tree_taps,
 )
-from seriatim.backbones.state import Replay, StateCache, States
+from seriatim.backbones.state import Replay, StateCache
 from seriatim.plan import OrderError, Plan
 from seriatim.scan import Scan
 
@@ -42,7 +46,7 @@ class MambaConfig:
     `heads` of `head_dim` channels make the inner width, twice `width` as published (None). `groups` of heads share what
     is written and read (B and C), `state` wide. `kernel`: slots that the convolution sees, itself included. `chunk`:
     slots that a scan takes at once, a matter of speed only. `bias` is that of the projections, `conv_bias` that of the
-    convolution.
+    convolution. `step_limits`: the shortest and the longest step that a slot takes (None: any).
     """
 
     width: int
@@ -56,6 +60,7 @@ class MambaConfig:
     bias: bool = False
     conv_bias: bool = True
     eps: float = 1e-5
+    step_limits: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "head_dim", "state", "groups", "kernel", "chunk"):
@@ -68,6 +73,13 @@ class MambaConfig:
             )
         if self.count < 1 or self.count % self.groups:
             raise ValueError(f"{self.count} heads cannot share {self.groups} groups evenly")
+        if self.step_limits is not None and not 0 <= self.step_limits[0] < self.step_limits[1]:
+            raise ValueError(f"steps lie between two limits, the first from 0 on, got {self.step_limits}")
+
+    @property
+    def numbers(self) -> int:
+        """About how many parameters there are."""
+        return self.depth * self.width * (2 * self.inner + self.channels + self.count)
 
     @property
     def count(self) -> int:
@@ -83,55 +95,52 @@ class MambaConfig:
         """What passes through the convolution: the heads' channels, B and C."""
         return self.inner + 2 * self.groups * self.state
 
-
-@dataclass(slots=True)
-class _Weights:
-    """One layer's weights, for fast access."""
-
-    norm: Tensor
-    into: Tensor
-    into_bias: Tensor | None
-    conv: Tensor
-    conv_bias: Tensor | None
-    dt_bias: Tensor
-    A_log: Tensor
-    D: Tensor
-    gated_norm: Tensor
-    out: Tensor
-    out_bias: Tensor | None
+    def new_cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> StateCache:
+        """States of all mixers for `batch` rows, beside weights of this format."""
+        conv, state = (self.channels, self.kernel - 1), (self.count, self.head_dim, self.state)
+        return StateCache(self.depth, batch, conv, state, dtype, device)
 
 
-class MambaLayer(nn.Module):
-    """The parameters of one layer, drawn as published: steps of 0.001 to 0.1, decays of -1 to -16.
+MIXER_MATRICES = ("into", "out")  # that `quantize` may keep as integers
+
+
+def mixer_parameters(c: MambaConfig) -> dict[str, nn.Parameter | None]:
+    """Fresh parameters of one mixer, drawn as published: steps of 0.001 to 0.1, decays of -1 to -16.
 
     `into` gives, in this order: gate (inner), channels (inner), B (groups x state), C (groups x state), step (heads).
     """
+    rows = c.inner + c.channels + c.count
+    into = torch.randn(rows, c.width) * 0.02
+    conv = (2 * torch.rand(c.channels, c.kernel) - 1) * c.kernel**-0.5
+    step = torch.exp(torch.empty(c.count).uniform_(math.log(1e-3), math.log(1e-1)))
+    drawn = {
+        "into": into,
+        "conv": conv,
+        "dt_bias": step + torch.log(-torch.expm1(-step)),  # the inverse of softplus
+        "A_log": torch.empty(c.count).uniform_(1, 16).log(),
+        "D": torch.ones(c.count),
+        "gated_norm": torch.ones(c.inner),
+        "out": torch.randn(c.width, c.inner) * 0.02 / c.depth**0.5,
+        "into_bias": torch.zeros(rows) if c.bias else None,
+        "conv_bias": torch.zeros(c.channels) if c.conv_bias else None,
+        "out_bias": torch.zeros(c.width) if c.bias else None,
+    }
+    return {name: None if x is None else nn.Parameter(x) for name, x in drawn.items()}
+
+
+class MambaLayer(Quantizable):
+    """The parameters of one layer: a norm and a mixer."""
+
+    matrices = MIXER_MATRICES
 
     def __init__(self, c: MambaConfig):
         super().__init__()
-
-        def optional(name: str, there: bool, size: int) -> None:
-            self.register_parameter(name, nn.Parameter(torch.zeros(size)) if there else None)
-
-        rows = c.inner + c.channels + c.count
         self.norm = nn.Parameter(torch.ones(c.width))
-        self.into = nn.Parameter(torch.randn(rows, c.width) * 0.02)
-        self.conv = nn.Parameter((2 * torch.rand(c.channels, c.kernel) - 1) * c.kernel**-0.5)
-        step = torch.exp(torch.empty(c.count).uniform_(math.log(1e-3), math.log(1e-1)))
-        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
-        self.A_log = nn.Parameter(torch.empty(c.count).uniform_(1, 16).log())
-        self.D = nn.Parameter(torch.ones(c.count))
-        self.gated_norm = nn.Parameter(torch.ones(c.inner))
-        self.out = nn.Parameter(torch.randn(c.width, c.inner) * 0.02 / c.depth**0.5)
-        optional("into_bias", c.bias, rows)
-        optional("conv_bias", c.conv_bias, c.channels)
-        optional("out_bias", c.bias, c.width)
+        for name, parameter in mixer_parameters(c).items():
+            self.register_parameter(name, parameter)
 
-    def weights(self) -> _Weights:
-        """Read anew in each forward, so that they are never stale; from the module's own table, which is quicker."""
-        if "parametrizations" in self._modules:  # computed from other parameters: a low-rank adapter, a masked matrix
-            return _Weights(*(getattr(self, name) for name in _Weights.__slots__))
-        return _Weights(**self._parameters)  # type: ignore[arg-type]
+    def weights(self) -> Weights:
+        return self.quantized() if self._formats else weights_of(self)
 
 
 class Mamba(nn.Module):
@@ -146,9 +155,7 @@ class Mamba(nn.Module):
 
     def new_cache(self, batch: int, capacity: int = 0) -> StateCache:
         """A cache for `batch` rows. Its size does not depend on `capacity`: a state is a state."""
-        c = self.config
-        conv, state = (c.channels, c.kernel - 1), (c.count, c.head_dim, c.state)
-        return StateCache(c.depth, batch, conv, state, self.norm.dtype, self.norm.device)
+        return self.config.new_cache(batch, self.norm.dtype, self.norm.device)
 
     def forward(
         self,
@@ -157,6 +164,7 @@ class Mamba(nn.Module):
         cache: StateCache | None = None,
         vector: Tensor | None = None,
         memory: Tensor | None = None,
+        there: Tensor | None = None,
     ) -> Float[Tensor, "b s d"]:
         """Contextualise slots. With a cache, what they were made of is left pending."""
         if vector is not None or memory is not None:
@@ -165,27 +173,44 @@ class Mamba(nn.Module):
             )
         if plan.layers is not None:
             raise OrderError("Mamba computes every slot in every layer, but this plan has slots that skip layers")
-        scan = plan.scan("all")
         if cache is not None:
-            if cache.batch != x.shape[0]:
-                raise ValueError(f"the cache has {cache.batch} rows, the slots have {x.shape[0]}")
             cache.begin(plan)
-        elif plan.run is not None and plan.run[0]:
-            raise ValueError(f"this plan goes on after {plan.run[0]} slots: pass the cache that holds them")
         kind, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)  # the residual stream is never half precision
         weights = [layer.weights() for layer in self.layers]  # type: ignore[operator]
-        rates = -torch.stack([w.A_log for w in weights]).to(wide).exp()
-        lane = None if scan.lane is None else scan.lane.to(x.device).expand(x.shape[0], -1)
-        tree = _tree(scan, self.config.kernel, x.device) if scan.tree else None
+        path = path_of(plan, x, self.config, weights, cache)
         x = x.to(wide)
-        for i, (w, A) in enumerate(zip(weights, rates, strict=True)):
-            h = F.rms_norm(x.to(kind), (self.config.width,), w.norm, self.config.eps)
-            states = None if cache is None else cache.states[i]
-            y, after, activations = _mix(self.config, w, A, h, lane, tree, states)
-            x = x + y
-            if cache is not None:
-                cache.leave(after, activations)
+        for i, w in enumerate(weights):
+            h = F.rms_norm(x.to(kind), (self.config.width,), w["norm"], self.config.eps)
+            x = x + linear(mix(self.config, w, h, path, i), w["out"], w["out_bias"])
         return F.rms_norm(x.to(kind), (self.config.width,), self.norm, self.config.eps)
+
+
+# ---- one mixer -------------------------------------------------------------------------------------------------------
+
+
+class Path(NamedTuple):
+    """What all mixers of a forward share: the decay of each, packed samples and padding, a draft tree, the cache."""
+
+    rates: Float[Tensor, "layers h"]
+    lane: Int[Tensor, "b s"] | None
+    tree: _Tree | None
+    cache: StateCache | None
+
+
+def path_of(
+    plan: Plan, x: Float[Tensor, "b s d"], c: MambaConfig, weights: Sequence[Weights], cache: StateCache | None
+) -> Path:
+    """Whose state each slot goes on from. `weights` are those of all mixers. Raises `OrderError` where no recurrence
+    can honour the plan, ValueError where the cache is of other rows, or missing."""
+    scan = plan.scan("all")
+    if cache is not None and cache.batch != x.shape[0]:
+        raise ValueError(f"the cache has {cache.batch} rows, the slots have {x.shape[0]}")
+    if cache is None and plan.run is not None and plan.run[0]:
+        raise ValueError(f"this plan goes on after {plan.run[0]} slots: pass the cache that holds them")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rates = -torch.stack([w["A_log"] for w in weights]).to(wide).exp()
+    lane = None if scan.lane is None else scan.lane.to(x.device).expand(x.shape[0], -1)
+    return Path(rates, lane, _tree(scan, c.kernel, x.device) if scan.tree else None, cache)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,41 +235,42 @@ def _tree(scan: Scan, kernel: int, device: torch.device) -> _Tree:
     return memo[kernel, device]
 
 
-def _mix(
-    c: MambaConfig,
-    w: _Weights,
-    A: Float[Tensor, "h"],
-    h: Float[Tensor, "b s d"],
-    lane: Int[Tensor, "b s"] | None,
-    tree: _Tree | None,
-    states: States | None,
-) -> tuple[Float[Tensor, "b s d"], States | None, Replay | None]:
-    """One mixer: its output, the states after a sequence, and what a path can be replayed from."""
-    gate, conv_x, dt = F.linear(h, w.into, w.into_bias).split([c.inner, c.channels, c.count], -1)
-    dt = F.softplus(dt.to(A.dtype) + w.dt_bias)
-    if h.shape[1] == 1 and states is not None:  # whether the slot is padding is asked when it is committed
-        conv, conv_state = conv_step(conv_x[:, 0], w.conv, w.conv_bias, states[0])
+def mix(c: MambaConfig, w: Weights, h: Float[Tensor, "b s d"], path: Path, i: int) -> Float[Tensor, "b s e"]:
+    """The mixer number i: what its projection back (`out`) takes. With a cache, what it was made of is left pending."""
+    A, lane, tree, cache = path.rates[i], path.lane, path.tree, path.cache
+    states = None if cache is None else cache.states[i]
+    gate, conv_x, dt = linear(h, w["into"], w["into_bias"]).split([c.inner, c.channels, c.count], -1)
+    dt = F.softplus(dt.to(A.dtype) + w["dt_bias"])
+    if c.step_limits is not None:
+        dt = dt.clamp(*c.step_limits)
+    if h.shape[1] == 1 and cache is not None and states is not None:
+        # whether the slot is padding is asked when it is committed
+        conv, conv_state = conv_step(conv_x[:, 0], w["conv"], w["conv_bias"], states[0])
         x, B, C = _scan_inputs(c, conv)
         y, state = ssd_step(x, dt[:, 0], A, B, C, states[1])
-        y = torch.addcmul(y, x, w.D[:, None])
-        return _close(c, w, y[:, None], gate), (conv_state, state), None
+        cache.leave((conv_state, state), None)
+        return _gated(c, w, torch.addcmul(y, x, w["D"][:, None])[:, None], gate)
     conv_before, before = (None, None) if states is None else states
     if tree is None:
-        conv, conv_after = causal_conv(conv_x, w.conv, w.conv_bias, conv_before, lane)
+        conv, conv_after = causal_conv(conv_x, w["conv"], w["conv_bias"], conv_before, lane)
     else:
-        conv = tree_conv(conv_x, w.conv, w.conv_bias, tree.taps, conv_before)
+        conv = tree_conv(conv_x, w["conv"], w["conv_bias"], tree.taps, conv_before)
     x, B, C = _scan_inputs(c, conv)
     settled = 0 if states is None or lane is not None else _settled(c, h.shape[1] if tree is None else tree.trunk)
     y, middle, after = _scan(c, (x, dt, A, B, C), lane, tree, before, settled)
-    y = _close(c, w, torch.addcmul(y, x, w.D[:, None]), gate)
-    if states is None:
-        return y, None, None
-    activations = Replay(conv_x, x, dt, A, B)
-    if settled and middle is not None:  # copies, so that the rest is let go
-        conv_x, tail = conv_x[:, settled:].clone(), conv_x[:, settled - c.kernel + 1 : settled].mT.clone()
-        x, dt, B = (t[:, settled:].clone() for t in (x, dt, B))
-        activations = Replay(conv_x, x, dt, A, B, settled, (tail, middle))
-    return y, None if tree is not None or after is None else (conv_after, after), activations
+    if cache is not None:
+        activations = Replay(conv_x, x, dt, A, B)
+        if settled and middle is not None:
+            activations = _end_of(activations, settled, middle, c.kernel)
+        cache.leave(None if tree is not None or after is None else (conv_after, after), activations)
+    return _gated(c, w, torch.addcmul(y, x, w["D"][:, None]), gate)
+
+
+def _end_of(r: Replay, settled: int, state: Float[Tensor, "b h p n"], kernel: int) -> Replay:
+    """Without the first slots, whose `state` stands in their place: copies, so that the rest is let go."""
+    tail = r.conv_x[:, settled - kernel + 1 : settled].mT.clone()
+    conv_x, x, dt, B = (t[:, settled:].clone() for t in (r.conv_x, r.x, r.dt, r.B))
+    return Replay(conv_x, x, dt, r.A, B, settled, (tail, state))
 
 
 def _settled(c: MambaConfig, line: int) -> int:
@@ -294,13 +320,10 @@ def _scan(
     return ys[0] if len(ys) == 1 else torch.cat(ys, 1), middle, state
 
 
-def _close(
-    c: MambaConfig, w: _Weights, y: Float[Tensor, "b s h p"], gate: Float[Tensor, "b s e"]
-) -> Float[Tensor, "b s d"]:
-    """Gate, norm over each group of heads, projection back."""
+def _gated(c: MambaConfig, w: Weights, y: Float[Tensor, "b s h p"], gate: Float[Tensor, "b s e"]) -> Tensor:
+    """Gate, then norm over each group of heads: (b, s, inner)."""
     y = y.flatten(2) * F.silu(gate)
     if c.groups == 1:
-        y = F.rms_norm(y, (c.inner,), w.gated_norm, c.eps)
-    else:
-        y = F.rms_norm(y.unflatten(2, (c.groups, -1)), (c.inner // c.groups,), None, c.eps).flatten(2) * w.gated_norm
-    return F.linear(y, w.out, w.out_bias)
+        return F.rms_norm(y, (c.inner,), w["gated_norm"], c.eps)
+    y = F.rms_norm(y.unflatten(2, (c.groups, -1)), (c.inner // c.groups,), None, c.eps)
+    return y.flatten(2) * w["gated_norm"]

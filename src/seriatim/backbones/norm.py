@@ -19,7 +19,7 @@ def rms_norm(x: Float[Tensor, "*rest d"], weight: Float[Tensor, "d"] | None, eps
     d = x.shape[-1]
     if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         return rms_norm(x.to(weight.dtype), weight, eps).to(x.dtype)  # weights too fine for the format of the rest
-    if not x.is_cpu or x.numel() > SMALL:
+    if not x.is_cpu or x.numel() > SMALL or torch.compiler.is_compiling():
         return torch.rms_norm(x, (d,), weight, eps)
     y = torch.layer_norm(torch.cat((x, -x), -1), (2 * d,), None, None, eps).narrow(-1, 0, d)
     return y if weight is None else y * weight

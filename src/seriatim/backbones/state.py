@@ -282,6 +282,16 @@ class StateCache:
         self.states, self._count = picked, _one_number(count)
         self._scan, self._after, self._replay = None, [], []
 
+    def join(self, others: Sequence[StateCache]) -> None:
+        """Take in the rows of other caches below one's own. What is pending is dropped."""
+        parts = [self, *others]
+        if any(part._bounds is not None for part in parts):
+            raise ValueError("states that took in other slots than a run cannot be joined")
+        self._count = _one_number(torch.cat([torch.as_tensor(part._count).expand(part.batch) for part in parts]))
+        layers = zip(*(part.states for part in parts), strict=True)
+        self.states = [(torch.cat([conv for conv, _ in of]), torch.cat([state for _, state in of])) for of in layers]
+        self._scan, self._after, self._replay = None, [], []
+
     def nbytes(self) -> int:
         """Bytes held by the committed states, whatever the length."""
         return sum(t.numel() * t.element_size() for both in self.states for t in both)

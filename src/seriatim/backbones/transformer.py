@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seriatim.backbones.attention import attend, normalise_heads, partial, placed
@@ -21,8 +21,11 @@ from seriatim.backbones.cache import KVCache
 from seriatim.backbones.feedforward import activate, mixture
 from seriatim.backbones.layer import Layer, TransformerConfig, Weights
 from seriatim.backbones.norm import normalise, rms_norm
+from seriatim.backbones.quantize import linear
+from seriatim.backbones.relative import with_distances
 from seriatim.backbones.rope import RotaryTable, rotate
-from seriatim.plan import Plan
+from seriatim.compiling import compiled
+from seriatim.plan import OrderError, Plan
 
 
 class Sight(NamedTuple):
@@ -35,10 +38,12 @@ class Sight(NamedTuple):
 class Context(NamedTuple):
     """What all layers of a forward share."""
 
-    cache: KVCache | None
+    cache: Any  # of all layers, or the entry of one
     vector: Tensor | None
     memory: Tensor | None
+    there: Tensor | None = None  # (b, 1, 1, m): places of the memory that are no padding
     modulation: Sequence[Tensor] | None = None  # shifts, scales and gates of each layer and the last norm, if at hand
+    product: Callable[..., Tensor] = F.linear  # with matrices; `linear` knows all formats, at the cost of a call
 
 
 class Transformer(nn.Module):
@@ -53,20 +58,28 @@ class Transformer(nn.Module):
         self.norm_bias = nn.Parameter(torch.zeros(d)) if plain and config.norm == "layer" else None
         self.ada = None if plain else nn.Parameter(torch.zeros(2 * d, config.vector or 0))
         self.ada_bias = None if plain else nn.Parameter(torch.zeros(2 * d))
+        r = config.relative
+        self.relative = None if r is None else nn.Parameter(torch.randn(r.buckets, config.heads) * 0.02)
         ropes = config.rope if isinstance(config.rope, Mapping) else dict.fromkeys(config.kinds, config.rope)
         tables = {rope: RotaryTable(rope, config.dim) for rope in ropes.values() if rope is not None}
         self.rotary = {kind: None if rope is None else tables[rope] for kind, rope in ropes.items()}
         self.mixers = dict.fromkeys(config.kinds, "any")
         self.each_kind = config.kinds if len(config.kinds) > 1 else config.kinds * config.depth  # of each layer
         self._compiled: Callable[..., Tensor] | None = None
+        self._compiled_layer: Callable[..., Tensor] | None = None
         self.__dict__.update(self._modules)  # at hand: torch's way to a part costs a call (assigning one undoes this)
 
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
         """A cache for `batch` rows. On a CPU in bf16 it is float32: attention of one row is three times faster so."""
-        weight: Tensor = self.layers[0].out  # type: ignore[union-attr, assignment]
-        dtype = torch.float32 if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" else weight.dtype
-        c = self.config
-        return KVCache(c.depth, batch, c.groups, c.dim, dtype, weight.device, capacity, tuple(self.mixers))
+        c, dtype, device = self.config, self.format, next(self.parameters()).device
+        dtype = torch.float32 if dtype == torch.bfloat16 and device.type == "cpu" else dtype
+        return KVCache(c.attending, batch, c.groups, c.dim, dtype, device, capacity, tuple(self.mixers))
+
+    @property
+    def format(self) -> torch.dtype:
+        """That of activations."""
+        weight = self.layers[0].weights()["out"]  # type: ignore[operator]
+        return weight[-1].dtype if isinstance(weight, tuple) else weight.dtype  # integers have scales in it
 
     def forward(
         self,
@@ -75,8 +88,10 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         vector: Tensor | None = None,
         memory: Float[Tensor, "b m e"] | None = None,
+        there: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b s d"]:
-        """Contextualise slots. `vector` is (b, e) or per slot (b, s, e). With a cache, entries are left pending."""
+        """Contextualise slots. `vector` is (b, e) or per slot (b, s, e); `there`: places of the memory that are seen
+        (None: all). With a cache, entries are left pending."""
         c = self.config
         if x.shape[2] != c.width or x.shape[1] != plan.size:
             raise ValueError(f"this plan needs (batch, {plan.size}, {c.width}) vectors, got {tuple(x.shape)}")
@@ -91,26 +106,36 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.begin(plan)
         some = plan.layers is not None or (cache is not None and cache.skips)
-        sights: dict[str, Sight] = {}
-        turns: dict[RotaryTable | None, Any] = {None: None}
-        for kind in self.mixers:
-            mask, table = plan.attention(kind, cache), self.rotary[kind]
-            if table is not None and table not in turns:
-                turns[table] = self._turns(table, plan, x)
-            mask = placed(mask, c, x, cache) if isinstance(mask, Tensor) and not some else mask
-            sights[kind] = Sight(mask, turns[table])
+        sights = self._sights(plan, cache, x, some)
         modulation = None
         if vector is not None:
             condition, vector = vector, F.silu(vector if vector.dim() == 3 else vector[:, None])
             if cache is not None and condition.dim() == 2:
                 modulation = cache.kept("modulation", condition)
                 modulation = modulation or cache.keep("modulation", condition, self._modulation(vector))
-        context = Context(cache, vector, memory, modulation)
+        context = Context(cache, vector, memory, None if there is None else there[:, None, None], modulation)
         if some:
             return self._some(x, plan, sights, context)
         if self._compiled is not None and cache is None and self.training:
             return self._compiled(x, sights, context)
         return self._all(x, sights, context)
+
+    def _sights(self, plan: Plan, cache: Any, x: Tensor, some: bool) -> dict[str, Any]:
+        """What each kind of layer sees; `some`: masks are still to be narrowed layer by layer."""
+        sights: dict[str, Any] = {}
+        turns: dict[RotaryTable | None, Any] = {None: None}
+        for kind, table in self.rotary.items():
+            mask = plan.attention(kind, cache)
+            if table is not None and table not in turns:
+                turns[table] = self._turns(table, plan, x)
+            mask = placed(mask, self.config, x, cache) if isinstance(mask, Tensor) and not some else mask
+            if self.relative is not None:
+                if some:
+                    raise OrderError("scores that depend on distance are of slots in all layers; this plan skips some")
+                dtype, r = x.dtype if cache is None else cache.buffer.dtype, self.config.relative
+                mask = with_distances(r, self.relative, mask, plan, kind, cache, dtype)  # type: ignore[arg-type]
+            sights[kind] = Sight(mask, turns[table])
+        return sights
 
     def _turns(self, table: RotaryTable, plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
         rope = table.of(plan, x)
@@ -123,10 +148,25 @@ class Transformer(nn.Module):
         """Compile the layers as training runs them; decoding stays as it is."""
         self._compiled = torch.compile(self._all)
 
+    def compile_decoding(self) -> None:
+        """Compile the step of one slot a row: one graph for all layers of a kind, so that it takes seconds. Layers that
+        route to experts, or are conditioned, stay as they are."""
+        if self.config.experts is None and self.config.memory is None and self.config.vector is None:
+            self._compiled_layer = compiled(self._layer)
+
     def _all(self, x: Tensor, sights: dict[str, Sight], context: Context) -> Tensor:
-        c, vector = self.config, context.vector
+        c, vector, cache = self.config, context.vector, context.cache
+        step = self._compiled_layer
+        if step is not None and cache is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
+            for i, layer in enumerate(self.layers):
+                alone = Context(cache.entry(i), None, None, product=linear)
+                x = step(0, layer.weights(), x, sights[self.each_kind[i]], alone)  # type: ignore[operator]
+            return normalise(c.norm, x, self.norm, self.norm_bias, c.eps)
         for i, layer in enumerate(self.layers._modules.values()):
-            w = layer.weights() if layer._modules else layer._parameters  # type: ignore[operator, union-attr]
+            special = layer._modules or layer._formats  # type: ignore[union-attr]
+            w = layer.weights() if special else layer._parameters  # type: ignore[operator, union-attr]
+            if special and context.product is F.linear:
+                context = context._replace(product=linear)
             x = self._layer(i, w, x, sights[self.each_kind[i]], context)
         return normalise(c.norm, x, self.norm, self.norm_bias, c.eps) if vector is None else self._last(x, context)
 
@@ -171,7 +211,7 @@ class Transformer(nn.Module):
             parts = F.linear(vector, w["ada"], w["ada_bias"]) if of is None else of[i]
             shift1, scale1, gate1, shift2, scale2, gate2 = parts.chunk(6, -1)
             h = torch.addcmul(shift1, h, scale1 + 1)
-        h = F.linear(self._attend(i, w, h, sight, context), w["out"], w["out_bias"])
+        h = context.product(self._attend(i, w, h, sight, context), w["out"], w["out_bias"])
         if w["post1"] is not None:
             h = normalise(c.norm, h, w["post1"], None, c.eps)
         if self.training and c.dropout:
@@ -187,13 +227,13 @@ class Transformer(nn.Module):
         if c.experts is not None:
             h = mixture(c.experts, c.activation, w, h)
         else:
-            h = F.linear(h, w["up"], w["up_bias"])
+            h = context.product(h, w["up"], w["up_bias"])
             if c.activation == "swiglu":
                 gate, up = h.chunk(2, -1)
                 h = F.silu(gate) * up
             else:
                 h = activate(c.activation, h)
-            h = F.linear(h, w["down"], w["down_bias"])
+            h = context.product(h, w["down"], w["down_bias"])
         if w["post2"] is not None:
             h = normalise(c.norm, h, w["post2"], None, c.eps)
         if self.training and c.dropout:
@@ -205,7 +245,7 @@ class Transformer(nn.Module):
         mask, rope = sight
         b, n, _ = h.shape
         heads, groups, dim = c.heads, c.groups, c.dim
-        qkv = F.linear(h, w["qkv"], w["qkv_bias"]).view(b, n, heads + 2 * groups, dim)
+        qkv = context.product(h, w["qkv"], w["qkv_bias"]).view(b, n, heads + 2 * groups, dim)
         qk, v = qkv.split_with_sizes((heads + groups, groups), 2)
         if c.qk_norm is not None:
             qk = normalise_heads(c, w, qk).to(v.dtype)  # autocast makes norms float32
@@ -242,5 +282,6 @@ class Transformer(nn.Module):
             .view(b, n, c.heads, c.dim)
             .transpose(1, 2)
         )
-        out = F.scaled_dot_product_attention(q, both[0], both[1])
+        scale = None if c.qk_norm == "l2" else c.score_scale  # a learned temperature is of normalised queries
+        out = F.scaled_dot_product_attention(q, both[0], both[1], context.there, scale=scale)
         return F.linear(out.transpose(1, 2).reshape(b, n, -1), w["cross_out"])

@@ -10,20 +10,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from seriatim.interop.grammar import Grammar
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.language_model import Generation, LanguageModel
+from seriatim.systems.system import System
 from seriatim.systems.text_system import TextSystem
 from seriatim.verbs.generate import draw, sampling_of, save_pictures, stream
 from seriatim.verbs.load import load, where
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical", "guidance", "steps")
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical", "guidance", "steps", *PENALTIES)
 
 
 def run_generate(options: argparse.Namespace) -> int:
     """Stream text, or write pictures and say where they are."""
     import torch
 
-    system = load(options.source)
+    system = loaded(options)
     sampling = {name: getattr(options, name) for name in SAMPLING}
     if options.chat and not isinstance(system, LanguageModel):
         raise ValueError(f"{system.meta.key} has no chat template: --chat is for language models that converse")
@@ -37,17 +40,40 @@ def run_generate(options: argparse.Namespace) -> int:
         return _pictures(system, options, sampling)
 
 
+def loaded(options: argparse.Namespace) -> System:
+    """The model that was asked for, in the format that was asked for."""
+    import torch
+
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    system = load(options.source, dtype, options.adapter, options.weights)
+    if options.compile:
+        system.model.compile_decoding()
+    return system
+
+
+def _grammar(options: argparse.Namespace) -> Grammar | None:
+    """What the text must be, if anything was said. Raises OSError for files that are not there."""
+    if options.regex is not None:
+        return Grammar("regex", options.regex)
+    for kind, file in (("json_schema", options.json_schema), ("lark", options.grammar)):
+        if file is not None:
+            return Grammar(kind, Path(file).read_text(encoding="utf-8"))
+    return None
+
+
 def _language(system: LanguageModel, options: argparse.Namespace, sampling: dict[str, Any]) -> int:
     """Next-token models: text as it comes, or what it cost."""
     s = sampling_of(system, **sampling)
     given = _given(system, options)
     new = options.length or max(min(200, system.model.layout.size - len(given)), 1)
+    grammar = _grammar(options)
     for n in range(options.count or 1):
-        if not options.json and options.ids is None and not options.chat:
+        if not options.json and options.ids is None and not options.chat and system.continues:
             sys.stdout.write(options.prompt)
         made = system.generate(
             given, options.decoder, max_new_tokens=new, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
             min_p=s.min_p, typical=s.typical, seed=options.seed + n, stream=None if options.json else _say,
+            stop=options.stop, grammar=grammar, **{name: getattr(s, name) for name in PENALTIES},
         )  # fmt: skip
         assert isinstance(made, Generation)
         if not options.json:
@@ -121,7 +147,7 @@ def run_export(options: argparse.Namespace) -> int:
 
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     out = export(options.source, options.out, options.format, dtype)
-    print(f"{out}: transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}) reads it")
+    print(f"{out}: transformers reads it, by from_pretrained({str(out)!r})")
     return 0
 
 

@@ -40,6 +40,8 @@ def add_commands(commands: Any) -> None:
     compare.add_argument("--seed", type=int, default=0)
     compare.set_defaults(run=_later("comparing", "run_compare"))
 
+    _bench(commands)
+
     export = commands.add_parser("export", help="a language model in Hugging Face's format, for other programs")
     export.add_argument("source", metavar="MODEL", help="folder of a run or of a published model, or zoo:NAME")
     export.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
@@ -80,6 +82,10 @@ def _train(commands: Any) -> None:
     )
     train.add_argument("key", metavar="KEY", help="the system, as `seriatim list` names it")
     _data(train)
+    train.add_argument(
+        "--from", dest="base", metavar="MODEL", help="train this model further: a folder, GGUF file, run, zoo:NAME, hub"
+    )
+    train.add_argument("--lora", type=positive, metavar="RANK", help="train an adapter on it, of this rank")
     train.add_argument("--out", type=Path, help="folder for the results (default: runs/KEY)")
     train.add_argument("--size", help="one of the system's sizes (default: its first)")
     train.add_argument("--tokenizer", help="a kind (bytes, bpe, words, pixels), the run of a tokenizer, or zoo:NAME")
@@ -102,17 +108,67 @@ def _generate(commands: Any) -> None:
     )
     generate.add_argument("--label", action="append", help="class of pictures, by number or name; may be repeated")
     generate.add_argument("--count", type=positive, help="pictures of each label, or in all; texts (default: 1)")
-    generate.add_argument("--decoder", default="own", help="own, ancestral, ngram, jacobi or beam (default: own)")
+    generate.add_argument(
+        "--decoder", default="own", help="own, ancestral, prompt-lookup, jacobi or beam (default: own)"
+    )
     for name, kind, text in (
         ("temperature", float, "0: greedy"), ("top-k", int, "the k likeliest"), ("top-p", float, "nucleus"),
         ("min-p", float, "share of the likeliest"), ("typical", float, "typical mass"),
         ("guidance", float, "weight of the condition"), ("steps", int, "decoding steps, where there is a choice"),
     ):  # fmt: skip
         generate.add_argument(f"--{name}", type=kind, help=f"{text} (default: the system's own)")
+    for name, text in (
+        ("repetition-penalty", "of tokens in the text; 1: none"), ("presence-penalty", "of generated tokens, once"),
+        ("frequency-penalty", "of generated tokens, each time"),
+    ):  # fmt: skip
+        generate.add_argument(f"--{name}", type=float, help=f"{text} (default: the model's own)")
+    generate.add_argument("--stop", action="append", help="a text that ends what is written; may be repeated")
+    form = generate.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", metavar="FILE", help="write JSON of this schema")
+    form.add_argument("--regex", help="write what this regular expression matches")
+    form.add_argument("--grammar", metavar="FILE", help="write what this grammar (Lark) allows")
+    generate.add_argument("--adapter", metavar="DIR", help="a LoRA adapter to fold into the weights")
+    _formats(generate)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--out", type=Path, help="folder for pictures (default: RUN/generated)")
     generate.add_argument("--json", action="store_true", help="print one JSON object")
     generate.set_defaults(run=_later("generating", "run_generate"))
+
+
+def _formats(command: argparse.ArgumentParser) -> None:
+    """How the weights of a language model are kept, and its steps computed."""
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="number format (default: as it is)"
+    )
+    command.add_argument("--weights", choices=("int8", "int4"), help="keep matrices as integers: less to read, faster")
+    command.add_argument("--compile", action="store_true", help="compile steps: seconds at first, then up to 3x faster")
+
+
+def _bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="decoders of a language model side by side: speed, memory, losslessness")
+    bench.add_argument("source", metavar="MODEL", help="a folder, GGUF file, zoo:NAME, or a name on the hub")
+    bench.add_argument("--decoders", default="ancestral,prompt-lookup", metavar="A,B", help="default: %(default)s")
+    bench.add_argument(
+        "--prompts", default="builtin", metavar="FILE",
+        help='JSON lines ({"turns": [...]} or {"prompt": "..."}), text (a prompt a paragraph), or builtin (default)',
+    )  # fmt: skip
+    bench.add_argument("--count", type=positive, help="at most so many of the prompts, spread evenly (default: all)")
+    bench.add_argument("--new-tokens", type=positive, default=64, help="tokens for each prompt (default: 64)")
+    bench.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default: 0)")
+    bench.add_argument("--weights", choices=("int8", "int4"), help="keep matrices as integers (default: as they are)")
+    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format (default: as it is)")
+    bench.add_argument("--compile", action="store_true", help="compile the step of one token")
+    bench.add_argument("--runs", type=positive, default=3, help="times that each prompt is given (default: 3)")
+    bench.add_argument(
+        "--draws", type=int, default=0, help="texts for the test of sampling, such as 10000 (default: 0, no test)"
+    )
+    bench.add_argument(
+        "--no-memory", action="store_true", help="do not measure the memory of a process for each decoder"
+    )
+    bench.add_argument("--seed", type=int, default=0)
+    bench.add_argument("--out", type=Path, help="folder for bench.json and bench.png")
+    bench.add_argument("--json", action="store_true", help="print one JSON object")
+    bench.set_defaults(run=_later("benching", "run_bench"))
 
 
 def _data(command: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ class Bar:
         self.name, self.console = name, console or Console()
         self.live: Progress | None = None
         self.start = self.said = time.monotonic()
+        self.first: int | None = None  # a resumed run begins further on
         if self.console.is_terminal:
             columns = (
                 TextColumn(f"{name:>10}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
@@ -31,12 +32,13 @@ class Bar:
         """After each step."""
         told = [k for k in metrics if k not in UNTOLD][:4]
         figures = "  ".join(f"{k} {metrics[k]:.3g}" for k in told)
+        self.first = step if self.first is None else self.first
         if self.live:
             self.live.update(self.task, completed=step, total=steps, figures=figures)
         elif time.monotonic() - self.said > 10 or step == steps:
             self.said = time.monotonic()
             spent = self.said - self.start
-            left = spent / step * (steps - step)
+            left = spent / (step - self.first + 1) * (steps - step)
             self.console.print(
                 f"{self.name:>10} {step}/{steps}  {figures}  {spent:.0f} s, {left:.0f} s left",
                 highlight=False,

@@ -24,9 +24,10 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     console = Console()
     out = Path(options.out or f"runs/{options.key}")
     trained = train(
-        options.key, options.data, out=out, size=options.size, tokenizer=options.tokenizer, minutes=options.minutes,
-        resume=options.resume, tensorboard=options.tensorboard, settings=settings_of(rest),
-        bar=lambda name: Bar(name, console), **data_options(options),
+        options.key, options.data, from_=options.base, lora=options.lora, out=out, size=options.size,
+        tokenizer=options.tokenizer, minutes=options.minutes, resume=options.resume,
+        tensorboard=options.tensorboard, settings=settings_of(rest), bar=lambda name: Bar(name, console),
+        **data_options(options),
     )  # fmt: skip
     if int(os.environ.get("RANK", "0")):
         return 0  # of several processes the first one shows

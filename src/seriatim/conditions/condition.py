@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -16,19 +18,22 @@ class Condition:
     """Encoded conditions of a batch.
 
     prefix (b, n, d) stands in the learned slots in front; vector (b, e) drives adaptive layer norm, or (b, s, e) of
-    each slot where every forward has the same slots; memory (b, m, e) is attended to; per_element (b, E, d) is added at
-    the slots that READ each element (a control image).
+    each slot where every forward has the same slots; memory (b, m, e) is attended to, where it is `there` (b, m; None:
+    everywhere); per_element (b, E, d) is added at the slots that READ each element (a control image).
     """
 
     prefix: Float[Tensor, "b n d"] | None = None
     vector: Float[Tensor, "b e"] | Float[Tensor, "b s e"] | None = None
     memory: Float[Tensor, "b m e"] | None = None
     per_element: Float[Tensor, "b E d"] | None = None
+    there: Bool[Tensor, "b m"] | None = None
 
     def __post_init__(self) -> None:
         forms = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
+        if self.there is not None and (self.memory is None or self.there.shape != self.memory.shape[:2]):
+            raise ValueError("`there` says of each place of a condition's memory whether it is there: (batch, places)")
         for name, x in forms.items():
-            if x.dim() != 3 and not (name == "vector" and x.dim() == 2):
+            if name != "there" and x.dim() != 3 and not (name == "vector" and x.dim() == 2):
                 raise ValueError(f"a condition's {name} has {'2 or ' if name == 'vector' else ''}3 axes, got {x.dim()}")
         if len({x.shape[0] for x in forms.values()}) > 1:
             rows = ", ".join(f"{name} of {x.shape[0]}" for name, x in forms.items())
@@ -39,6 +44,11 @@ class Condition:
         """How many samples it is of; None where there is no condition."""
         forms = (self.prefix, self.vector, self.memory, self.per_element)
         return next((x.shape[0] for x in forms if x is not None), None)
+
+    @cached_property
+    def padding(self) -> tuple[Tensor, ...]:
+        """What a backbone is told beyond vector and memory: where the memory is there, if not everywhere."""
+        return () if self.there is None else (self.there,)
 
     def merge(self, other: Condition) -> Condition:
         """Both; each form may come from one encoder only, but vectors add up."""
@@ -58,6 +68,22 @@ class Condition:
     def select(self, rows: Int[Tensor, "b2"]) -> Condition:
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         return Condition(**{k: None if v is None else v[rows.to(v.device)] for k, v in parts.items()})
+
+
+def alike(conditions: Sequence[Condition]) -> list[Condition]:
+    """The same, their memories equally long: padded behind their ends."""
+    memories = [c.memory for c in conditions if c.memory is not None]
+    longest = max((x.shape[1] for x in memories), default=0)
+    if all(x.shape[1] == longest for x in memories) and len({c.there is None for c in conditions}) == 1:
+        return list(conditions)
+    out = []
+    for c in conditions:
+        if c.memory is not None:
+            there = torch.ones_like(c.memory[..., 0], dtype=torch.bool) if c.there is None else c.there
+            more = longest - c.memory.shape[1]
+            c = replace(c, memory=F.pad(c.memory, (0, 0, 0, more)), there=F.pad(there, (0, more)))
+        out.append(c)
+    return out
 
 
 class Encoder(Protocol):

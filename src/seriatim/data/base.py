@@ -51,7 +51,7 @@ class Data:
 
     name: str
     modality: str
-    train: Any  # Examples of pictures, or Texts
+    train: Any  # Examples of pictures, Texts, or Conversations
     test: Any
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -65,9 +65,10 @@ DEFAULT = {"image": "glyphs", "text": "stdlib"}
 def load_data(source: str | Path | None, modality: str, **options: Any) -> Data:
     """A built-in data set by its name, or one's own by its path; None stands for the modality's default.
 
-    A path is a folder of pictures for "image"; a text file, a folder of them, or tables (CSV, JSONL, Parquet) for
-    "text". Options go to the loader. Raises FileNotFoundError where there is nothing of that name, ValueError where it
-    is of another modality or holds too little, TypeError for an option that the loader does not have.
+    A path is a folder of pictures for "image"; a text file, a folder of them, tables (CSV, JSONL, Parquet), or
+    conversations (JSONL) for "text". Options go to the loader. Raises FileNotFoundError where there is nothing of that
+    name, ValueError where it is of another modality or holds too little, TypeError for an option that the loader does
+    not have.
     """
     if modality not in DEFAULT:
         raise ValueError(f"modality is one of {', '.join(DEFAULT)}, got {modality!r}")
@@ -85,6 +86,8 @@ def load_data(source: str | Path | None, modality: str, **options: Any) -> Data:
         raise FileNotFoundError(_unknown(source))
     if modality == "image":
         loader = _loader("folders", "image_folder")
+    elif _loader("conversations", "holds_conversations")(path):
+        loader = _loader("conversations", "conversations")
     elif _is_table(path):
         loader = _loader("tables", "text_table")
     else:

@@ -17,16 +17,21 @@ from torch import Tensor
 
 from seriatim.backbones.cache import Keep
 from seriatim.canvas import Canvas
-from seriatim.conditions.condition import Condition
+from seriatim.conditions.condition import Condition, alike
 from seriatim.decoding.filters import Warper
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.guidance import Guidance
 from seriatim.decoding.policy import CachePolicy, Memory
+from seriatim.decoding.shaping import Shaper
+from seriatim.heads.dist import Categorical
 from seriatim.model import Model, Rows
 from seriatim.plan import DERIVED, MASK, VALUE, Plan
 from seriatim.slots import Reads, Slots
 from seriatim.view import INF, View
 
+PADDED = 1.25  # slots computed for rows of different lengths together, over those that are needed
+CHUNK = 512  # slots of a forward that only remembers
+MARGIN = 64  # slots of a cache beyond the elements: a learned start, a draft that is looked at
 EXAMINE = 16  # forwards along a line between two looks for NaN: a look costs as much as the bookkeeping of a step
 
 
@@ -49,8 +54,8 @@ class Target:
 
     condition: raw conditions by name; guidance: how strongly they are followed (needs conditions with a null), or
     the branches to move away from; warp: temperature and filters; cached: use the exact cache (False recomputes
-    everything, for tests); policy: what an order without an exact cache may read as it once was. The cache belongs to
-    one canvas: another one starts anew.
+    everything, for tests); policy: what an order without an exact cache may read as it once was; shapers: penalties and
+    constraints, before temperature and filters. The cache belongs to one canvas: another one starts anew.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Target:
         warp: Warper | None = None,
         cached: bool = True,
         policy: CachePolicy | None = None,
+        shapers: Sequence[Shaper] = (),
     ):
         if isinstance(guidance, Guidance):
             if not model.conditions:
@@ -71,6 +77,7 @@ class Target:
         for branch in self.branches:
             _check_branch(branch, model)
         self.warp = None if warp is None or warp.neutral else warp
+        self.shapers = tuple(shapers)
         self.conditions = self._encode(condition)  # of the full branch, then of the others
         if policy is not None and not cached:
             raise ValueError("a cache policy needs a cache; use cached=True, or no policy to recompute everything")
@@ -114,9 +121,7 @@ class Target:
         if guess is not None and not self.model.factorization.draftable:
             name = type(self.model.factorization).__name__
             raise ValueError(f"{name} cannot verify drafts; use a decider without a proposer")
-        if canvas is not self._canvas:
-            self._canvas, self.cache, self._turn, self._unseen = canvas, None, 0, None
-            self.memory = None if self.policy is None else Memory(self.policy)
+        self._follow(canvas)
         cache = self.cache
         held = 0 if cache is None or self.memory is not None else cache.length
         if isinstance(held, Tensor):
@@ -127,6 +132,39 @@ class Target:
         elif self._turn == 0:
             plan.check(self.model.mixers)
         return plan if plan is None or self.memory is None else self._remember(plan, self.memory)
+
+    def _follow(self, canvas: Canvas) -> None:
+        """Start anew with another canvas."""
+        if canvas is not self._canvas:
+            self._canvas, self.cache, self._turn, self._unseen = canvas, None, 0, None
+            self.memory = None if self.policy is None else Memory(self.policy)
+
+    def prefill(self, canvas: Canvas, chunk: int = CHUNK) -> None:
+        """Remember what is known but for its end, `chunk` slots a forward: memory stays small, and rows that are copied
+        afterwards share the work. Where the order cannot, nothing: the first step computes it."""
+        self._follow(canvas)
+        if not self.cached or self.memory is not None or self.branches:
+            return
+        lengths = canvas.lengths()
+        if self.conditions[0].rows is None and int(lengths.max()) * canvas.batch > PADDED * int(lengths.sum()):
+            caches = [self.model.new_cache(1, canvas.layout.size + MARGIN) for _ in lengths]
+            for row, cache in enumerate(caches):  # each alone: rows of other lengths are not computed as padding
+                self._fill(canvas.select(torch.tensor([row])), cache, chunk)
+            caches[0].join(caches[1:])
+            self.cache = caches[0]
+        else:
+            self._fill(canvas, self._room(canvas), chunk)
+
+    def _fill(self, canvas: Canvas, cache: Any, chunk: int) -> None:
+        while (plan := self.model.factorization.fill(canvas, cache.length, chunk)) is not None:
+            self.model.hidden(plan, canvas, cache, self.conditions[0])
+            cache.commit(plan.size, plan)
+
+    def _room(self, canvas: Canvas) -> Any:
+        """The cache, with room for all there will be."""
+        if self.cache is None and self.cached:
+            self.cache = self.model.new_cache(canvas.batch * self.copies, canvas.layout.size + MARGIN)
+        return self.cache
 
     def _remember(self, plan: Plan, memory: Memory) -> Plan:
         """What is left of an exact plan when the policy has its way with the cache."""
@@ -144,8 +182,7 @@ class Target:
     def forward(self, plan: Plan, canvas: Canvas, guess: Guess | None = None) -> Rows:
         """Distributions of what the plan reads, guided and filtered; cache entries are left pending."""
         model = self.model
-        if self.cache is None and self.cached:
-            self.cache = model.new_cache(canvas.batch * self.copies)
+        self._room(canvas)
         if self.memory is not None:
             self.memory.pending = plan.slots
         if self.branches:
@@ -158,9 +195,20 @@ class Target:
             self._examine()
         self._turn += 1
         said = dist
+        if self.shapers:
+            dist = self._shaped(dist, canvas, guess)
         if self.warp is not None:
             dist = self.warp(dist)
         return Rows(dist, element, h if not self.branches else h[: canvas.batch], slot, said)
+
+    def _shaped(self, dist: Any, canvas: Canvas, guess: Guess | None) -> Any:
+        """The law after the text behind which each read-out stands."""
+        if not isinstance(dist, Categorical):
+            raise TypeError(f"penalties and constraints are of ids, not of what {type(dist).__name__} is a law of")
+        logits = dist.logits if dist.logits.dtype == torch.float64 else dist.logits.float()
+        for shape in self.shapers:
+            logits = shape(logits, canvas, guess)
+        return Categorical(logits)
 
     def _examine(self) -> None:
         """Raise where the model broke down. Along a line NaN in a hidden state stays in the cache, so that a look now
@@ -187,7 +235,7 @@ class Target:
             self._joined = self.conditions, joined(self.conditions)
         both = self._joined[1]
         self._repeated = (plan, repeated(plan, self.copies))
-        h = model.backbone(torch.cat(parts), self._repeated[1], self.cache, both.vector, both.memory)
+        h = model.backbone(torch.cat(parts), self._repeated[1], self.cache, both.vector, both.memory, *both.padding)
         (full, element, slot), *others = [model.dist(part, plan, canvas) for part in h.chunk(self.copies)]
         done = progress(canvas, None if guess is None else plan.reads.element)
         weights = [_weight(branch.guidance, done, h) for branch in self.branches]
@@ -314,7 +362,7 @@ def repeated(plan: Plan, copies: int) -> Plan:
 
 def joined(conditions: Sequence[Condition]) -> Condition:
     """The rows of all, one below the other."""
-    out = {}
+    conditions, out = alike(conditions), {}
     for f in fields(Condition):
         parts = [x for c in conditions if (x := getattr(c, f.name)) is not None]
         if len({x.shape[1:] for x in parts}) > 1:

@@ -49,6 +49,11 @@ class Factorization:
         open_ranks = torch.where(canvas.known | (canvas.status == DELETED), INF, canvas.rank)
         return self._turns(canvas).at(int(open_ranks.min()), cached)
 
+    def fill(self, canvas: Canvas, cached: int | Tensor, most: int) -> Plan | None:
+        """A forward that only remembers: of the slots whose content is known, all but the last are brought into the
+        cache, at most so many at a time. None where none is left, or the order has no such forwards."""
+        return None
+
     def _turns(self, canvas: Canvas) -> Turns:
         """The decoding steps of a static order, checked and compiled once for each layout, order and set of given
         elements. (A single step shows no leak: what it sees through the cache is not among its slots.)"""

@@ -12,7 +12,7 @@ no tensors (`LinePlan`). Rows of different lengths get labels (`_ragged`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -82,7 +82,6 @@ class LinePlan(Plan):
     base: int
     prefix: int
     elements: int
-    windows: Mapping[str, int]
     size = 0  # in place of the property of the base class; each instance has its own
     run: tuple[int, Tensor | None]  # type: ignore[assignment]
 
@@ -233,6 +232,15 @@ class Line(Factorization):
                 del self._shapes[next(iter(self._shapes))]
         return LinePlan(shape, cached, self.prefix, layout.size, self.windows)
 
+    def fill(self, canvas: Canvas, cached: int | Tensor, most: int) -> Plan | None:
+        if not isinstance(cached, int) or len(canvas.layout.kinds) > 1:
+            return None
+        length = canvas.length if canvas.length is not None else int(canvas.lengths().min())
+        count = min(self.prefix + length - 1 - cached, most)  # of what all rows know
+        if count < 1:
+            return None
+        return LinePlan(LineShape(count, 0, None), cached, self.prefix, canvas.layout.size, self.windows)
+
     def _ragged(self, canvas: Canvas, guess: Guess | None, cached: int | Tensor) -> Plan | None:
         """Rows of different lengths: labels by position, padding in lane -1."""
         if canvas.done:
@@ -276,6 +284,7 @@ class Line(Factorization):
             settled=_Same(timed(place, place, torch.full_like(place, INF), lane=lane), self.windows),
             kept=torch.where(live, offset, -1) if padded else None,
             prefix=self.prefix,
+            windows=self.windows,
         )
 
 
@@ -304,8 +313,6 @@ class _Ragged(Plan):
 @dataclass(frozen=True, eq=False)
 class _Causal(Plan):
     """A packed line: plain causal attention where rows are whole."""
-
-    windows: Mapping[str, int] = field(default_factory=dict)
 
     def attention(self, view: str, cache) -> Tensor | str | None:
         if cache is None and self.windows.get(view, self.size) >= self.size:

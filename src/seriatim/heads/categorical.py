@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from seriatim.backbones.quantize import Quantizable, linear
 from seriatim.canvas import Canvas
+from seriatim.compiling import compiled
 from seriatim.heads.dist import Categorical
 from seriatim.plan import Reads
 from seriatim.random import Key, Random
 
 
-class CategoricalHead(nn.Module):
+class CategoricalHead(Quantizable):
     """A linear map to logits, or the embedding table itself (`tied`). Several roles (predictors that look in different
     directions) have a matrix each; where several slots read one element their logits are averaged. `softcap` bounds
     logits, smoothly (Gemma 2, arXiv 2408.00118)."""
 
+    matrices = ("weight",)  # that `quantize` may keep as integers
     exact = True  # log_prob is the model's own
     continuous = False
     value_shape: tuple[int, ...] = ()
@@ -35,13 +39,14 @@ class CategoricalHead(nn.Module):
             raise ValueError(f"a tied table must be ({roles * vocab}, {width}), got {tuple(tied.shape)}")
         self.width, self.vocab, self.roles, self.softcap = width, vocab, roles, softcap
         self._compiled: Callable[..., Tensor] | None = None
+        self._compiled_logits: Callable[..., Tensor] | None = None
         self.weight = tied if tied is not None else nn.Parameter(torch.randn(roles * vocab, width) * 0.02)
         self.bias = nn.Parameter(torch.zeros(roles * vocab)) if bias else None
 
     def logits(self, h: Float[Tensor, "b m d"], reads: Reads | None = None) -> Float[Tensor, "b m v"]:
-        x = F.linear(h, self.weight, self.bias)
-        if self.softcap is not None:
-            x = torch.tanh(x / self.softcap) * self.softcap
+        weight = self.quantized()["weight"] if self._formats else self.weight
+        said = self._said if self._compiled_logits is None or torch.is_grad_enabled() else self._compiled_logits
+        x = said(h, weight, self.bias)
         if self.roles > 1:
             if reads is None or reads.role is None:
                 raise ValueError(f"this head has {self.roles} roles; the plan's reads must say which one reads what")
@@ -49,6 +54,14 @@ class CategoricalHead(nn.Module):
             x = x.unflatten(-1, (self.roles, self.vocab))
             x = x.gather(2, role.expand(-1, -1, 1, self.vocab))[:, :, 0]
         return x
+
+    def _said(self, h: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        x = linear(h, weight, bias)
+        return x if self.softcap is None else torch.tanh(x / self.softcap) * self.softcap
+
+    def compile_decoding(self) -> None:
+        """Compile the logits."""
+        self._compiled_logits = compiled(self._said)
 
     def dist(self, h: Float[Tensor, "b m d"], reads: Reads | None, canvas: Canvas) -> Categorical:
         return Categorical(self.logits(h, reads))

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from seriatim.backbones.hybrid import Hybrid, HybridConfig
 from seriatim.backbones.layer import TransformerConfig
+from seriatim.backbones.mamba import Mamba, MambaConfig
 from seriatim.backbones.transformer import Transformer
+from seriatim.conditions.text import TextEncoder
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.line import Line
 from seriatim.heads.categorical import CategoricalHead
 from seriatim.layout import line
 from seriatim.model import Model
+
+BACKBONES: dict[type, Callable[[Any], nn.Module]] = {
+    TransformerConfig: Transformer,
+    MambaConfig: Mamba,
+    HybridConfig: Hybrid,
+}
+UNBOUNDED = 2**20  # the length in tokens of models that have no longest one: more than is worth a layout
 
 
 class Part(NamedTuple):
@@ -31,7 +41,7 @@ class Blueprint:
     """length: the longest text in tokens; positions: learned ones; windows: by kind of layer; scale: of embeddings;
     softcap: of logits; parts: every parameter; ignored: published tensors that say nothing new, by how they end."""
 
-    backbone: TransformerConfig
+    backbone: TransformerConfig | MambaConfig
     vocab: int
     length: int
     tied: bool
@@ -49,16 +59,41 @@ class Blueprint:
         embed = TokenEmbed(self.vocab, c.width, positions=positions, start=False, scale=self.scale)
         tied = embed.table if self.tied else None
         head = CategoricalHead(c.width, self.vocab, tied=tied, softcap=self.softcap)
-        return Model(line(self.length), Line(windows=self.windows), embed, Transformer(c), head)
+        order, backbone = Line(windows=self.windows), BACKBONES[type(c)](c)
+        return Model(line(self.length), order, embed, backbone, head, self._conditions(embed.table))
+
+    def _conditions(self, table: nn.Parameter) -> Mapping[str, nn.Module]:
+        """What the text depends on beside itself."""
+        return {}
+
+    @property
+    def same(self) -> tuple[str, ...]:
+        """Our other parameters that are the table of embeddings itself."""
+        return ("heads.token.weight",) if self.tied else ()
 
     @property
     def numbers(self) -> int:
         """About how many parameters there are: what is absurd is refused before anything is allocated."""
-        c = self.backbone
-        layer = c.width * c.dim * (2 * c.heads + 2 * c.groups) + 3 * c.width * c.inner
-        if c.experts is not None:
-            layer += 3 * c.width * c.experts.hidden * c.experts.count
-        return c.depth * layer + (1 + (not self.tied)) * self.vocab * c.width
+        return self.backbone.numbers + (1 + (not self.tied)) * self.vocab * self.backbone.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderDecoderBlueprint(Blueprint):
+    """A text that answers another one, which an encoder reads. start: the id that stands before every answer."""
+
+    encoder: TransformerConfig
+    start: int
+
+    def _conditions(self, table: nn.Parameter) -> Mapping[str, nn.Module]:
+        return {"text": TextEncoder(self.encoder, table)}
+
+    @property
+    def same(self) -> tuple[str, ...]:
+        return (*super().same, "conditions.text.table")
+
+    @property
+    def numbers(self) -> int:
+        return super().numbers + self.encoder.numbers
 
 
 # ---- how tensors are put together, and taken apart again -------------------------------------------------------------
@@ -67,8 +102,8 @@ class Blueprint:
 class How(NamedTuple):
     """together: published tensors -> ours. apart: ours -> the published ones of these names."""
 
-    together: Callable[[Sequence[Tensor], TransformerConfig], Tensor]
-    apart: Callable[[Tensor, Sequence[str], TransformerConfig], Sequence[Tensor]]
+    together: Callable[[Sequence[Tensor], Any], Tensor]
+    apart: Callable[[Tensor, Sequence[str], Any], Sequence[Tensor]]
 
 
 def _split(x: Tensor, names: Sequence[str], c: TransformerConfig) -> Sequence[Tensor]:
@@ -102,6 +137,9 @@ HOW: dict[str, How] = {
     "rows": How(lambda parts, c: parts[0] if len(parts) == 1 else torch.cat(list(parts)), _split),
     "columns": How(lambda parts, c: parts[0].T.contiguous(), lambda x, names, c: [x.T]),
     "heads": How(lambda parts, c: _by_head(parts[0], c), lambda x, names, c: [_by_part(x, c)]),
+    "taps": How(lambda parts, c: parts[0].flatten(1), lambda x, names, c: [x[:, None]]),
     "from one": How(lambda parts, c: parts[0].float() + 1, lambda x, names, c: [x - 1]),
+    "over root": How(lambda parts, c: parts[0].float() * c.width**-0.5, lambda x, names, c: [x * c.width**0.5]),
     "experts": How(_experts, _apart),
 }
+FINE = ("from one", "over root")  # stay in float32: what was stored coarsely is not coarse any more

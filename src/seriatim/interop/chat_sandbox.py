@@ -1,5 +1,6 @@
-"""Renders one chat template: a program of its own, which `chat` runs as `python -I` with hard limits on its time and
-memory. A request comes as JSON on standard input, the answer goes as JSON to standard output.
+"""Renders a chat template, for one conversation or several: a program of its own, which `chat` runs as `python -I` with
+hard limits on its time and memory. A request comes as JSON on standard input, the answers go as JSON to standard
+output.
 
 It imports nothing of ours, so that it starts in about a tenth of a second and holds nothing worth reaching for.
 """
@@ -10,32 +11,52 @@ import json
 import sys
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 
 def main() -> None:
     request = json.loads(sys.stdin.buffer.read())
     sys.path += sys.argv[1:]  # isolated mode leaves out where the caller may have found jinja2
+    sys.stdout.write(json.dumps(answers(request)))
+
+
+def answers(request: dict[str, Any]) -> list[dict[str, str]]:
+    """The text of a template, or what went wrong, for `each` set of variables."""
+    template, wrong = _tried(partial(_compiled, request))
+    if wrong is not None:
+        return [{"error": wrong} for _ in request["each"]]
+    out = []
+    for own in request["each"]:
+        text, wrong = _tried(partial(_written, template, {**request["variables"], **own}, request["length"]))
+        out.append({"text": text} if wrong is None else {"error": wrong})
+    return out
+
+
+def _tried(task: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What comes out, or what is said of the error: a template can make Python raise anything."""
     try:
-        answer = {"text": render(request)}
+        return task(), None
     except MemoryError:
-        answer = {"error": "it takes too much memory"}
+        return None, "it takes too much memory"
     except RecursionError:
-        answer = {"error": "it nests or calls itself too deeply"}
-    except Exception as error:  # a template can make Python raise anything
-        answer = {"error": _said(error)}
-    sys.stdout.write(json.dumps(answer))
+        return None, "it nests or calls itself too deeply"
+    except Exception as error:
+        return None, _said(error)
 
 
-def render(request: dict[str, Any]) -> str:
-    """The text of a template. Raises whatever the template makes jinja2 and Python raise."""
+def _compiled(request: dict[str, Any]) -> Any:
     environment = _environment()
     _limit(request["seconds"], request["memory"])  # before it is compiled, where jinja2 computes constants already
-    template, pieces, size = environment.from_string(request["source"]), [], 0
-    for piece in template.generate(**request["variables"]):
+    return environment.from_string(request["source"])
+
+
+def _written(template: Any, variables: dict[str, Any], length: int) -> str:
+    pieces, size = [], 0
+    for piece in template.generate(**variables):
         size += len(piece)
-        if size > request["length"]:
-            raise ValueError(f"it writes more than {request['length']:,} characters")
+        if size > length:
+            raise ValueError(f"it writes more than {length:,} characters")
         pieces.append(piece)
     return "".join(pieces)
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from seriatim.backbones.layer import TransformerConfig
 from seriatim.backbones.transformer import Transformer
 from seriatim.interop.blueprint import HOW, Part
 from seriatim.interop.chat import ChatTemplate
@@ -30,28 +30,36 @@ class Publication(NamedTuple):
     settings: Mapping[str, Any]
 
 
-def published_tensors(model: Model, parts: tuple[Part, ...], config: TransformerConfig) -> dict[str, Tensor]:
-    """Every tensor under its published name, as the family stores it."""
+def published_tensors(ours: Mapping[str, Tensor], parts: tuple[Part, ...], config: Any) -> dict[str, Tensor]:
+    """Tensors by our names, as in a model's state -> every one under its published name, as the family stores it.
+    Raises ValueError where some are kept in another form."""
     out: dict[str, Tensor] = {}
+    gone = [part.ours for part in parts if part.ours not in ours]
+    if gone:
+        raise ValueError(f"the weights are quantised ({gone[0]}): give the unquantised model")
     for part in parts:
-        owner, _, name = part.ours.rpartition(".")
-        module = model.get_submodule(owner)
-        ours = module[int(name)] if isinstance(module, nn.ParameterList) else getattr(module, name)
-        for theirs, x in zip(part.theirs, HOW[part.how].apart(ours.detach(), part.theirs, config), strict=True):
-            out[theirs] = x.contiguous()
+        apart = HOW[part.how].apart(ours[part.ours].detach(), part.theirs, config)
+        out |= {theirs: x.contiguous() for theirs, x in zip(part.theirs, apart, strict=True)}
     return out
 
 
-def llama_of(model: Model, length: int, start: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of a plain decoder as a Llama. A learned start becomes the embedding of id `start`, which then
-    begins every text; the output matrix stays as it is. Raises ValueError for what no Llama has."""
-    backbone, embed, head = model.backbone, model.embed, model.heads["token"]
+def llama_parts(model: Model) -> tuple[Part, ...]:
+    """The parameters of a plain decoder as a Llama has them. Raises ValueError for what no Llama has."""
+    backbone = model.backbone
     c: Any = getattr(backbone, "config", None)
     plain = isinstance(backbone, Transformer) and (c.norm, c.place, c.activation) == ("rms", "pre", "swiglu")
     odd = not plain or c.parallel or c.qk_norm or c.experts or c.softcap or c.vector or c.memory or len(c.kinds) > 1
     if odd or c.rope is None or c.rope.stretch is not None or c.rope.dims is not None:
         raise ValueError("only plain decoders (RMS norm, rotary positions, SwiGLU) are Llamas; this model is another")
-    tensors = published_tensors(model, parts_of(c, False, NORMS, False, False), c)
+    return parts_of(c, False, NORMS, False, False)
+
+
+def llama_of(model: Model, length: int, start: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of a plain decoder as a Llama. A learned start becomes the embedding of id `start`, which then
+    begins every text; the output matrix stays as it is. Raises ValueError for what no Llama has."""
+    embed, head = model.embed, model.heads["token"]
+    c: Any = model.backbone.config
+    tensors = published_tensors(model.state_dict(), llama_parts(model), c)
     first: Any = getattr(embed, "start", None)
     if first is not None:
         table = tensors["model.embed_tokens.weight"].clone()
@@ -77,8 +85,7 @@ def write_published(out: Path, what: Publication, tokenizer: Any = None, chat: C
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    form = str(next(x.dtype for x in tensors.values() if x.dim() > 1)).removeprefix("torch.")
-    _save(part, {**config, "dtype": form, "torch_dtype": form}, "config.json")
+    describe(part, config, settings, next(x.dtype for x in tensors.values() if x.dim() > 1), tokenizer, chat)
     groups: list[dict[str, Tensor]] = [{}]
     for name, x in tensors.items():
         held = sum(t.numel() * t.element_size() for t in groups[-1].values())
@@ -93,16 +100,25 @@ def write_published(out: Path, what: Publication, tokenizer: Any = None, chat: C
         where = {name: file for file, group in zip(files, groups, strict=True) for name in group}
         size = sum(x.numel() * x.element_size() for x in tensors.values())
         _save(part, {"metadata": {"total_size": size}, "weight_map": where}, "model.safetensors.index.json")
-    _save(part, {k: v for k, v in settings.items() if v is not None}, "generation_config.json")
-    if tokenizer is not None and hasattr(tokenizer, "inner"):
-        tokenizer.inner.save(str(part / "tokenizer.json"))
-        said = {} if chat is None else chat.tokens
-        _save(part, {"tokenizer_class": "PreTrainedTokenizerFast", **said}, "tokenizer_config.json")
-    if chat is not None:
-        (part / "chat_template.jinja").write_text(chat.source, encoding="utf-8")
     if out.exists():
         out.rmdir()
     os.replace(part, out)
+
+
+def describe(
+    folder: Path, config: Mapping[str, Any], settings: Mapping[str, Any], dtype: torch.dtype, tokenizer: Any = None,
+    chat: ChatTemplate | None = None,
+) -> None:  # fmt: skip
+    """Everything of a published folder but its weights, of `dtype`."""
+    form = str(dtype).removeprefix("torch.")
+    _save(folder, {**config, "dtype": form, "torch_dtype": form}, "config.json")
+    _save(folder, {k: v for k, v in settings.items() if v is not None}, "generation_config.json")
+    if tokenizer is not None and hasattr(tokenizer, "inner"):
+        tokenizer.inner.save(str(folder / "tokenizer.json"))
+        said = {} if chat is None else chat.tokens
+        _save(folder, {"tokenizer_class": "PreTrainedTokenizerFast", **said}, "tokenizer_config.json")
+    if chat is not None:
+        (folder / "chat_template.jinja").write_text(chat.source, encoding="utf-8")
 
 
 def _save(folder: Path, about: Mapping[str, Any], name: str) -> None:

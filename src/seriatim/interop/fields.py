@@ -68,6 +68,16 @@ class Fields:
             raise ValueError(f"{self.where}: {name} is {value!r}; understood are {', '.join(map(str, of))}")
         return of[value]
 
+    def limits(self, name: str) -> tuple[float, float] | None:
+        """A lower and an upper limit; None where they bound nothing that is positive. Raises ValueError for others."""
+        said = self.take(name)
+        if said is None:
+            return None
+        pair = isinstance(said, list | tuple) and len(said) == 2
+        if not pair or not all(isinstance(x, int | float) for x in said) or not 0 <= said[0] < said[1]:
+            raise ValueError(f"{self.where}: {name} is two numbers, the lower one first, got {said!r}")
+        return None if tuple(said) == (0, math.inf) else (float(said[0]), float(said[1]))
+
     def must(self, name: str, expected: Any, default: Any = None) -> None:
         """Refuse a key that says something else than what is computed here."""
         value = self.take(name, default=default)
@@ -88,7 +98,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds neither a run (run.json) nor a published model (config.json)")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), object_hook=_number)
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}); it may have been cut short") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
@@ -96,6 +106,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if raw.get("quantization_config"):
         raise ValueError(f"{path}: quantised weights are not read; use the model's own, unquantised files")
     return raw
+
+
+def _number(said: dict[str, Any]) -> Any:
+    """Infinity as transformers 5 writes it; earlier files hold the bare word, which JSON in Python reads."""
+    return float(said["__float__"]) if set(said) == {"__float__"} else said
 
 
 def rope_of(f: Fields, theta: float = 10_000.0, dims: int | None = None) -> RoPE:

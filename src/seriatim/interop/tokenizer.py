@@ -34,9 +34,13 @@ class PublishedTokenizer:
         return self.inner.decode(list(ids), skip_special_tokens=True)
 
     @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for no text: beginnings and ends of texts and turns."""
+        return frozenset(i for i, token in self.inner.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
     def bytes_of(self) -> Int[Tensor, " vocab"]:
         """UTF-8 bytes each id stands for; 0 of special ones."""
-        special = {i for i, token in self.inner.get_added_tokens_decoder().items() if token.special}
         letters = "ByteLevel" in repr(self.inner.decoder)  # tokens are written with one letter a byte
         lengths = []
         for i in range(self.vocab):
@@ -45,7 +49,7 @@ class PublishedTokenizer:
                 lengths.append(1)
             else:
                 lengths.append(len(token) if letters else len(token.replace("\u2581", " ").encode()))
-        return torch.tensor([0 if i in special else n for i, n in enumerate(lengths)])
+        return torch.tensor([0 if i in self.special_ids else n for i, n in enumerate(lengths)])
 
 
 def published_tokenizer(folder: Path) -> PublishedTokenizer | None:

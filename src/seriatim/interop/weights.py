@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from seriatim.interop.blueprint import HOW, Blueprint, Part
+from seriatim.interop.blueprint import FINE, HOW, Blueprint, Part
 from seriatim.model import Model
 
 INDEX = "model.safetensors.index.json"
 NAMED = 5  # names that an error lists
+OUTPUTS = "lm_head.weight"
 
 
 @contextmanager
@@ -64,6 +66,17 @@ def shards(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder} holds no *.safetensors file")
 
 
+def as_trained(blueprint: Blueprint, files: Mapping[str, Any]) -> Blueprint:
+    """Where a table of outputs is stored that differs from that of the embeddings, the two are not tied, whatever the
+    config says (as transformers 5 writes that of T5 1.1)."""
+    table = _as_stored(next(part for part in blueprint.parts if part.ours == "embed.table"), files).theirs[0]
+    if not blueprint.tied or OUTPUTS not in files or table not in files:
+        return blueprint
+    if torch.equal(files[OUTPUTS].get_tensor(OUTPUTS), files[table].get_tensor(table)):
+        return blueprint
+    return replace(blueprint, tied=False, parts=(*blueprint.parts, Part("heads.token.weight", (OUTPUTS,))))
+
+
 def load_into(
     model: Model, blueprint: Blueprint, files: Mapping[str, Any], where: Path, dtype: torch.dtype | None = None
 ) -> None:
@@ -77,7 +90,7 @@ def load_into(
     missing = sorted(used - set(files))
     if missing:
         raise ValueError(f"{where} lacks {_some(missing)}: it is cut short, or of another model than its config")
-    spare = (*blueprint.ignored, *(("lm_head.weight",) if blueprint.tied else ()))
+    spare = (*blueprint.ignored, *((OUTPUTS,) if blueprint.tied else ()))
     odd = sorted(n for n in set(files) - used if not n.endswith(spare))
     if odd:
         raise ValueError(f"{where} holds tensors that its config does not explain: {_some(odd)}")
@@ -110,15 +123,16 @@ def _fill(
     if ours is None or ours.shape != want.shape:
         shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(part.theirs[:NAMED], theirs, strict=False))
         raise ValueError(f"{folder}: the config makes {part.ours} {tuple(want.shape)}, the file holds {shapes}")
-    if dtype is not None and part.how != "from one":  # 1 + w is too fine for bfloat16
+    if dtype is not None and part.how not in FINE:
         ours = ours.to(dtype)
     made = nn.Parameter(ours, requires_grad=False)
     if isinstance(module, nn.ParameterList):
         module[int(name)] = made
         return
     setattr(module, name, made)
-    if blueprint.tied and part.ours == "embed.table":
-        model.heads["token"].weight = made
+    for same in blueprint.same if part.ours == "embed.table" else ():
+        owner, _, name = same.rpartition(".")
+        setattr(model.get_submodule(owner), name, made)
 
 
 def _some(names: Sequence[str]) -> str:

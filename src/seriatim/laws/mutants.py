@@ -90,10 +90,10 @@ def credulous(case: Case) -> Case:
 class _Forgetful(Transformer):
     """Its cache loses the content of the newest entry."""
 
-    def forward(self, x, plan, cache=None, vector=None, memory=None):
+    def forward(self, x, plan, cache=None, vector=None, memory=None, there=None):
         if cache is not None and cache.columns:
             cache.buffer[..., cache.columns - 1, :] = 0
-        return super().forward(x, plan, cache, vector, memory)
+        return super().forward(x, plan, cache, vector, memory, there)
 
 
 def forgetful(case: Case) -> Case:

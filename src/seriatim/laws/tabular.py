@@ -70,7 +70,7 @@ class Seen(nn.Module):
 
     mixers: Mapping[str, str] = {"all": "any"}
 
-    def new_cache(self, batch: int) -> KVCache:
+    def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
         return KVCache(1, batch, 1, 1, torch.long, capacity=32)
 
     def forward(

@@ -12,7 +12,7 @@ from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.verify import Walk
 from seriatim.systems.system import Sampling
 
-DECODERS = ("own", "ancestral", "ngram", "jacobi", "beam")
+DECODERS = ("own", "ancestral", "prompt-lookup", "jacobi", "beam")
 
 
 def decoder_of(
@@ -27,7 +27,7 @@ def decoder_of(
     if not system.model.factorization.draftable:
         raise ValueError(f"{system.meta.key} decodes in an order of its own; --decoder {name} needs a next-token model")
     stop = system.stop if stop is None else stop
-    if name == "ngram":
+    if name == "prompt-lookup":
         return Walk(stop), NGram()
     if name == "jacobi":
         return Walk(stop), Window(8)

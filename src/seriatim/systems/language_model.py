@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,41 +12,32 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seriatim.canvas import Canvas, Truncate
-from seriatim.decoding.loop import decode
+from seriatim.conditions.condition import Condition
+from seriatim.data.conversations import Conversations
+from seriatim.decoding.loop import Step, decode, select_rows
+from seriatim.decoding.shaping import Constraint
+from seriatim.decoding.target import Target
+from seriatim.interop.answers import Answers, answers_of
+from seriatim.interop.blueprint import Part
 from seriatim.interop.chat import ChatTemplate
 from seriatim.interop.export import Publication
+from seriatim.interop.grammar import Grammar
+from seriatim.interop.tokenizer import PublishedTokenizer
 from seriatim.layout import line
-from seriatim.random import Keyed
+from seriatim.random import Generator, Keyed
 from seriatim.systems.decoders import decoder_of
+from seriatim.systems.generation import Generation, Watch
 from seriatim.systems.system import Sampling, evenly
-from seriatim.systems.text_system import TextSystem, Windows
-from seriatim.tokenizers.text import Detokenizer
+from seriatim.systems.text_system import TextSystem
 
 Prompt = str | Sequence[int] | Int[Tensor, " n"]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What was generated for one prompt.
-
-    ids: the new tokens, an end of text among them; text: of these ids (None without a tokenizer); forwards: of the
-    model, one after another; drafted, accepted: tokens that were suggested, and those of them that stood; seconds: of
-    the batch it was generated in; logprobs: of each new token before temperature and filters, in nats, if asked for.
-    """
-
-    ids: list[int]
-    text: str | None
-    forwards: int
-    drafted: int
-    accepted: int
-    seconds: float
-    logprobs: list[float] | None = None
 
 
 class LanguageModel(TextSystem):
     """Tokens one after another, each from all before it. `chat`: its template of conversations, if it has one."""
 
     chat: ChatTemplate | None = None
+    continues = True  # what is generated stands behind the prompt
 
     @property
     def begins(self) -> bool:
@@ -61,9 +52,27 @@ class LanguageModel(TextSystem):
         tokens = batch["token"]
         return self.model.canvas({"token": tokens}, self._given, layout=line(tokens.shape[1])), None
 
-    def bytes_in(self, examples: Windows, most: int | None = None) -> int:
-        ids = examples.take(evenly(len(examples), most or self.score_size))["token"]
-        return int(self.tokenizer.bytes_of[ids[:, self._given :]].sum())
+    def losses(self, batch: Mapping[str, Tensor], random: Generator, drop: float) -> tuple[Tensor, Tensor]:
+        """Of all tokens, or of those that count: the answers of a conversation."""
+        canvas, _ = self.canvas(batch)
+        losses = self.model.losses(canvas, random=random)
+        counts = batch.get("counts", canvas.rank >= 0).to(losses.device)
+        return torch.where(counts, losses, 0).sum(), counts.sum()
+
+    def bytes_in(self, examples: Any, most: int | None = None) -> int:
+        batch = examples.take(evenly(len(examples), most or self.score_size))
+        sizes = self.tokenizer.bytes_of[batch["token"]]
+        return int(sizes[batch["counts"]].sum() if "counts" in batch else sizes[:, self._given :].sum())
+
+    def answers(self, side: Conversations, length: int | None = None) -> Answers:
+        """Conversations as training draws them, by the model's own template, answers alone counting. Raises ValueError
+        where there is no template, or nothing to learn."""
+        if self.chat is None or not isinstance(self.tokenizer, PublishedTokenizer):
+            raise ValueError(
+                f"this {self.meta.key} has no chat template, so conversations mean nothing to it: give texts, or a "
+                "model that converses"
+            )
+        return answers_of(side, self.chat, self.tokenizer, self.stop, length or self.window)
 
     @property
     def _given(self) -> int:
@@ -93,7 +102,11 @@ class LanguageModel(TextSystem):
         canvas = model.canvas({"token": F.pad(ids, (0, 1))}, self._given, layout=line(n + 1))
         plan = model.factorization.packed(canvas)
         assert plan is not None
-        return model.heads["token"].logits(model.hidden(plan, canvas)[:, self._prefix :])  # type: ignore[operator]
+        return model.heads["token"].logits(model.hidden(plan, canvas, None, self._encoded())[:, self._prefix :])  # type: ignore[operator]
+
+    def _encoded(self) -> Condition | None:
+        """What texts depend on beside themselves."""
+        return None
 
     @torch.no_grad()
     def log_prob(self, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch"]:
@@ -120,6 +133,11 @@ class LanguageModel(TextSystem):
         prompt = self.prompt_of(messages)  # refuses models that do not converse, whatever their tokenizer
         return self.tokenizer.encode_templated(prompt)  # type: ignore[attr-defined]
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Each parameter, and the published tensors it is made of. Raises ValueError where there are no such names."""
+        raise ValueError(f"{self.meta.key} has no counterpart among published models")
+
     def publication(self) -> Publication:
         """The model as other programs read it. Raises ValueError where it has no counterpart there."""
         raise ValueError(f"{self.meta.key} has no counterpart in that format")
@@ -137,42 +155,61 @@ class LanguageModel(TextSystem):
         top_p: float | None = None,
         min_p: float | None = None,
         typical: float | None = None,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
         seed: int = 0,
-        stop: Sequence[int] | None = None,
+        n: int = 1,
+        stop: Sequence[int | str] | None = None,
+        grammar: Grammar | None = None,
         stream: Callable[[str], None] | None = None,
         logprobs: bool = False,
     ) -> Generation | list[Generation]:
-        """Continue a text, its ids, or a batch of either (a list of generations then), by a decoder of `DECODERS`.
+        """Continue a text, its ids, or a batch of either, by a decoder of `DECODERS`; a list of generations for a
+        batch, or where `n` of each prompt are asked for.
 
-        temperature 0 is greedy; stop: ids that end a row (None: the model's own); stream: called with pieces of text,
-        for one prompt. Raises ValueError for prompts that are empty or too long, and decoders that do not exist.
+        temperature 0 is greedy; penalties: see `Penalties`; stop: ids and strings that end a row (None: the model's
+        own ids, which are also those beside strings); grammar: what the new text must be; stream: called with pieces of
+        text, for one prompt. Raises ValueError for prompts that are empty or too long, and decoders that do not exist.
         """
         rows, many = self._rows(prompt)
-        if stream is not None and many:
+        if stream is not None and (many or n > 1):
             raise ValueError("text is streamed for one prompt, not for a batch")
-        ends = self.stop if stop is None else tuple(stop)
-        s = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical=typical)
+        strings = [x for x in stop or () if isinstance(x, str)]
+        ends = tuple(x for x in stop or () if not isinstance(x, str))
+        ends = self.stop if stop is None or (strings and not ends) else ends
+        s = Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical=typical,
+            repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+        )  # fmt: skip
         decider, proposer = decoder_of(self, "ancestral" if decoder == "own" else decoder, s, ends)
+        target = self.target(None, s)
+        if grammar is not None:
+            target.shapers += (Constraint(grammar.matchers(self.tokenizer, ends, n * len(rows))),)
+        if strings and self.tokenizer is None:
+            raise ValueError("this model came without a tokenizer: strings cannot end what it writes; give ids as stop")
         start = time.perf_counter()
-        canvas = self._begun(rows, max_new_tokens)
-        forwards, drafted, accepted = 0, torch.zeros(len(rows)), torch.zeros(len(rows))
-        pieces = None if stream is None or self.tokenizer is None else Detokenizer(self.tokenizer)
         with torch.inference_mode():
-            for step in decode(self.target(None, s), canvas, decider, proposer, Keyed(seed)):
-                forwards += step.forwards
-                drafted, accepted = drafted + step.drafted, accepted + step.accepted
-                if pieces is not None and (piece := pieces.push(self._new(canvas, rows, 0, len(pieces.ids)))):
-                    stream(piece)  # type: ignore[misc]
-        seconds = time.perf_counter() - start
-        out = []
-        for b in range(len(rows)):
-            ids = self._new(canvas, rows, b)
-            text = None if self.tokenizer is None else self.tokenizer.decode(ids)
-            scores = self._scores([*rows[b], *ids], len(ids)) if logprobs else None
-            out.append(Generation(ids, text, forwards, int(drafted[b]), int(accepted[b]), seconds, scores))
-        if pieces is not None:
-            stream(pieces.push(self._new(canvas, rows, 0, len(pieces.ids))) + pieces.rest())  # type: ignore[misc]
-        return out if many else out[0]
+            canvas = self._begun(rows, max_new_tokens)
+            target.prefill(canvas)
+            if n != 1:
+                rows = [row for row in rows for _ in range(n)]
+                self._copied(target, canvas, n)
+            run = Run(self, canvas, rows, strings, stream)
+            for step in decode(target, canvas, decider, proposer, Keyed(seed)):
+                if not run.after(step):
+                    break
+        out = run.generations(time.perf_counter() - start, logprobs)
+        return out if many or n != 1 else out[0]
+
+    @staticmethod
+    def _copied(target: Target, canvas: Canvas, n: int) -> None:
+        """Each row n times, as rows of their own from here on."""
+        if n < 1:
+            raise ValueError(f"at least 1 generation of a prompt can be asked for, got n = {n}")
+        select_rows(target, canvas, torch.arange(canvas.batch).repeat_interleave(n))
+        canvas.row = torch.arange(canvas.batch)
 
     def _rows(self, prompt: object) -> tuple[list[list[int]], bool]:
         """Prompts as ids, and whether they are a batch."""
@@ -214,15 +251,73 @@ class LanguageModel(TextSystem):
             canvas.apply([Truncate(known + new)])
         return canvas
 
-    def _new(self, canvas: Canvas, rows: Sequence[Sequence[int]], b: int, start: int = 0) -> list[int]:
-        """What a row has got behind its prompt so far, from a place on."""
-        end = canvas.length if canvas.length is not None else int(canvas.lengths()[b])
-        return canvas.value["token"][b, len(rows[b]) + start : end].tolist()
-
-    def _scores(self, ids: list[int], new: int) -> list[float]:
+    def scores(self, ids: list[int], new: int) -> list[float]:
         """Log-probabilities of the last `new` ids."""
         if not new:
             return []
         whole = torch.tensor([ids])
         said = torch.log_softmax(self.logits(whole)[0, -new - 1 : -1].float(), -1)
         return said.gather(1, whole[0, -new:, None])[:, 0].tolist()
+
+
+class Run:
+    """A batch while it is generated: counts, streamed text, rows that strings end."""
+
+    def __init__(
+        self, system: LanguageModel, canvas: Canvas, rows: Sequence[Sequence[int]], strings: Sequence[str],
+        stream: Callable[[str], None] | None,
+    ):  # fmt: skip
+        self.system, self.canvas, self.rows, self.stream = system, canvas, rows, stream
+        self.start, self.first = time.perf_counter(), 0.0
+        self.forwards = 0
+        self.drafted: int | Tensor = 0
+        self.accepted: int | Tensor = 0
+        watched = bool(strings) or (stream is not None and system.tokenizer is not None)
+        self.watches = [Watch(system.tokenizer, strings) for _ in rows] if watched else []
+
+    def after(self, step: Step) -> bool:
+        """Take a step in; does anything go on?"""
+        if not self.forwards:
+            self.first = time.perf_counter() - self.start
+        self.forwards += step.forwards
+        self.drafted, self.accepted = self.drafted + step.drafted, self.accepted + step.accepted
+        ended = [w.ended for w in self.watches]
+        for b, watch in enumerate(self.watches):
+            piece = watch.push(self.new(b, watch.count))
+            if piece and self.stream is not None:
+                self.stream(piece)
+        now = [w.ended for w in self.watches]
+        if now == ended:
+            return True
+        size = self.canvas.layout.size
+        held = self.canvas.lengths()
+        self.canvas.apply([Truncate(torch.where(torch.tensor(now), held, size))])
+        return not all(now)
+
+    def new(self, b: int, start: int = 0) -> list[int]:
+        """What a row has got behind its prompt so far, from a place on."""
+        end = self.canvas.length if self.canvas.length is not None else int(self.canvas.lengths()[b])
+        return self.canvas.value["token"][b, len(self.rows[b]) + start : end].tolist()
+
+    def generations(self, seconds: float, logprobs: bool) -> list[Generation]:
+        """What came out, row by row."""
+        out, tokenizer = [], self.system.tokenizer
+        drafted, accepted = (torch.as_tensor(x).expand(len(self.rows)).tolist() for x in (self.drafted, self.accepted))
+        for b, row in enumerate(self.rows):
+            watch = self.watches[b] if self.watches else None
+            ids = self.new(b)
+            if watch is not None:
+                rest = watch.rest()
+                if rest and self.stream is not None:
+                    self.stream(rest)
+                ids = ids[: watch.count] if watch.ended else ids
+            text = (
+                watch.text
+                if watch is not None and watch.ended
+                else None
+                if tokenizer is None
+                else tokenizer.decode(ids)
+            )
+            scores = self.system.scores([*row, *ids], len(ids)) if logprobs else None
+            out.append(Generation(ids, text, self.forwards, drafted[b], accepted[b], seconds, scores, self.first))
+        return out

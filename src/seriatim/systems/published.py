@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from seriatim.interop.blueprint import Blueprint
+from seriatim.interop.blueprint import Blueprint, EncoderDecoderBlueprint, Part
 from seriatim.interop.chat import ChatTemplate, read_template
 from seriatim.interop.export import Publication, published_tensors
 from seriatim.interop.families import blueprint
 from seriatim.interop.fields import read_config
 from seriatim.interop.gguf import GGUF
 from seriatim.interop.tokenizer import published_tokenizer
-from seriatim.interop.weights import load_into, opened
+from seriatim.interop.weights import as_trained, load_into, opened
 from seriatim.model import Model
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.meta import Meta
@@ -30,6 +30,8 @@ class Published(LanguageModel):
     """A language model that somebody published, in our parts. `config` is its blueprint, `raw` its config.json,
     `settings` its generation_config.json, `chat` its template of conversations (None: it has none)."""
 
+    validation_size = 16  # windows of a thousand tokens, each time a training looks at them
+
     def __init__(
         self, plan: Blueprint, model: Model, tokenizer: Any, raw: dict[str, Any], settings: dict[str, Any],
         chat: ChatTemplate | None = None,
@@ -39,7 +41,11 @@ class Published(LanguageModel):
         name = raw["model_type"]
         self.__dict__["tokenizer"] = tokenizer
         self.meta = Meta(name, name, "text", "text", "", "exact", f"A published model of type {name}.")  # type: ignore[misc]
-        said = {k: settings[k] for k in ("temperature", "top_k", "top_p", "min_p") if settings.get(k) is not None}
+        said = {
+            k: settings[k]
+            for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+            if settings.get(k) is not None
+        }
         said |= {} if settings.get("do_sample") else {"temperature": 0.0}
         self.sampling = Sampling(**said)  # type: ignore[misc]
 
@@ -52,8 +58,12 @@ class Published(LanguageModel):
     def window(self) -> int:
         return min(self.config.length, WINDOW)
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.config.parts
+
     def publication(self) -> Publication:
-        tensors = published_tensors(self.model, self.config.parts, self.config.backbone)
+        tensors = published_tensors(self.model.state_dict(), self.parts, self.config.backbone)
         return Publication(self.raw, tensors, self.settings)
 
 
@@ -79,10 +89,14 @@ def _put_together(
     chat: ChatTemplate | None, place: Path, dtype: torch.dtype | None,
 ) -> Published:  # fmt: skip
     plan = blueprint(raw, str(place if place.is_file() else place / "config.json"))
+    plan = as_trained(plan, files)
     with torch.device("meta"):
         model = plan.build()
     load_into(model, plan, files, place, dtype)
-    return Published(plan, model, tokenizer, raw, settings, chat).eval().requires_grad_(False)
+    kind: type[Published] = Published
+    if isinstance(plan, EncoderDecoderBlueprint):
+        from seriatim.systems.encoder_decoder import EncoderDecoder as kind  # builds on this file
+    return kind(plan, model, tokenizer, raw, settings, chat).eval().requires_grad_(False)
 
 
 def _settings(path: Path) -> dict[str, Any]:

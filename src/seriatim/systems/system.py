@@ -19,11 +19,13 @@ from seriatim.decoding.filters import Warper
 from seriatim.decoding.guidance import Guidance
 from seriatim.decoding.loop import Decider, Proposer
 from seriatim.decoding.sample import SampleAll
+from seriatim.decoding.shaping import Penalties, Shaper
 from seriatim.decoding.target import Target
 from seriatim.model import Model
 from seriatim.random import Generator
 from seriatim.systems.meta import Meta
 from seriatim.training.recipe import Recipe
+from seriatim.training.run import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,18 @@ class Sampling:
     typical: float | None = None
     guidance: float = 0.0
     steps: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     @property
     def warp(self) -> Warper:
         return Warper(self.temperature, self.top_k, self.top_p, self.min_p, self.typical)
+
+    @property
+    def shapers(self) -> tuple[Shaper, ...]:
+        penalties = Penalties(self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return () if penalties.neutral else (penalties,)
 
 
 class System(nn.Module):
@@ -114,12 +124,16 @@ class System(nn.Module):
     def weights_to_keep(self) -> nn.Module:
         return self.model
 
+    def stored(self, weights: Mapping[str, Tensor]) -> tuple[str, Mapping[str, Tensor]]:
+        """The file that generation loads, and what is in it, of the weights to keep by their names."""
+        return WEIGHTS, weights
+
     # ---- generation -------------------------------------------------------------------------------------------------
 
     def target(self, condition: Mapping[str, Tensor] | None, sampling: Sampling) -> Target:
         """The law that is sampled."""
         guidance = Guidance(sampling.guidance, self.schedule) if sampling.guidance else None  # type: ignore[arg-type]
-        return Target(self.model, condition, guidance, sampling.warp)
+        return Target(self.model, condition, guidance, sampling.warp, shapers=sampling.shapers)
 
     def decider(self, sampling: Sampling) -> Decider:
         """How this system decides: here, everything that is read."""

@@ -58,7 +58,7 @@ class TextSystem(System):
 
     def examples(self, documents: Sequence[str]) -> Windows:
         """One side of a data set, as training draws it."""
-        return Windows(id_stream(self.tokenizer, documents), self.window)
+        return Windows(id_stream(self.tokenizer, documents, self.stop[:1]), self.window)
 
     @property
     def window(self) -> int:

@@ -182,8 +182,11 @@ def load_text_tokenizer(path: str | Path) -> TextTokenizer:
         raise ValueError(f"{path} is no tokenizer that can be read ({error}); it may have been cut short") from None
 
 
-def id_stream(tokenizer: TextTokenizer, documents: Iterable[str]) -> Int[Tensor, " n"]:
-    """All documents one after another as int32, each ended by <eos>."""
-    end = [tokenizer.special["eos"]] if "eos" in tokenizer.special else []
+def id_stream(
+    tokenizer: TextTokenizer, documents: Iterable[str], end: Sequence[int] | None = None
+) -> Int[Tensor, " n"]:
+    """All documents one after another as int32, each ended by `end` (None: by <eos>, where there is one)."""
+    if end is None:
+        end = [tokenizer.special["eos"]] if "eos" in tokenizer.special else []
     parts = [torch.tensor([*tokenizer.encode(text), *end], dtype=torch.int32) for text in documents]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int32)

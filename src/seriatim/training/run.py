@@ -14,6 +14,8 @@ from typing import Any
 
 from seriatim.training.checkpoint import save_json
 
+WEIGHTS = "model.safetensors"
+
 
 class RunFolder:
     """Where one training writes."""
@@ -22,7 +24,7 @@ class RunFolder:
         self.path = Path(path)
 
     state = property(lambda self: self.path / "state.safetensors")
-    weights = property(lambda self: self.path / "model.safetensors")
+    weights = property(lambda self: self.path / WEIGHTS)
     metrics = property(lambda self: self.path / "metrics.jsonl")
     card = property(lambda self: self.path / "run.json")
 

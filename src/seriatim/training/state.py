@@ -1,4 +1,4 @@
-"""The state of a training as one safetensors file: weights, averaged weights, moments, and where it stands.
+"""The state of a training as one safetensors file: trained weights, averaged weights, moments, and where it stands.
 
 One file, written beside and renamed, so that a kill at any moment leaves the old state or the new one. Randomness and
 data position are not in it: those of step n follow from the seed and n.
@@ -66,11 +66,18 @@ def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
     return tensors
 
 
+def frozen_names(model: nn.Module) -> set[str]:
+    """What `gather` calls the parameters that are not trained."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {f"model.{name.removeprefix('module.')}" for name, p in named if not p.requires_grad}
+
+
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], where: Path) -> None:
-    """Weights and moments back in place. Raises ValueError where they belong to another model."""
+    """Weights and moments back in place; frozen parameters stay. Raises ValueError for those of another model."""
     weights, moments = _both(model, optimizer, StateDictOptions(full_state_dict=True))
-    want = {f"model.{k}" for k in _once(weights)}
-    got = {k for k in tensors if k.startswith("model.")}
+    frozen = frozen_names(model)
+    want = {f"model.{k}" for k in _once(weights)} - frozen
+    got = {k for k in tensors if k.startswith("model.")} - frozen
     if want != got:
         some = sorted(want ^ got)[:3]
         raise ValueError(f"{where} belongs to another model: it differs in {', '.join(some)}")
@@ -82,7 +89,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping
     twins = {id_: name for name, id_ in _identity(weights).items() if f"model.{name}" in tensors}
     for name, id_ in _identity(weights).items():  # a shared weight is stored once
         if f"model.{name}" not in tensors:
-            new[name] = new[twins[id_]]
+            new[name] = new[twins.get(id_, name)]
     state: dict[str, Any] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):

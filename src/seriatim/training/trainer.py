@@ -7,32 +7,28 @@ whether one process takes them one after another or N processes one each.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
-import shutil
 import signal
-import sys
-import sysconfig
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from seriatim.compiling import why_not_compiled
 from seriatim.random import Generator
 from seriatim.training.loop import adamw
 from seriatim.training.recipe import Recipe
 from seriatim.training.run import RunFolder
-from seriatim.training.state import gather, read_safely, restore, write_safely
+from seriatim.training.state import frozen_names, gather, read_safely, restore, write_safely
 
 SAVE_EVERY = 120.0  # seconds
 CALIBRATION = 20  # steps that tell how many fit a budget of time
@@ -63,6 +59,10 @@ class Learner(Protocol):
 
     def weights_to_keep(self) -> nn.Module:
         """The module that generation loads."""
+        ...
+
+    def stored(self, weights: Mapping[str, Tensor]) -> tuple[str, Mapping[str, Tensor]]:
+        """The file that generation loads, and what is in it, of that module's weights by name."""
         ...
 
 
@@ -253,14 +253,17 @@ class _Training:
         tensors = gather(self.model, self.optimizer)
         tensors |= {f"average.{k}": _whole(v) for k, v in self.average.items()}
         if self.accelerator.is_main_process:
-            write_safely(self.folder.state, tensors, {"step": step, "steps": self.recipe.steps})
+            frozen = frozen_names(self.model)  # they are what the training was given
+            state = {k: v for k, v in tensors.items() if k not in frozen}
+            write_safely(self.folder.state, state, {"step": step, "steps": self.recipe.steps})
             own = self.learner.weights_to_keep()
             prefix = next((f"{n}." for n, m in self.learner.named_modules() if m is own and n), "")
             kind = "average." if self.average else "model."
             weights = {k: v for k, v in tensors.items() if k.startswith("model." + prefix)}
             weights |= {k.replace("average.", "model.", 1): v for k, v in tensors.items() if k.startswith(kind)}
             cut = len("model." + prefix)
-            write_safely(self.folder.weights, {k[cut:]: v for k, v in weights.items()}, {"step": step})
+            name, kept = self.learner.stored({k[cut:]: v for k, v in weights.items()})
+            write_safely(self.folder.path / name, kept, {"step": step})
         self.accelerator.wait_for_everyone()
 
     def _load(self) -> int:
@@ -339,18 +342,6 @@ def compile_layers(module: nn.Module) -> None:
         compile_part = getattr(part, "compile_training", None)
         if compile_part is not None:
             compile_part()
-
-
-def why_not_compiled(device: torch.device) -> str | None:
-    """What is missing to compile for a device; None where all is there."""
-    if device.type == "cuda":
-        return None if importlib.util.find_spec("triton") else "Triton is not installed"
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        return f"there is no C++ compiler {compiler} (CXX names another)"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        return "Python's headers are not installed (on Debian and Ubuntu: apt install python3-dev)"
-    return None
 
 
 def _whole(x: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from seriatim.data.base import Data, load_data
+from seriatim.data.conversations import Conversations
 from seriatim.evaluation.cost import parameters
 from seriatim.evaluation.features import FeatureModel, features_for
 from seriatim.evaluation.metrics import bits_per_byte, bits_per_dimension, text_statistics
 from seriatim.evaluation.quality import picture_quality
 from seriatim.systems.image_system import ImageSystem, Pictures
+from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.published import Published
 from seriatim.systems.system import Sampling, System, evenly
 from seriatim.systems.text_system import TextSystem
@@ -45,7 +47,7 @@ def evaluate(
     if data is None:
         if isinstance(source, System):
             raise ValueError("say on which data to evaluate: a system in memory does not know")
-        if isinstance(system, Published):
+        if isinstance(system, Published) and not RunFolder(str(source)).card.is_file():
             raise ValueError("say on which data to evaluate a published model: --data")
         data = RunFolder(where(source)).read_card()["data"]
     modality = "text" if isinstance(system, TextSystem) else "image"
@@ -62,9 +64,14 @@ def evaluate(
 
 @torch.no_grad()
 def text_figures(system: TextSystem, data: Data, seed: int) -> dict[str, Any]:
-    """Bits per byte of held-out windows, and statistics of four continuations: of nothing, or, where a model begins no
-    text by itself, of the windows' first words."""
-    examples = system.examples(data.test.documents)  # type: ignore[union-attr, arg-type]
+    """Bits per byte of held-out windows, or of the answers in conversations, and statistics of four continuations: of
+    nothing, or, where a model begins no text by itself, of the windows' first words."""
+    if isinstance(data.test, Conversations):
+        if not isinstance(system, LanguageModel):
+            raise ValueError(f"{data.name} holds conversations, which {system.meta.key} cannot lead: give texts")
+        examples: Any = system.answers(data.test)
+    else:
+        examples = system.examples(data.test.documents)
     nats, ids = system.score(examples)
     size = system.bytes_in(examples)
     kind = "bound" if system.meta.likelihood == "bound" else "exact"

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 
+from seriatim.backbones.quantize import quantize
 from seriatim.interop.hub import HUB, from_hub
+from seriatim.interop.peft import CONFIG as ADAPTER
+from seriatim.interop.peft import base_of, read_adapter
+from seriatim.posttraining.lora import merge
+from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.meta import catalogue
 from seriatim.systems.meta import load as load_module
 from seriatim.systems.published import load_published
@@ -18,27 +23,74 @@ from seriatim.training.run import RunFolder
 
 ZOO = (Path(__file__).parents[1] / "zoo", Path(__file__).parents[3] / "zoo")  # installed; in a clone
 
+MOST_ADAPTERS = 8  # one on another
 
-def load(source: str | Path, dtype: torch.dtype | None = None) -> System:
+
+def load(
+    source: str | Path, dtype: torch.dtype | None = None, adapter: str | Path | None = None, weights: str | None = None
+) -> System:
     """A system with weights, ready to generate: a run's folder, `zoo:NAME`, the folder of a published language model
-    (config.json and safetensors), or its name on the Hugging Face hub (`owner/name`).
+    (config.json and safetensors), its name on the Hugging Face hub (`owner/name`), or an adapter's folder, which names
+    its base.
 
-    dtype: the number format of a published model (None: as stored). Raises ValueError, OSError that says what is
-    wrong: nothing there, a checkpoint cut short or of another system, no network.
+    dtype: the number format of a published model (None: as stored); adapter: the folder or name of a LoRA adapter in
+    PEFT's format, which is folded into the weights; weights: keep matrices as "int8" or "int4" (`quantize`). Raises
+    ValueError, OSError that says what is wrong: nothing there, a checkpoint cut short or of another system, an adapter
+    of another model, no network.
     """
+    adapters = [] if adapter is None else [_found(adapter)]
+    place = _found(source)
+    while (place / ADAPTER).is_file():
+        if place in adapters or len(adapters) > MOST_ADAPTERS:
+            raise ValueError(f"{place} is an adapter on itself, or on too many others")
+        adapters.append(place)
+        place = _base_of(place)
+    system = _load(place, dtype)
+    for folder in reversed(adapters):
+        if not isinstance(system, LanguageModel):
+            raise ValueError(f"{folder} is an adapter of a language model, and {place} is {system.meta.key}")
+        try:
+            merge(system.model, system.parts, read_adapter(folder).factors)
+        except ValueError as error:
+            raise ValueError(f"{folder} does not fit {place}: {error}") from None
+    if weights is not None:
+        quantize(system.model, weights)
+    return system
+
+
+def _found(source: str | Path) -> Path:
+    """The folder of a run or a model, downloaded if it is on the hub."""
     if HUB.fullmatch(str(source)) and not Path(source).parent.exists():  # else a path, mistyped perhaps
         source = from_hub(str(source))
-    place = where(source)
-    if place.suffix == ".gguf" or (not (place / "run.json").is_file() and (place / "config.json").is_file()):
-        return load_published(place, dtype)
+    return where(source)
+
+
+def _base_of(adapter: Path) -> Path:
+    """The model that an adapter is on, by what its config says. Raises ValueError, OSError where it is not found."""
+    base = base_of(adapter)
+    if not base:
+        raise ValueError(f"{adapter} is an adapter that does not name its base: seriatim.load(BASE, adapter={adapter})")
+    try:
+        return _found(base)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{adapter} is an adapter on {base}, which is not found ({error}); where it is now, say "
+            f"seriatim.load(BASE, adapter={str(adapter)!r})"
+        ) from None
+
+
+def _load(place: Path, dtype: torch.dtype | None) -> System:
+    """A model whose own weights stand in a folder or a GGUF file."""
     folder = RunFolder(place)
+    if folder.card.is_file() and not folder.weights.is_file():
+        raise ValueError(f"{folder.path} holds no weights yet: its training has not come to its first checkpoint")
+    if place.suffix == ".gguf" or (place / "config.json").is_file():
+        return load_published(place, dtype)
     card = folder.read_card()
     key = card.get("system")
     if key not in catalogue():
         raise ValueError(f"{folder.card} is of a system that is not known here: {key!r}")
     cls = system_class(key)
-    if not folder.weights.is_file():
-        raise ValueError(f"{folder.path} holds no weights yet: its training has not come to its first checkpoint")
     tokenizer = load_tokenizer_of(folder.path)
     system = cls(cls.Config(**card["config"]), tokenizer)
     load_weights(system.weights_to_keep(), folder.weights)

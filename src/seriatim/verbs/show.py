@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from seriatim.data.conversations import Conversation, Conversations, answers
 from seriatim.evaluation.pictures import save_curve, save_grid
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.system import evenly
@@ -24,7 +25,8 @@ PROMPT = "def read(path"
 def show(trained: Trained, samples: int = 0, seed: int = 0) -> dict[str, Any]:
     """Write what there is to see into the run's folder; the figures, as in summary.json.
 
-    samples: pictures to judge (0: none are judged); text is continued from a line of Python.
+    samples: pictures to judge (0: none are judged). Text is continued from a line of Python, a conversation by an
+    answer.
     """
     system, folder, last = trained.system, trained.folder, trained.history[-1]
     figures: dict[str, Any] = {k.removeprefix("held_out_"): v for k, v in last.items() if k.startswith("held_out_")}
@@ -33,7 +35,10 @@ def show(trained: Trained, samples: int = 0, seed: int = 0) -> dict[str, Any]:
     save_curve(
         {name: [h[k] for h in trained.history] for k, name in curves}, folder / "loss.png", y_label=unit, smooth=20
     )
-    if isinstance(system, TextSystem):
+    if isinstance(trained.data.test, Conversations):
+        figures["answer"] = _answer(system, trained.data.test.conversations[0], seed)
+        (folder / "answer.txt").write_text(figures["answer"], encoding="utf-8")
+    elif isinstance(system, TextSystem):
         length = min(200, system.model.layout.size - len(system.tokenizer.encode(PROMPT)))
         figures["continuation"] = PROMPT + system.write(PROMPT, length, seed=seed)
         (folder / "continuation.txt").write_text(figures["continuation"], encoding="utf-8")
@@ -45,6 +50,18 @@ def show(trained: Trained, samples: int = 0, seed: int = 0) -> dict[str, Any]:
         figures |= _pictures(trained, samples, seed)
     save_json(figures, folder / "summary.json")
     return figures
+
+
+def _answer(system: Any, said: Conversation, seed: int) -> str:
+    """The first turns of a conversation up to an answer, and what the model says in its place."""
+    first = next(n for n, message in enumerate(said) if n and answers(message))
+    ids = system.chat_ids(said[:first])
+    room = min(200, system.model.layout.size - len(ids))
+    s = system.sampling
+    more = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p}
+    made = system.generate(ids, max_new_tokens=room, seed=seed, **more).text if room > 0 else "(no room is left)"
+    asked = "".join(f"{message['role']}: {message['content']}\n" for message in said[:first])
+    return f"{asked}assistant: {made}\n"
 
 
 def _pictures(trained: Trained, samples: int, seed: int) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 import seriatim
-from seriatim.data.base import BUILT_IN, Data, load_data
+from seriatim.data.base import Data, load_data
+from seriatim.data.conversations import Conversations
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.meta import catalogue
 from seriatim.systems.system import System, config_from
@@ -24,6 +25,8 @@ from seriatim.training.recipe import Recipe
 from seriatim.training.run import RunFolder
 from seriatim.training.trainer import Tick
 from seriatim.training.trainer import train as fit
+from seriatim.verbs import finetune
+from seriatim.verbs.finetune import Begun, found_again
 from seriatim.verbs.load import load, plain, system_class, where
 
 Bar = Callable[[str], Any]  # makes a `Tick` for the phase it is given
@@ -43,6 +46,8 @@ def train(
     key: str,
     data: str | Path | Data | None = None,
     *,
+    from_: str | Path | None = None,
+    lora: int | None = None,
     out: str | Path | None = None,
     size: str | None = None,
     tokenizer: str | Path | None = None,
@@ -57,15 +62,47 @@ def train(
 
     settings: any fields of its config or its recipe (`width`, `steps`, `batch`, `seed`, ...); size: one of its named
     sizes; tokenizer: a run of a tokenizer's training, `zoo:NAME`, or a kind; minutes: as many steps as fit, instead of
-    the recipe's; resume: go on with what is in `out` (default: runs/KEY); tensorboard: write its events too. Raises
-    ValueError, KeyError, OSError with what is wrong and what to do, FloatingPointError where the loss breaks down.
+    the recipe's; resume: go on with what is in `out` (default: runs/KEY); tensorboard: write its events too.
+
+    from_: train a next-token model further, whatever `load` reads, with its tokenizer, config and chat template; lora:
+    the rank of an adapter that is trained in place of its weights. Data are texts, or conversations, of which answers
+    alone count; settings are then those of `Tuning` and of the recipe.
+
+    Raises ValueError, KeyError, OSError with what is wrong and what to do, FloatingPointError where the loss breaks
+    down.
     """
-    cls = system_class(key)
     folder = Path(out or f"runs/{key}")
-    settings = dict(settings or {})
-    recipe = recipe_from(cls, settings, size)
     RunFolder(folder).refuse(resume)
+    begun: Begun
+    if from_ is not None:
+        if size is not None or tokenizer is not None:
+            raise ValueError(f"size and tokenizer are those of {from_}, and are not chosen anew")
+        begun = finetune.begin(key, from_, data, folder, lora, settings or {}, **data_options)
+    else:
+        if lora is not None:
+            raise ValueError("an adapter is on a model that there is already: say which (--from)")
+        begun = _fresh(key, data, folder, size, tokenizer, resume, dict(settings or {}), bar, data_options)
+    if minutes is not None:
+        begun.card["minutes"] = minutes
+    with _shown(bar, key, Board(folder) if tensorboard else None) as tick:
+        history = fit(
+            begun.learner, begun.examples, begun.recipe, RunFolder(folder), begun.card, begun.held_out, resume, minutes,
+            tick,
+        )  # fmt: skip
+    system = begun.learner if isinstance(begun.learner, System) else begun.learner.finished()
+    return Trained(system, begun.data, folder, history)
+
+
+def _fresh(
+    key: str, data: str | Path | Data | None, folder: Path, size: str | None, tokenizer: str | Path | None,
+    resume: bool, settings: dict[str, Any], bar: Bar | None, data_options: Mapping[str, Any],
+) -> Begun:  # fmt: skip
+    """A system with fresh weights, and its data."""
+    cls = system_class(key)
+    recipe = recipe_from(cls, settings, size)
     loaded = data if isinstance(data, Data) else load_data(data or cls.source, modality_of(cls), **data_options)
+    if isinstance(loaded.train, Conversations):
+        raise ValueError(f"{loaded.name} holds conversations: they train a model that converses further (--from)")
     torch.manual_seed(recipe.seed)
     tokens = tokenizer_for(cls, loaded, tokenizer, folder, resume, settings, recipe.seed, bar)
     own = {k: v for k, v in settings.items() if k not in _recipe_fields()}
@@ -76,21 +113,10 @@ def train(
     system.drop, system.classes = recipe.drop, loaded.classes
     examples, held_out = prepared(system, loaded)
     card: dict[str, Any] = {
-        "system": key, "config": plain(config), "recipe": plain(recipe), "data": _found_again(data, loaded),
+        "system": key, "config": plain(config), "recipe": plain(recipe), "data": found_again(data, loaded),
         "classes": list(loaded.classes), "version": seriatim.__version__,
     }  # fmt: skip
-    if minutes is not None:
-        card["minutes"] = minutes
-    with _shown(bar, key, Board(folder) if tensorboard else None) as tick:
-        history = fit(system, examples, recipe, RunFolder(folder), card, held_out, resume, minutes, tick)
-    return Trained(system, loaded, folder, history)
-
-
-def _found_again(data: str | Path | Data | None, loaded: Data) -> str:
-    """The name of built-in data, or the whole path of others: a run is evaluated from anywhere."""
-    if isinstance(data, str | Path) and loaded.name not in BUILT_IN:
-        return str(Path(data).expanduser().resolve())
-    return loaded.name
+    return Begun(system, loaded, examples, held_out, recipe, card)
 
 
 def modality_of(cls: type[System]) -> str:

@@ -18,7 +18,8 @@ from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.line import Line
 from seriatim.heads.categorical import CategoricalHead
-from seriatim.interop.export import Publication, llama_of
+from seriatim.interop.blueprint import Part
+from seriatim.interop.export import Publication, llama_of, llama_parts
 from seriatim.laws.case import Case, randomise
 from seriatim.layout import line
 from seriatim.model import Model
@@ -81,6 +82,10 @@ class NextToken(LanguageModel):
     @staticmethod
     def build(config: Any, tokenizer: Any) -> Model:
         return build(config)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return llama_parts(self.model)
 
     def publication(self) -> Publication:
         """A Llama. The learned start becomes the embedding of <bos>."""

@@ -1,0 +1,111 @@
+"""The evaluation harness asks this library's models and its own backend the same, and hears the same."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("lm_eval")
+
+LENGTH = 48
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    place = tmp_path_factory.mktemp("published")
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<s>", "</s>"]
+    inner.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog"],
+        trainers.BpeTrainer(vocab_size=290, initial_alphabet=letters, special_tokens=special, show_progress=False),
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(place)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=inner.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=LENGTH, bos_token_id=0,
+            eos_token_id=1,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(6 if p.dim() > 1 else 1)
+    model.save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def both(folder):
+    from lm_eval.models.huggingface import HFLM
+
+    from seriatim.verbs.harness import Harness
+
+    return Harness(str(folder), batch_size=3), HFLM(str(folder), device="cpu", batch_size=3, dtype="float32")
+
+
+def asked(*arguments):
+    return [SimpleNamespace(args=a) for a in arguments]
+
+
+def test_log_likelihoods_of_continuations(both):
+    pairs = asked(
+        ("the quick", " brown"), ("", "fox"), ("over the ", "lazy dog"), ("a", "b"), ("the lazy " * 30, "dog jumps")
+    )
+    ours, theirs = (model.loglikelihood(pairs, disable_tqdm=True) for model in both)
+    assert [g for _, g in ours] == [g for _, g in theirs]
+    torch.testing.assert_close(
+        torch.tensor([x for x, _ in ours]), torch.tensor([x for x, _ in theirs]), rtol=1e-4, atol=1e-3
+    )
+
+
+def test_log_likelihoods_of_whole_texts_of_one_window_and_of_many(both):
+    texts = asked(("the quick brown fox",), ("jumps over the lazy dog " * 20,))
+    ours, theirs = (model.loglikelihood_rolling(texts, disable_tqdm=True) for model in both)
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-3)
+
+
+def test_texts_up_to_a_stop_string(both):
+    settings = {"until": ["e"], "max_gen_toks": 12, "do_sample": False}
+    plain = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    requests = asked(("the quick", settings), ("over", settings), ("the lazy dog", plain), ("fox " * 40, plain))
+    ours, theirs = (model.generate_until(requests, disable_tqdm=True) for model in both)
+    assert ours == theirs
+
+
+def test_a_local_task_has_the_same_result(folder, tmp_path):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    import seriatim.verbs.harness  # noqa: F401 (its model is registered)
+
+    rows = [
+        {"q": f"the {a}", "choices": [" fox", " dog", " lazy"], "gold": i % 3}
+        for i, a in enumerate(["quick", "brown", "lazy", "over"])
+    ]
+    file = str(tmp_path / "rows.jsonl")
+    Path(file).write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "animals", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": file}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (tmp_path / "animals.yaml").write_text(json.dumps(task))  # JSON is YAML
+    said = [
+        lm_eval.simple_evaluate(
+            model=name, model_args=f"pretrained={folder}", tasks=["animals"], device="cpu", bootstrap_iters=0,
+            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        )["results"]["animals"]["acc,none"]
+        for name in ("seriatim", "hf")
+    ]  # fmt: skip
+    assert said[0] == said[1]
