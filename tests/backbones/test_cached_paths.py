@@ -294,7 +294,7 @@ def test_rows_of_joined_caches_go_on_as_they_would_alone(windows, stop):
             canvases = [model.canvas({"token": text[b : b + 1]}, lengths[b], row=torch.tensor([b])) for b in order]
             targets = [Target(model) for _ in order]
             for canvas, target in zip(canvases, targets, strict=True):
-                target.prefill(canvas, 4)
+                target.prefill(canvas, 4, shared=True)
             known = torch.tensor([lengths[b] for b in order])
             both = model.canvas({"token": text[list(order)]}, known, row=torch.tensor(order))
             together = Target(model)

@@ -139,9 +139,10 @@ class Target:
             self._canvas, self.cache, self._turn, self._unseen = canvas, None, 0, None
             self.memory = None if self.policy is None else Memory(self.policy)
 
-    def prefill(self, canvas: Canvas, chunk: int = CHUNK) -> None:
-        """Remember what is known but for its end, `chunk` slots a forward: memory stays small, and rows that are copied
-        afterwards share the work. Where the order cannot, nothing: the first step computes it."""
+    def prefill(self, canvas: Canvas, chunk: int = CHUNK, shared: bool = False) -> None:
+        """Remember what is known, `chunk` slots a forward, so that memory stays small. The last chunk is left to the
+        first step, unless rows are to be copied afterwards and share the work (`shared`); then all but the last slot is
+        remembered. Where the order cannot, nothing: the first step computes it."""
         self._follow(canvas)
         if not self.cached or self.memory is not None or self.branches:
             return
@@ -149,14 +150,14 @@ class Target:
         if self.conditions[0].rows is None and int(lengths.max()) * canvas.batch > PADDED * int(lengths.sum()):
             caches = [self.model.new_cache(1, canvas.layout.size + MARGIN) for _ in lengths]
             for row, cache in enumerate(caches):  # each alone: rows of other lengths are not computed as padding
-                self._fill(canvas.select(torch.tensor([row])), cache, chunk)
+                self._fill(canvas.select(torch.tensor([row])), cache, chunk, 0)
             caches[0].join(caches[1:])
             self.cache = caches[0]
         else:
-            self._fill(canvas, self._room(canvas), chunk)
+            self._fill(canvas, self._room(canvas), chunk, 0 if shared else chunk - 1)
 
-    def _fill(self, canvas: Canvas, cache: Any, chunk: int) -> None:
-        while (plan := self.model.factorization.fill(canvas, cache.length, chunk)) is not None:
+    def _fill(self, canvas: Canvas, cache: Any, chunk: int, leave: int) -> None:
+        while (plan := self.model.factorization.fill(canvas, cache.length, chunk, leave)) is not None:
             self.model.hidden(plan, canvas, cache, self.conditions[0])
             cache.commit(plan.size, plan)
 

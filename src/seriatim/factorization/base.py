@@ -49,9 +49,9 @@ class Factorization:
         open_ranks = torch.where(canvas.known | (canvas.status == DELETED), INF, canvas.rank)
         return self._turns(canvas).at(int(open_ranks.min()), cached)
 
-    def fill(self, canvas: Canvas, cached: int | Tensor, most: int) -> Plan | None:
-        """A forward that only remembers: of the slots whose content is known, all but the last are brought into the
-        cache, at most so many at a time. None where none is left, or the order has no such forwards."""
+    def fill(self, canvas: Canvas, cached: int | Tensor, most: int, leave: int = 0) -> Plan | None:
+        """A forward that only remembers: of the slots whose content is known, all but the last and `leave` more are
+        brought into the cache, `most` at a time. None where none is left, or the order has no such forwards."""
         return None
 
     def _turns(self, canvas: Canvas) -> Turns:

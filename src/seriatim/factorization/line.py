@@ -232,12 +232,12 @@ class Line(Factorization):
                 del self._shapes[next(iter(self._shapes))]
         return LinePlan(shape, cached, self.prefix, layout.size, self.windows)
 
-    def fill(self, canvas: Canvas, cached: int | Tensor, most: int) -> Plan | None:
+    def fill(self, canvas: Canvas, cached: int | Tensor, most: int, leave: int = 0) -> Plan | None:
         if not isinstance(cached, int) or len(canvas.layout.kinds) > 1:
             return None
         length = canvas.length if canvas.length is not None else int(canvas.lengths().min())
         count = min(self.prefix + length - 1 - cached, most)  # of what all rows know
-        if count < 1:
+        if count < 1 or self.prefix + length - 1 - cached <= leave:
             return None
         return LinePlan(LineShape(count, 0, None), cached, self.prefix, canvas.layout.size, self.windows)
 

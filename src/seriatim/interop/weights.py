@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from seriatim.interop.blueprint import FINE, HOW, Blueprint, Part
 from seriatim.model import Model
@@ -21,6 +21,35 @@ NAMED = 5  # names that an error lists
 OUTPUTS = "lm_head.weight"
 
 
+KINDS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class Stored:
+    """A safetensors file whose tensors are read one by one into memory of their own. Mapped into memory, the parts of a
+    matrix that ours holds as one would be there twice."""
+
+    def __init__(self, path: Path):
+        with safe_open(str(path), framework="pt") as checked:  # its header is sound, and its size that of its tensors
+            self.names = list(checked.keys())
+        self.file = open(path, "rb")  # noqa: SIM115 (closed by `opened`)
+        length = int.from_bytes(self.file.read(8), "little")
+        self.header, self.start = json.loads(self.file.read(length)), 8 + length
+
+    def get_tensor(self, name: str) -> Tensor:
+        about = self.header[name]
+        if about["dtype"] not in KINDS:
+            raise ValueError(f"{self.file.name}: {name} is {about['dtype']}, a format that is not read here")
+        begin, end = about["data_offsets"]
+        values = torch.empty(about["shape"], dtype=KINDS[about["dtype"]])
+        self.file.seek(self.start + begin)
+        if end > begin:
+            self.file.readinto(values.view(-1).view(torch.uint8).numpy())
+        return values
+
+
 @contextmanager
 def opened(folder: Path) -> Iterator[Mapping[str, Any]]:
     """Every tensor of a folder: its name -> the open file that holds it. Raises FileNotFoundError, ValueError."""
@@ -28,12 +57,13 @@ def opened(folder: Path) -> Iterator[Mapping[str, Any]]:
         where: dict[str, Any] = {}
         for path in shards(folder):
             try:
-                file = stack.enter_context(safe_open(str(path), framework="pt"))
+                file = Stored(path)
             except (SafetensorError, OSError) as error:
                 raise ValueError(
                     f"{path} cannot be read ({error}): it was cut short, or is no safetensors file"
                 ) from None
-            where |= dict.fromkeys(file.keys(), file)
+            stack.callback(file.file.close)
+            where |= dict.fromkeys(file.names, file)
         yield where
 
 

@@ -192,7 +192,7 @@ class LanguageModel(TextSystem):
         start = time.perf_counter()
         with torch.inference_mode():
             canvas = self._begun(rows, max_new_tokens)
-            target.prefill(canvas)
+            target.prefill(canvas, shared=n > 1)
             if n != 1:
                 rows = [row for row in rows for _ in range(n)]
                 self._copied(target, canvas, n)
