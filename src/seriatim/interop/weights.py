@@ -43,11 +43,12 @@ class Stored:
         if about["dtype"] not in KINDS:
             raise ValueError(f"{self.file.name}: {name} is {about['dtype']}, a format that is not read here")
         begin, end = about["data_offsets"]
-        values = torch.empty(about["shape"], dtype=KINDS[about["dtype"]])
+        if end == begin:
+            return torch.empty(about["shape"], dtype=KINDS[about["dtype"]])
+        values = bytearray(end - begin)
         self.file.seek(self.start + begin)
-        if end > begin:
-            self.file.readinto(values.view(-1).view(torch.uint8).numpy())
-        return values
+        self.file.readinto(values)
+        return torch.frombuffer(values, dtype=KINDS[about["dtype"]]).view(about["shape"])
 
 
 @contextmanager

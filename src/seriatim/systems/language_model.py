@@ -196,7 +196,7 @@ class LanguageModel(TextSystem):
             if n != 1:
                 rows = [row for row in rows for _ in range(n)]
                 self._copied(target, canvas, n)
-            run = Run(self, canvas, rows, strings, stream)
+            run = Run(self, canvas, rows, strings, stream, start)
             for step in decode(target, canvas, decider, proposer, Keyed(seed)):
                 if not run.after(step):
                     break
@@ -265,10 +265,10 @@ class Run:
 
     def __init__(
         self, system: LanguageModel, canvas: Canvas, rows: Sequence[Sequence[int]], strings: Sequence[str],
-        stream: Callable[[str], None] | None,
+        stream: Callable[[str], None] | None, start: float,
     ):  # fmt: skip
         self.system, self.canvas, self.rows, self.stream = system, canvas, rows, stream
-        self.start, self.first = time.perf_counter(), 0.0
+        self.start, self.first = start, 0.0
         self.forwards = 0
         self.drafted: int | Tensor = 0
         self.accepted: int | Tensor = 0
