@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ import torch
 OPTIONS: dict[str, Any] = {"realize_opcount_threshold": 1}
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled at its first call, as steps of decoding are."""
-    return torch.compile(function, options=OPTIONS)
+def compiled(method: Any) -> Callable[..., Any]:
+    """A bound method, compiled at its first call, as steps of decoding are. What is compiled is remembered, and
+    limited, by code: each gets code of its own, or a few models would use up what one is allowed."""
+    code = method.__func__.__code__.replace()
+    own = FunctionType(code, method.__globals__, method.__name__, method.__defaults__, method.__closure__)
+    return torch.compile(MethodType(own, method.__self__), options=OPTIONS)
 
 
 def why_not_compiled(device: torch.device) -> str | None:

@@ -90,3 +90,18 @@ def test_layers_that_keep_states_are_quantised_too(backbone, name):
     after = model.log_prob(canvas)
     assert 0 < (after - before).abs().max() < 0.05 * before.abs().max()
     assert model.new_cache(1).nbytes() >= 0
+
+
+def test_layers_that_some_slots_skip_are_quantised_too():
+    from dataclasses import replace
+
+    torch.manual_seed(0)
+    made = NextToken(Config(length=16, width=64, depth=2, heads=2)).eval().requires_grad_(False)
+    model = made.model
+    canvas = model.canvas({"token": torch.tensor([letters(PROMPT * 2)])})
+    plan = model.factorization.packed(canvas)
+    skipping = replace(plan, layers=torch.tensor([[True] * 16, [True, False] * 8]))
+    before = model.hidden(skipping, canvas)
+    quantize(model, "int8")
+    after = model.hidden(skipping, canvas)
+    assert 0 < (after - before).norm() < 0.02 * before.norm()

@@ -351,9 +351,10 @@ class KVCache:
             taken = [{n: v.take(i) for n, v in p._written_out().items()} for p, i in zip(parts, rows, strict=True)]
             self._labels = {name: below([views[name] for views in taken]) for name in self.names}
         buffer, row = self.buffer.new_empty(size), 0
-        buffer[..., :columns, :] = 0  # what is masked is finite wherever it is read
         for part in parts:
-            buffer[:, :, row : row + part.batch, :, : part.columns] = part.buffer[..., : part.columns, :]
+            mine = buffer[:, :, row : row + part.batch]
+            mine[..., : part.columns, :] = part.buffer[..., : part.columns, :]
+            mine[..., part.columns : columns, :] = 0  # what is masked is finite wherever it is read
             row += part.batch
         self._place(buffer)
         self._hold(held)

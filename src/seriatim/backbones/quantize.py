@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 INT8_ROWS = 8  # more rows than that are faster through a product in floating point
-CHUNK = 4096  # rows that are converted at a time
+CHUNK = 4096  # rows that are converted at a time: a large matrix is never whole in float32
 GROUP = 32  # 4-bit numbers that share a scale and a zero
 ROWS = 16  # that torch's 4-bit product takes together
 
@@ -46,9 +46,7 @@ class Int8(NamedTuple):
         scale = (matrix.abs().amax(1).float() / 127).clamp(min=1e-12).to(matrix.dtype)
         number = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
         for rows, kept, of in zip(number.split(CHUNK), matrix.split(CHUNK), scale.split(CHUNK), strict=True):
-            rows.copy_(
-                (kept.float() / of.float()[:, None]).round().clamp(-127, 127)
-            )  # a large one never whole in float
+            rows.copy_((kept.float() / of.float()[:, None]).round().clamp(-127, 127))
         return Int8(number, scale)
 
     def times(self, x: Float[Tensor, "*rest i"], bias: Tensor | None = None) -> Float[Tensor, "*rest o"]:

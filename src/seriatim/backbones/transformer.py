@@ -188,7 +188,7 @@ class Transformer(nn.Module):
 
     def _some(self, x: Tensor, plan: Plan, sights: dict[str, Sight], context: Context) -> Tensor:
         """Layers that some of the slots skip: they keep what they have, and are not seen there."""
-        c = self.config
+        c, context = self.config, context._replace(product=linear)
         if plan.layers is not None and plan.layers.shape[0] != c.depth:
             raise ValueError(f"the plan names {plan.layers.shape[0]} layers, the backbone has {c.depth}")
         for i, layer in enumerate(self.layers):

@@ -30,16 +30,7 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=_later("evaluating", "run_evaluate"))
 
-    compare = commands.add_parser("compare", help="train systems on the same data and budget; one HTML report")
-    compare.add_argument("keys", nargs="+", metavar="KEY")
-    _data(compare)
-    compare.add_argument("--minutes", type=float, default=5.0, help="training time of each (default: 5)")
-    compare.add_argument("--size", help="size of each system (default: its first)")
-    compare.add_argument("--samples", type=positive, default=500, help="pictures to judge (default: 500)")
-    compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (default: runs/compare)")
-    compare.add_argument("--seed", type=int, default=0)
-    compare.set_defaults(run=_later("comparing", "run_compare"))
-
+    _compare(commands)
     _bench(commands)
 
     export = commands.add_parser("export", help="a language model in Hugging Face's format, for other programs")
@@ -71,6 +62,18 @@ def add_commands(commands: Any) -> None:
     demo.add_argument("--steps", type=positive, help="training steps of the generator (default: the system's own)")
     demo.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     demo.set_defaults(run=_later("demo", "run_demo"))
+
+
+def _compare(commands: Any) -> None:
+    compare = commands.add_parser("compare", help="train systems on the same data and budget; one HTML report")
+    compare.add_argument("keys", nargs="+", metavar="KEY")
+    _data(compare)
+    compare.add_argument("--minutes", type=float, default=5.0, help="training time of each (default: 5)")
+    compare.add_argument("--size", help="size of each system (default: its first)")
+    compare.add_argument("--samples", type=positive, default=500, help="pictures to judge (default: 500)")
+    compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (default: runs/compare)")
+    compare.add_argument("--seed", type=int, default=0)
+    compare.set_defaults(run=_later("comparing", "run_compare"))
 
 
 def _train(commands: Any) -> None:
