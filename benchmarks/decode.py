@@ -220,7 +220,7 @@ def measure(size: str, runs: int, new: int, arms: dict[str, Arm]) -> dict[str, d
         out[name]["peak MiB"], out[name]["first seconds"] = first["peak"], round(first["seconds"], 2)
         for task in tasks.values():
             arm.ask(*task)
-        if size == "smollm2" and name not in ("hugging face",) and not name.startswith("llama"):
+        if size == "smollm2" and name in ARMS[1:]:
             out[name]["perplexity"] = round(arm.ask(TEXT.read_text(encoding="utf-8")[:LETTERS], 0)["perplexity"], 3)
     times: dict[tuple[str, str], list[float]] = {}
     for _ in range(runs):

@@ -90,9 +90,9 @@ class Model(nn.Module):
 
     def compile_decoding(self) -> None:
         """Compile the step of one element a row, at the first such step (some seconds, once). Worth it where hundreds
-        of tokens are generated. Raises RuntimeError where nothing can be compiled, with the reason."""
+        of tokens are generated. Raises ValueError where nothing can be compiled, with the reason."""
         if missing := why_not_compiled(self.device):
-            raise RuntimeError(f"decoding cannot be compiled: {missing}")
+            raise ValueError(f"decoding cannot be compiled: {missing}")
         for part in (self.backbone, *self.heads.values()):
             if hasattr(part, "compile_decoding"):
                 part.compile_decoding()  # type: ignore[operator]

@@ -26,7 +26,7 @@ from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.target import Target
 from seriatim.decoding.verify import Chain, GreedyMatch, Recursive, Verifier, Walk
 from seriatim.embed import TokenEmbed
-from seriatim.factorization.line import Line, LinePlan, LineShape
+from seriatim.factorization.line import Line
 from seriatim.heads.categorical import CategoricalHead
 from seriatim.laws.case import Case, randomise
 from seriatim.laws.laws import LAWS, Broken
@@ -35,6 +35,7 @@ from seriatim.model import Model
 from seriatim.plan import OrderError, Plan, plan_of
 from seriatim.random import Forced, Keyed
 from seriatim.view import inclusive, timed
+from support.lines import path_to, run
 
 WIDTH, VOCAB = 16, 3
 MIXER = MambaConfig(WIDTH, 2, head_dim=8, state=5, groups=2, chunk=4)
@@ -61,22 +62,9 @@ def language(length: int, order: Line | None = None, seed: int = 0, vocab: int =
     return randomise(Model(line(length), order or Line(1), embed, Hybrid(CONFIG), head, **parts), seed)  # type: ignore[arg-type]
 
 
-def run(known: int, base: int = 0, parent: tuple[int, ...] | None = None) -> LinePlan:
-    """Known slots behind `base` cached ones, then the nodes of a draft."""
-    return LinePlan(LineShape(known, len(parent or ()), parent), base, 0, 1000)
-
-
 def alone(m: Hybrid, x: Tensor) -> Tensor:
     """Each row as one sequence, from nothing."""
     return m(x, run(x.shape[1]))
-
-
-def path_to(parent: Sequence[int], node: int) -> list[int]:
-    path = []
-    while node >= 0:
-        path.append(node)
-        node = parent[node]
-    return path[::-1]
 
 
 trees = st.integers(1, 6).flatmap(lambda n: st.tuples(*[st.integers(-1, i - 1) for i in range(n)]))

@@ -26,6 +26,7 @@ from seriatim.backbones.ssd import (
     tree_conv,
     tree_taps,
 )
+from support.lines import path_to
 
 drawn = settings(deadline=None, max_examples=40, derandomize=True)
 
@@ -67,14 +68,6 @@ def along(args: Sequence[Tensor], row: int, path: Sequence[int]) -> tuple[Tensor
     x, dt, A, B, C = args
     at = torch.tensor(path, dtype=torch.long)
     return x[row, at][None], dt[row, at][None], A, B[row, at][None], C[row, at][None]
-
-
-def path_to(parent: Sequence[int], node: int) -> list[int]:
-    path = []
-    while node >= 0:
-        path.append(node)
-        node = parent[node]
-    return path[::-1]
 
 
 def random_tree(draw: st.DrawFn, size: int) -> list[int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,18 +20,11 @@ from seriatim.backbones.ssd import (
     tree_conv,
     tree_taps,
 )
+from support.lines import path_to
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def path_to(parent: Sequence[int], node: int) -> list[int]:
-    path = []
-    while node >= 0:
-        path.append(node)
-        node = parent[node]
-    return path[::-1]
 
 
 class Mixer:

@@ -16,6 +16,7 @@ from seriatim.backbones.layer import MATRICES
 from seriatim.backbones.rope import RoPE, RotaryTable
 from seriatim.interop.blueprint import Blueprint
 from seriatim.interop.families import FAMILIES, blueprint
+from support.variations import variations
 
 transformers = pytest.importorskip("transformers")
 StrictDataclassError = pytest.importorskip("huggingface_hub.errors").StrictDataclassError
@@ -193,20 +194,14 @@ def test_without_any_one_key_or_with_another_value_fields_still_equal(name):
     """Numbers doubled, yes for no: a default or a key that only one side reads would show. What either refuses is
     passed over."""
     said, compared = raw(name), 0
-    for key, value in said.items():
-        changes = [{k: v for k, v in said.items() if k != key}]
-        if isinstance(value, bool):
-            changes.append({**said, key: not value})
-        elif isinstance(value, int | float):
-            changes.append({**said, key: 2 * value})
-        for changed in changes:
-            try:
-                b, config = blueprint(changed, name), parsed(changed)
-            except (ValueError, StrictDataclassError):
-                continue
-            assert ours(b) == theirs(config), f"{key}: {changed.get(key)}"
-            assert b.length == config.max_position_embeddings, f"{key}: {changed.get(key)}"
-            compared += 1
+    for key, changed in variations(said):
+        try:
+            b, config = blueprint(changed, name), parsed(changed)
+        except (ValueError, StrictDataclassError):
+            continue
+        assert ours(b) == theirs(config), f"{key}: {changed.get(key)}"
+        assert b.length == config.max_position_embeddings, f"{key}: {changed.get(key)}"
+        compared += 1
     assert compared > len(said)
 
 

@@ -47,6 +47,8 @@ def loaded(options: argparse.Namespace) -> System:
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     system = load(options.source, dtype, options.adapter, options.weights)
     if options.compile:
+        if not isinstance(system, LanguageModel):
+            raise ValueError(f"--compile is for language models, and this is {system.meta.key}")
         system.model.compile_decoding()
     return system
 

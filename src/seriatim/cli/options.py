@@ -158,9 +158,7 @@ def _bench(commands: Any) -> None:
     bench.add_argument("--count", type=positive, help="at most so many of the prompts, spread evenly (default: all)")
     bench.add_argument("--new-tokens", type=positive, default=64, help="tokens for each prompt (default: 64)")
     bench.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default: 0)")
-    bench.add_argument("--weights", choices=("int8", "int4"), help="keep matrices as integers (default: as they are)")
-    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format (default: as it is)")
-    bench.add_argument("--compile", action="store_true", help="compile the step of one token")
+    _formats(bench)
     bench.add_argument("--runs", type=positive, default=3, help="times that each prompt is given (default: 3)")
     bench.add_argument(
         "--draws", type=int, default=0, help="texts for the test of sampling, such as 10000 (default: 0, no test)"

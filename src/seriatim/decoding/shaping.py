@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seriatim.canvas import DELETED, GIVEN, Canvas
@@ -90,7 +90,6 @@ class Constraint:
     def __init__(self, matchers: list):
         self.matchers = matchers
         self.taken: list[int] | None = None  # how far the matcher of each row has read
-        self.row: Int[Tensor, "b"] | None = None
 
     def __call__(self, logits: Float[Tensor, "b m v"], canvas: Canvas, guess: Guess | None) -> Float[Tensor, "b m v"]:
         if len(self.matchers) != canvas.batch:

@@ -13,9 +13,10 @@ class Generation:
     """What was generated for one prompt.
 
     ids: the new tokens, an end of text or of a stop string among them; text: of these ids, up to a stop string (None
-    without a tokenizer); forwards: of the model, one after another; drafted, accepted: tokens that were suggested, and
-    those of them that stood; seconds: of the batch it was generated in; logprobs: of each new token before temperature,
-    filters, penalties and constraints, in nats, if asked for; first: seconds until the first token was there.
+    without a tokenizer); forwards: of the model, one after another, those that only read a long prompt apart; drafted,
+    accepted: tokens that were suggested, and those of them that stood; seconds: of the batch it was generated in;
+    logprobs: of each new token before temperature, filters, penalties and constraints, in nats, if asked for; first:
+    seconds until the first token was there.
     """
 
     ids: list[int]

@@ -311,13 +311,8 @@ class Run:
                 if rest and self.stream is not None:
                     self.stream(rest)
                 ids = ids[: watch.count] if watch.ended else ids
-            text = (
-                watch.text
-                if watch is not None and watch.ended
-                else None
-                if tokenizer is None
-                else tokenizer.decode(ids)
-            )
+            text = None if tokenizer is None else tokenizer.decode(ids)
+            text = watch.text if watch is not None and watch.ended else text
             scores = self.system.scores([*row, *ids], len(ids)) if logprobs else None
             out.append(Generation(ids, text, self.forwards, drafted[b], accepted[b], seconds, scores, self.first))
         return out

@@ -154,10 +154,7 @@ def made_ready(system: LanguageModel, way: Way) -> None:
     if way.weights is not None:
         quantize(system.model, way.weights)
     if way.compile:
-        try:
-            system.model.compile_decoding()
-        except RuntimeError as error:
-            raise ValueError(str(error)) from None
+        system.model.compile_decoding()
 
 
 def arm(system: LanguageModel, decoder: str, way: Way) -> Arm:
