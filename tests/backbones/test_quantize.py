@@ -72,6 +72,9 @@ MIXER = MambaConfig(64, 2, head_dim=16, state=16)
 @pytest.mark.parametrize("backbone", ["mamba", "hybrid"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_layers_that_keep_states_are_quantised_too(backbone, name):
+    from seriatim.decoding.loop import generate
+    from seriatim.decoding.target import Target
+    from seriatim.decoding.verify import GreedyMatch
     from seriatim.embed import TokenEmbed
     from seriatim.factorization.line import Line
     from seriatim.heads.categorical import CategoricalHead
@@ -89,7 +92,11 @@ def test_layers_that_keep_states_are_quantised_too(backbone, name):
     assert kept.count("into") == 2 and kept.count("out") == len(made.layers)
     after = model.log_prob(canvas)
     assert 0 < (after - before).abs().max() < 0.05 * before.abs().max()
-    assert model.new_cache(1).nbytes() >= 0
+    begun = model.canvas({"token": canvas.value["token"][:1]}, 30)
+    said = generate(Target(model), begun, GreedyMatch()).value["token"]
+    packed = model.canvas({"token": said}, 1)
+    logits = model.dist(model.hidden(plan := model.factorization.packed(packed), packed), plan, packed)[0].logits
+    assert logits.argmax(-1)[0, 29:].tolist() == said[0, 30:].tolist()  # step by step as in one pass
 
 
 def test_layers_that_some_slots_skip_are_quantised_too():

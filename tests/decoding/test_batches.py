@@ -32,9 +32,8 @@ from seriatim.heads.categorical import CategoricalHead
 from seriatim.laws.case import randomise
 from seriatim.layout import line
 from seriatim.model import Model
-from seriatim.plan import MASK, VALUE, Plan, Reads, Slots
 from seriatim.random import Forced, Keyed
-from seriatim.view import two_stream
+from support.orders import AnyRank
 
 VOCAB, WIDTH, LENGTH, MEMORY = 7, 16, 12, 5
 BACKBONE = TransformerConfig(WIDTH, 2, 4, kv_heads=2, rope=RoPE(50.0))
@@ -327,22 +326,6 @@ def test_conditions_of_another_number_of_rows_are_refused():
 
 
 # ---- orders that differ by row ---------------------------------------------------------------------------------------
-
-
-class AnyRank(Factorization):
-    """Two streams in whatever order the canvas says, another one in each row: queries, then values."""
-
-    def packed(self, canvas: Canvas) -> Plan:
-        n, rank = canvas.layout.size, canvas.rank
-        e = torch.arange(n)
-        query = (torch.arange(2 * n) < n)[None]
-        needs = torch.cat([torch.full_like(rank, -1), rank], 1)
-        source = torch.where(query, MASK, VALUE)
-        coord = canvas.layout.coord.repeat(2, 1)[None]
-        slots = Slots(torch.cat([e, e])[None, :, None], source, coord, needs)
-        view = two_stream(torch.cat([rank, rank], 1), query.expand(len(rank), -1))
-        read = torch.where(rank >= 0, e, -1)
-        return Plan(slots, {"all": view}, Reads(torch.where(read >= 0, e, -1), read), rank, layout=canvas.layout)
 
 
 def shuffled(row: int) -> tuple[Tensor, Tensor]:
