@@ -70,15 +70,16 @@ def _language(system: LanguageModel, options: argparse.Namespace, sampling: dict
     new = options.length or max(min(200, system.model.layout.size - len(given)), 1)
     grammar = _grammar(options)
     for n in range(options.count or 1):
-        if not options.json and options.ids is None and not options.chat and system.continues:
-            sys.stdout.write(options.prompt)
+        echoed = not options.json and options.ids is None and not options.chat and system.continues
+        say = _Echo(options.prompt if echoed else "")
         made = system.generate(
             given, options.decoder, max_new_tokens=new, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
-            min_p=s.min_p, typical=s.typical, seed=options.seed + n, stream=None if options.json else _say,
+            min_p=s.min_p, typical=s.typical, seed=options.seed + n, stream=None if options.json else say,
             stop=options.stop, grammar=grammar, **{name: getattr(s, name) for name in PENALTIES},
         )  # fmt: skip
         assert isinstance(made, Generation)
         if not options.json:
+            say("")
             print("" if made.text is not None else " ".join(map(str, made.ids)))
             continue
         figures = {
@@ -97,6 +98,17 @@ def _given(system: LanguageModel, options: argparse.Namespace) -> list[int]:
             raise ValueError("--chat puts a text as what a user says: give it by --prompt")
         return system.chat_ids([{"role": "user", "content": options.prompt}])
     return system.prompt_ids(options.prompt) if options.ids is None else ids_of(options.ids)
+
+
+class _Echo:
+    """Says pieces of text, and before the first of them the prompt: not before it is known that there will be any."""
+
+    def __init__(self, prompt: str):
+        self.prompt = prompt
+
+    def __call__(self, piece: str) -> None:
+        _say(self.prompt + piece)
+        self.prompt = ""
 
 
 def _say(piece: str) -> None:
