@@ -70,10 +70,12 @@ def reckless(monkeypatch):
     """A decoder of that name."""
 
     def decoder_of(system, name, sampling, stop=None):
-        return (Reckless(stop), NGram()) if name == "reckless" else decoders.decoder_of(system, name, sampling, stop)
+        if name == "reckless":
+            return decoders.Decoding(Reckless(stop), NGram())
+        return decoders.decoder_of(system, name, sampling, stop)
 
     monkeypatch.setattr(language_model, "decoder_of", decoder_of)
-    monkeypatch.setattr(verb, "DECODERS", (*decoders.DECODERS, "reckless"))
+    monkeypatch.setattr(verb, "named", lambda name: (name, None, {}))
 
 
 # ---- what comes out --------------------------------------------------------------------------------------------------

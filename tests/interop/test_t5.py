@@ -20,6 +20,7 @@ from seriatim.decoding.loop import generate
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.target import Target
 from seriatim.random import Generator
+from seriatim.systems.decoders import Decoding
 from seriatim.systems.encoder_decoder import EncoderDecoder
 from seriatim.systems.published import load_published
 from seriatim.systems.system import Sampling
@@ -242,7 +243,7 @@ def test_texts_are_answered_streamed_and_stopped(speaking):
     assert made.ids == want.ids and "".join(pieces) == made.text == want.text
     assert speaking.generate(["w5 w9 w77", "w8"], **settings)[0].ids == want.ids
     greedy = Sampling(temperature=0.0)
-    assert "".join(speaking.stream("w5 w9 w77", 9, greedy, decider=SampleAll())) == made.text
+    assert "".join(speaking.stream("w5 w9 w77", 9, greedy, decoding=Decoding(SampleAll()))) == made.text
     cut = speaking.generate("w5 w9 w77", **{**settings, "stop": (want.ids[4],)}).ids
     assert cut == want.ids[: want.ids.index(want.ids[4]) + 1]
 

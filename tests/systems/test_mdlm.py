@@ -25,6 +25,7 @@ from seriatim.laws.enumeration import enumerate_rows
 from seriatim.layout import line
 from seriatim.objectives.masked import LEAST, Masked, by_count, by_time
 from seriatim.random import Generator, Keyed
+from seriatim.systems.decoders import Decoding
 from seriatim.systems.system import Sampling
 from seriatim.systems.text import mdlm
 from seriatim.systems.text_system import Windows
@@ -332,9 +333,9 @@ def test_a_text_ends_at_the_end_of_text_and_streams_from_the_front():
                     edit.value = torch.where(edit.element == 10, eos, ord("x"))
             return step
 
-    pieces = list(one.stream("ab", 20, Sampling(), decider=Writes(20, stop=(eos,))))
+    pieces = list(one.stream("ab", 20, Sampling(), decoding=Decoding(Writes(20, stop=(eos,)))))
     assert "".join(pieces) == "x" * 8 and len(pieces) > 1
-    whole = "".join(one.stream("ab", 20, Sampling(), decider=Writes(20)))
+    whole = "".join(one.stream("ab", 20, Sampling(), decoding=Decoding(Writes(20))))
     assert len(whole) == 19, "without stop ids nothing ends"
 
 

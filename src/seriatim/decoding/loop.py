@@ -37,7 +37,11 @@ class Step:
 
 
 class Proposer(Protocol):
-    """Suggests content to be verified in one forward. May run models of its own; owns state for each row."""
+    """Suggests content to be verified in one forward. May run models of its own; owns state for each row.
+
+    One that looks at the hidden states of a prompt says so by `reads_prompt = True`: then the first forward has all of
+    it, in place of a prefill in chunks.
+    """
 
     def propose(self, canvas: Canvas, target: Target, random: Random) -> Guess | None:
         """A guess of what follows; None: nothing to suggest this time."""

@@ -1,34 +1,120 @@
-"""The decoders of next-token models by name."""
+"""The decoders of next-token models: a file each under systems/decoder, found by its key.
+
+Such a file has `META` (family "decoder"), `Options` (a frozen dataclass of its settings), `decoder(ask)`, a `case` for
+the laws, and a `mutant` that they catch. A user names a decoder as KEY, KEY:SOURCE (a draft model, trained heads), or
+KEY:SOURCE+option=value+option=value.
+"""
 
 from __future__ import annotations
 
+import ast
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from seriatim.decoding.beam import Beam
-from seriatim.decoding.draft import NGram
-from seriatim.decoding.jacobi import Window
 from seriatim.decoding.loop import Decider, Proposer
-from seriatim.decoding.sample import SampleAll
-from seriatim.decoding.verify import Walk
+from seriatim.systems.meta import catalogue
+from seriatim.systems.meta import load as load_module
 from seriatim.systems.system import Sampling
 
-DECODERS = ("own", "ancestral", "prompt-lookup", "jacobi", "beam")
+SPEC = re.compile(r"(?P<key>[^:+]+)(:(?P<source>.*?))?(?P<options>(\+[a-z_]+=[^+]*)*)")
 
 
-def decoder_of(
-    system: Any, name: str, sampling: Sampling, stop: tuple[int, ...] | None = None
-) -> tuple[Decider, Proposer | None]:
-    """Decider and proposer: "own" is the system's, the others work with every next-token model. stop: ids that end a
-    row (None: the end of text of its tokenizer). Raises ValueError for a name that does not exist or does not suit."""
-    if name not in DECODERS:
-        raise ValueError(f"there is no decoder {name!r}; there are {', '.join(DECODERS)}")
-    if name == "own":
-        return system.decider(sampling), system.proposer(sampling)
+@dataclass(frozen=True)
+class Decoding:
+    """A way to decode: who decides, who proposes, and (`target`) further arguments of the `Target` that is sampled.
+    Parts have state, so this serves one generation."""
+
+    decider: Decider
+    proposer: Proposer | None = None
+    target: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a decoder is made for: a next-token model, how it is sampled, ids that end a row, where a draft part is, and
+    the decoder's options."""
+
+    system: Any
+    sampling: Sampling
+    stop: tuple[int, ...]
+    source: str | None
+    options: Any
+
+    def no_source(self) -> None:
+        """Refuse a source, for decoders that take none."""
+        if self.source is not None:
+            raise ValueError(f"this decoder needs no other model or heads, and {self.source!r} was given")
+
+    def draft_model(self) -> Any:
+        """The language model that the source names. Raises ValueError, OSError where it is none."""
+        from seriatim.verbs.load import load
+
+        if self.source is None:
+            raise ValueError("name a small model of the same vocabulary behind the decoder, as in NAME:zoo:text-draft")
+        return load(self.source)
+
+
+def decoder_names() -> tuple[str, ...]:
+    """Keys of all decoders; "own" is each system's."""
+    return ("own", *(key for key, (meta, _) in catalogue().items() if meta.family == "decoder"))
+
+
+def named(spec: str) -> tuple[str, str | None, dict[str, Any]]:
+    """Key, source and options of KEY:SOURCE+option=value. Raises ValueError for a key that does not exist, with those
+    that are near."""
+    found = SPEC.fullmatch(spec)
+    key = found["key"] if found else spec
+    if key not in decoder_names():
+        near = difflib.get_close_matches(key, decoder_names(), 1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ValueError(f"there is no decoder {key!r}{hint} There are {', '.join(decoder_names())}")
+    assert found is not None
+    pairs = (pair.partition("=") for pair in found["options"].split("+")[1:])
+    return key, found["source"] or None, {name: _value(text) for name, _, text in pairs}
+
+
+def _value(text: str) -> Any:
+    plain = {"true": True, "false": False, "none": None}
+    if text.lower() in plain:
+        return plain[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def options_of(key: str, given: Mapping[str, Any]) -> Any:
+    """The `Options` of a decoder. Raises ValueError for one that does not exist, or of another type than its default's
+    or its annotation's."""
+    cls = load_module(key).Options
+    known = {f.name: f for f in fields(cls)}
+    for name, value in given.items():
+        if name not in known:
+            hint = f"it has {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"{key} has no option {name!r}; {hint}")
+        wanted = known[name].default
+        number = isinstance(wanted, int | float) and not isinstance(wanted, bool)
+        fits = isinstance(value, int | float) if number else wanted is None or isinstance(value, type(wanted))
+        if not fits or (number and isinstance(value, bool)) or (isinstance(wanted, int) and isinstance(value, float)):
+            raise ValueError(f"option {name} of {key} is a {type(wanted).__name__}, got {value!r}")
+    return cls(**given)
+
+
+def decoder_of(system: Any, spec: str | Decoding, sampling: Sampling, stop: tuple[int, ...] | None = None) -> Decoding:
+    """A way to decode, by name: "own" is the system's, the others work with every next-token model. stop: ids that end
+    a row (None: the end of text of its tokenizer). Raises ValueError for what does not exist or does not suit."""
+    if isinstance(spec, Decoding):
+        return spec
+    key, source, given = named(spec)
+    if key == "own":
+        return Decoding(system.decider(sampling), system.proposer(sampling))
     if not system.model.factorization.draftable:
-        raise ValueError(f"{system.meta.key} decodes in an order of its own; --decoder {name} needs a next-token model")
-    stop = system.stop if stop is None else stop
-    if name == "prompt-lookup":
-        return Walk(stop), NGram()
-    if name == "jacobi":
-        return Walk(stop), Window(8)
-    return (Beam(4), None) if name == "beam" else (SampleAll(stop), None)
+        raise ValueError(f"{system.meta.key} decodes in an order of its own; --decoder {key} needs a next-token model")
+    ask = Ask(system, sampling, system.stop if stop is None else tuple(stop), source, options_of(key, given))
+    try:
+        return load_module(key).decoder(ask)
+    except ValueError as error:
+        raise ValueError(f"decoder {key}: {error}") from None

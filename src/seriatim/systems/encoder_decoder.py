@@ -101,8 +101,8 @@ class EncoderDecoder(Published):
 
     # ---- generation -------------------------------------------------------------------------------------------------
 
-    def target(self, condition: Mapping[str, Tensor] | None, sampling: Sampling) -> Target:
-        return super().target(self._raw, sampling)
+    def target(self, condition: Mapping[str, Tensor] | None, sampling: Sampling, **more: Any) -> Target:
+        return super().target(self._raw, sampling, **more)
 
     def generate(
         self,

@@ -25,7 +25,7 @@ from seriatim.interop.grammar import Grammar
 from seriatim.interop.tokenizer import PublishedTokenizer
 from seriatim.layout import line
 from seriatim.random import Generator, Keyed
-from seriatim.systems.decoders import decoder_of
+from seriatim.systems.decoders import Decoding, decoder_of
 from seriatim.systems.generation import Generation, Watch
 from seriatim.systems.system import Sampling, evenly
 from seriatim.systems.text_system import TextSystem
@@ -147,7 +147,7 @@ class LanguageModel(TextSystem):
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt] | Int[Tensor, "batch length"],
-        decoder: str = "ancestral",
+        decoder: str | Decoding = "ancestral",
         *,
         max_new_tokens: int = 128,
         temperature: float = 1.0,
@@ -165,7 +165,7 @@ class LanguageModel(TextSystem):
         stream: Callable[[str], None] | None = None,
         logprobs: bool = False,
     ) -> Generation | list[Generation]:
-        """Continue a text, its ids, or a batch of either, by a decoder of `DECODERS`; a list of generations for a
+        """Continue a text, its ids, or a batch of either, by a decoder (`decoder_of`); a list of generations for a
         batch, or where `n` of each prompt are asked for.
 
         temperature 0 is greedy; penalties: see `Penalties`; stop: ids and strings that end a row (None: the model's
@@ -183,8 +183,8 @@ class LanguageModel(TextSystem):
             repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
         )  # fmt: skip
-        decider, proposer = decoder_of(self, "ancestral" if decoder == "own" else decoder, s, ends)
-        target = self.target(None, s)
+        way = decoder_of(self, "ancestral" if decoder == "own" else decoder, s, ends)
+        target = self.target(None, s, **way.target)
         if grammar is not None:
             target.shapers += (Constraint(grammar.matchers(self.tokenizer, ends, n * len(rows))),)
         if strings and self.tokenizer is None:
@@ -192,12 +192,13 @@ class LanguageModel(TextSystem):
         start = time.perf_counter()
         with torch.inference_mode():
             canvas = self._begun(rows, max_new_tokens)
-            target.prefill(canvas, shared=n > 1)
+            if not getattr(way.proposer, "reads_prompt", False):
+                target.prefill(canvas, shared=n > 1)
             if n != 1:
                 rows = [row for row in rows for _ in range(n)]
                 self._copied(target, canvas, n)
             run = Run(self, canvas, rows, strings, stream, start)
-            for step in decode(target, canvas, decider, proposer, Keyed(seed)):
+            for step in decode(target, canvas, way.decider, way.proposer, Keyed(seed)):
                 if not run.after(step):
                     break
         out = run.generations(time.perf_counter() - start, logprobs)

@@ -130,10 +130,10 @@ class System(nn.Module):
 
     # ---- generation -------------------------------------------------------------------------------------------------
 
-    def target(self, condition: Mapping[str, Tensor] | None, sampling: Sampling) -> Target:
-        """The law that is sampled."""
+    def target(self, condition: Mapping[str, Tensor] | None, sampling: Sampling, **more: Any) -> Target:
+        """The law that is sampled; `more`: further arguments of `Target`."""
         guidance = Guidance(sampling.guidance, self.schedule) if sampling.guidance else None  # type: ignore[arg-type]
-        return Target(self.model, condition, guidance, sampling.warp, shapers=sampling.shapers)
+        return Target(self.model, condition, guidance, sampling.warp, shapers=sampling.shapers, **more)
 
     def decider(self, sampling: Sampling) -> Decider:
         """How this system decides: here, everything that is read."""

@@ -12,10 +12,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from seriatim.canvas import Canvas
-from seriatim.decoding.loop import Decider, Proposer, decode
+from seriatim.decoding.loop import Decider, decode
 from seriatim.decoding.sample import SampleAll
 from seriatim.layout import line
 from seriatim.random import Keyed
+from seriatim.systems.decoders import Decoding
 from seriatim.systems.system import Sampling, System, evenly
 from seriatim.tokenizers.text import ByteTokenizer, Detokenizer, TextTokenizer, id_stream
 
@@ -87,8 +88,7 @@ class TextSystem(System):
         length: int | None = None,
         sampling: Sampling | None = None,
         seed: int = 0,
-        decider: Decider | None = None,
-        proposer: Proposer | None = None,
+        decoding: Decoding | None = None,
         trace: list[Any] | None = None,
     ) -> Iterator[str]:
         """Pieces of text as they are decided, after the prompt; at most `length` tokens (None: 200, or what
@@ -96,8 +96,9 @@ class TextSystem(System):
         s = sampling or self.sampling
         canvas = self.prompted(prompt, length)
         told = canvas.given_length
-        target, pieces = self.target(None, s), Detokenizer(self.tokenizer)
-        for step in decode(target, canvas, decider or self.decider(s), proposer or self.proposer(s), Keyed(seed)):
+        way = decoding or Decoding(self.decider(s), self.proposer(s))
+        target, pieces = self.target(None, s, **way.target), Detokenizer(self.tokenizer)
+        for step in decode(target, canvas, way.decider, way.proposer, Keyed(seed)):
             if trace is not None:
                 trace.append(step)
             ids = self._settled(canvas, told)

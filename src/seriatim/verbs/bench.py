@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from seriatim.evaluation.bench import Arm, Prompt, Runs, Written, apart, figures
 from seriatim.evaluation.bench_chart import save_bench
 from seriatim.evaluation.cost import DISTURBED, Others, fresh_process, load_average, parameters
 from seriatim.evaluation.questions import Question, builtin_questions, read_questions
-from seriatim.systems.decoders import DECODERS
+from seriatim.systems.decoders import decoder_names, named
 from seriatim.systems.generation import Generation
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.system import System, evenly
@@ -117,14 +116,11 @@ def _check(count: int | None, temperature: float, runs: int, draws: int, out: st
 def decoders_of(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Decoders by name, the plain one first, and what is to be said about that. Raises ValueError for names that do not
     exist, with those that are near."""
-    known = [d for d in DECODERS if d != "own"]
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            raise ValueError(f"there is no decoder {name!r}{hint} There are {', '.join(known)}")
+        if named(name)[0] == "own":
+            raise ValueError("name decoders: a next-token model's own is ancestral")
     if not names:
-        raise ValueError(f"name at least one decoder; there are {', '.join(known)}")
+        raise ValueError(f"name at least one decoder; there are {', '.join(decoder_names()[1:])}")
     added = [] if PLAIN in names else [f"{PLAIN} was added: it is what the others are compared with"]
     return list(dict.fromkeys([PLAIN, *names])), added
 

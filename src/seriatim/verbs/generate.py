@@ -48,8 +48,7 @@ def stream(
 ) -> Iterator[str]:  # fmt: skip
     """Pieces of text as they are decided. Raises ValueError for a decoder that does not exist or does not suit."""
     s = sampling_of(system, **sampling)
-    decider, proposer = decoder_of(system, decoder, s)
-    return system.stream(prompt, length, s, seed, decider, proposer, trace)
+    return system.stream(prompt, length, s, seed, decoder_of(system, decoder, s), trace)
 
 
 def draw(
