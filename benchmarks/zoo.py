@@ -25,11 +25,12 @@ from seriatim.cli.progress import Bar
 from seriatim.data.base import load_data
 from seriatim.evaluation.cost import parameters
 from seriatim.evaluation.features import features_for
+from seriatim.home import HOME
 from seriatim.tokenizers.text import PairTokenizer
 from seriatim.training.checkpoint import save_json
 from seriatim.training.run import RunFolder
 from seriatim.training.state import read_safely, write_safely
-from seriatim.verbs.evaluate import HOME, evaluate
+from seriatim.verbs.evaluate import evaluate
 from seriatim.verbs.show import show
 from seriatim.verbs.train import train
 

@@ -15,12 +15,14 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
+from seriatim.systems.decoders import example_of
 from seriatim.systems.meta import Meta, card_of, catalogue, load, status_of
 
 IMAGES = Path(__file__).parent / "images"
 SHOWN = {
     "L": "the laws hold", "E": "runs from end to end", "C": "its claim was measured", "W": "published weights load",
 }  # fmt: skip
+ORDERLESS = ("tokenizer", "decoder")  # families that have no order of their own
 TABLE = "<!-- table of systems -->"  # where systems.md wants it
 
 
@@ -32,7 +34,7 @@ def page(key: str) -> str:
     meta, text, details, result = card_of(key)
     module = load(key)
     parts = [f"# {meta.title}", *_card(meta, details), inspect.cleandoc(text)]
-    if hasattr(module, "case"):
+    if meta.family not in ORDERLESS:
         parts += ["## Its order", _order(module), f"![Who sees whom in {meta.title}](images/{key}-mask.png)"]
     parts += ["## Run it", _commands(meta), *_settings(key, module), *_claim(module), *_result(result), *_pictures(key)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -88,6 +90,11 @@ def mask(key: str) -> bytes:
 
 
 def _commands(meta: Meta) -> str:
+    if meta.family == "decoder":
+        spec = example_of(meta.key)
+        lines = [f'seriatim generate zoo:text-base --decoder {spec} --prompt "def "']
+        lines += [f"seriatim bench zoo:text-base --decoders ancestral,{spec}", f"seriatim laws {meta.key} --verbose"]
+        return "```\n" + "\n".join(lines) + "\n```"
     lines = [f"seriatim show {meta.key}", f"seriatim train {meta.key}"]
     if meta.family != "tokenizer":
         lines += [f"seriatim generate runs/{meta.key}", f"seriatim evaluate runs/{meta.key}"]
@@ -101,16 +108,16 @@ def _settings(key: str, module: ModuleType) -> Iterator[str]:
 
     try:
         cls: Any = system_class(key)
-    except ValueError:  # composed in Python only
+    except ValueError:  # a decoder, or composed in Python only
         cls = module
+    options = getattr(module, "Options", None)
+    if options is not None and fields(options):
+        yield from _table_of(options, "Options", "option")
+        yield f"Given behind the name: `--decoder {key}+{fields(options)[0].name}=...`"
     config = getattr(cls, "Config", None)
     if config is None:
         return
-    yield "## Settings"
-    text = inspect.cleandoc(config.__doc__ or "")
-    yield "" if text.startswith(f"{config.__name__}(") else text  # the one that a dataclass makes up
-    rows = [(f"`{f.name}`", f"`{_type(f)}`", _default(f)) for f in fields(config)]
-    yield table(("setting", "type", "default"), rows)
+    yield from _table_of(config, "Settings", "setting")
     sizes: Mapping[str, Any] = getattr(cls, "sizes", {})
     recipes: Mapping[str, Any] = getattr(cls, "recipes", {})
     if recipes:
@@ -121,6 +128,15 @@ def _settings(key: str, module: ModuleType) -> Iterator[str]:
             rate = f"{recipe.learning_rate:g}"
             lines.append((f"`{name}`", changes, f"{recipe.steps:,}", str(recipe.batch), rate))
         yield table(("size", "settings", "steps", "batch", "learning rate"), lines)
+
+
+def _table_of(config: Any, title: str, what: str) -> Iterator[str]:
+    """The fields of a dataclass under a heading."""
+    yield f"## {title}"
+    text = inspect.cleandoc(config.__doc__ or "")
+    yield "" if text.startswith(f"{config.__name__}(") else text  # the one that a dataclass makes up
+    rows = [(f"`{f.name}`", f"`{_type(f)}`", _default(f)) for f in fields(config)]
+    yield table((what, "type", "default"), rows)
 
 
 def _type(f: Field[Any]) -> str:
@@ -207,7 +223,7 @@ def on_files(files: Any, config: Any) -> Any:
     for key, (meta, _) in catalogue().items():
         files.append(File.generated(config, f"systems/{key}.md", content=page(key)))
         families.setdefault(meta.family, []).append({meta.title: f"systems/{key}.md"})
-        if hasattr(load(key), "case"):
+        if meta.family not in ORDERLESS:
             files.append(File.generated(config, f"systems/images/{key}-mask.png", content=mask(key)))
     section.extend({family.capitalize(): pages} for family, pages in families.items())
     return files

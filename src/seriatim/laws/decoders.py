@@ -174,7 +174,7 @@ class Recording:
     def __init__(self, decoding: Decoding):
         self.rows: dict[int, Tensor] = {}
         self._inner = decoding.decider
-        self.needs = getattr(self._inner, "needs", frozenset())
+        self.needs: frozenset[str] = getattr(self._inner, "needs", frozenset())
         self.decoding = replace(decoding, decider=self)
 
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:

@@ -26,6 +26,14 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """An arm that trains nothing: what a function measures on a loaded model (whatever `load` takes) with a seed."""
+
+    model: str
+    measure: Callable[[Any, int], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
 class Claim:
     """ours against baseline by one metric.
 
@@ -37,7 +45,7 @@ class Claim:
     text: str
     paper: str
     metric: str
-    arms: Mapping[str, Arm]
+    arms: Mapping[str, Arm | Trial]
     ours: str
     baseline: str
     better: Literal["lower", "higher"] = "lower"

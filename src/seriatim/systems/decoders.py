@@ -1,8 +1,8 @@
 """The decoders of next-token models: a file each under systems/decoder, found by its key.
 
 Such a file has `META` (family "decoder"), `Options` (a frozen dataclass of its settings), `decoder(ask)`, a `case` for
-the laws, and a `mutant` that they catch. A user names a decoder as KEY, KEY:SOURCE (a draft model, trained heads), or
-KEY:SOURCE+option=value+option=value.
+the laws, and a `mutant` that they catch; one that needs a source has an `EXAMPLE` of how it is named. A user names a
+decoder as KEY, KEY:SOURCE (a draft model, trained heads), or KEY:SOURCE+option=value+option=value.
 """
 
 from __future__ import annotations
@@ -60,6 +60,11 @@ class Ask:
 def decoder_names() -> tuple[str, ...]:
     """Keys of all decoders; "own" is each system's."""
     return ("own", *(key for key, (meta, _) in catalogue().items() if meta.family == "decoder"))
+
+
+def example_of(key: str) -> str:
+    """How a decoder is named on a small model: its file's `EXAMPLE` where it needs a source, else its key."""
+    return getattr(load_module(key), "EXAMPLE", key)
 
 
 def named(spec: str) -> tuple[str, str | None, dict[str, Any]]:

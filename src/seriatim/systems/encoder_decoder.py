@@ -17,6 +17,7 @@ from seriatim.conditions.condition import Condition
 from seriatim.decoding.target import Target
 from seriatim.interop.blueprint import EncoderDecoderBlueprint
 from seriatim.random import Generator
+from seriatim.systems.decoders import Decoding
 from seriatim.systems.language_model import Generation, LanguageModel, Prompt
 from seriatim.systems.published import Published
 from seriatim.systems.system import Sampling
@@ -107,7 +108,7 @@ class EncoderDecoder(Published):
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt] | Int[Tensor, "batch length"],
-        decoder: str = "ancestral",
+        decoder: str | Decoding = "ancestral",
         *,
         logprobs: bool = False,
         **settings: Any,

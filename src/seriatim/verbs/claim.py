@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from seriatim.systems.claim import Arm, Claim
+from seriatim.home import HOME
+from seriatim.systems.claim import Arm, Claim, Trial
 from seriatim.systems.meta import catalogue
 from seriatim.systems.meta import load as load_module
 from seriatim.training.checkpoint import save_json
-from seriatim.verbs.evaluate import HOME, evaluate
+from seriatim.verbs.evaluate import evaluate
 from seriatim.verbs.generate import sampling_of
+from seriatim.verbs.load import load
 from seriatim.verbs.train import Bar, Trained, train
 
 
@@ -66,8 +68,13 @@ def measure(
 
 def _run(key: str, claim: Claim, name: str, seed: int, bar: Bar | None) -> None:
     """One arm with one seed: train or go on, judge, note."""
-    arm: Arm = claim.arms[name]
+    arm = claim.arms[name]
     folder = _figures_file(key, name, seed).parent
+    if isinstance(arm, Trial):
+        folder.mkdir(parents=True, exist_ok=True)
+        measured = dict(arm.measure(load(arm.model), seed))
+        save_json({"seed": seed, **measured, "train_seconds": 0.0}, folder / "figures.json")
+        return
     settings = {**arm.settings, "seed": seed} | ({} if arm.steps is None else {"steps": arm.steps})
     trained: Trained = train(
         arm.system, claim.data, out=folder / "run", size=arm.size, tokenizer=arm.tokenizer, minutes=arm.minutes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from seriatim.evaluation.cost import parameters
 from seriatim.evaluation.features import FeatureModel, features_for
 from seriatim.evaluation.metrics import bits_per_byte, bits_per_dimension, text_statistics
 from seriatim.evaluation.quality import picture_quality
+from seriatim.home import HOME
 from seriatim.systems.image_system import ImageSystem, Pictures
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.published import Published
@@ -23,8 +23,6 @@ from seriatim.systems.tokenizer_system import TokenizerSystem
 from seriatim.tokenizers.report import report
 from seriatim.training.run import RunFolder
 from seriatim.verbs.load import ZOO, load, where
-
-HOME = Path(os.environ.get("SERIATIM_HOME", "~/.cache/seriatim")).expanduser()
 
 
 def evaluate(

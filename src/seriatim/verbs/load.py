@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from seriatim.backbones.quantize import quantize
+from seriatim.home import HOME
 from seriatim.interop.hub import HUB, from_hub
 from seriatim.interop.peft import CONFIG as ADAPTER
 from seriatim.interop.peft import base_of, read_adapter
@@ -99,8 +100,15 @@ def _load(place: Path, dtype: torch.dtype | None) -> System:
 
 
 def where(source: str | Path) -> Path:
-    """The folder of `zoo:NAME`, or a path. Raises FileNotFoundError that names what there is."""
+    """The folder of `zoo:NAME`, of `home:NAME` (SERIATIM_HOME/models), or a path. Raises FileNotFoundError that names
+    what there is."""
     text = str(source)
+    if text.startswith("home:"):
+        if not (HOME / "models" / text[5:] / "config.json").is_file():
+            raise FileNotFoundError(
+                f"there is no model {HOME / 'models' / text[5:]}; `python benchmarks/get_smollm2.py` puts SmolLM2 there"
+            )
+        return HOME / "models" / text[5:]
     if not text.startswith("zoo:"):
         if not Path(text).is_dir() and not (text.endswith(".gguf") and Path(text).is_file()):
             raise FileNotFoundError(f"there is no folder {text}; give the folder of a run, or one of {_zoo_names()}")
