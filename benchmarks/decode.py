@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from seriatim.home import HOME
+
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 THREADS, PROMPT, LONG, ROWS = 2, 32, 512, 8

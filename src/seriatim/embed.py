@@ -15,6 +15,7 @@ from seriatim.canvas import Canvas
 from seriatim.decoding.guess import Guess
 from seriatim.factorization.line import LinePlan
 from seriatim.heads.denoiser import FREQUENCIES, time_features
+from seriatim.initial import drawn
 from seriatim.plan import LEARNED, MASK, NOISE, Plan
 
 
@@ -52,9 +53,9 @@ class SlotEmbed(nn.Module):
     def _furnish(self, width: int, kind: str, positions: Sequence[int], mask: bool, start: bool, std: float) -> None:
         """The vectors that are not of values."""
         self.kind, self.width = kind, width
-        self.start = nn.Parameter(torch.randn(width) * std) if start else None
-        self.mask = nn.Parameter(torch.randn(width) * std) if mask else None
-        self.positions = nn.ParameterList(nn.Parameter(torch.randn(n, width) * std) for n in positions)
+        self.start = nn.Parameter(drawn(width, std=std)) if start else None
+        self.mask = nn.Parameter(drawn(width, std=std)) if mask else None
+        self.positions = nn.ParameterList(nn.Parameter(drawn(n, width, std=std)) for n in positions)
         self._placed = len(positions) > 0
 
     def forward(
@@ -149,7 +150,7 @@ class TokenEmbed(SlotEmbed):
     ):  # fmt: skip
         super().__init__()
         self.vocab, self.scale = vocab, scale
-        self.table = nn.Parameter(torch.randn(vocab, width) * std)
+        self.table = nn.Parameter(drawn(vocab, width, std=std))
         self._furnish(width, kind, positions, mask, start, std)
 
     def vectors(self, value: Int[Tensor, "*rest"]) -> Float[Tensor, "*rest d"]:
@@ -172,7 +173,7 @@ class CodesEmbed(SlotEmbed):
     ):  # fmt: skip
         super().__init__()
         self.vocab = vocab
-        self.table = nn.Parameter(torch.randn(depth, vocab, width) * std)
+        self.table = nn.Parameter(drawn(depth, vocab, width, std=std))
         self._furnish(width, kind, positions, mask, start, std)
 
     def vectors(self, value: Int[Tensor, "*rest D"]) -> Float[Tensor, "*rest d"]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from seriatim.canvas import Canvas
 from seriatim.decoding.guess import Guess
+from seriatim.initial import drawn
 from seriatim.plan import LEARNED, Plan, Reads
 from seriatim.view import full
 
@@ -27,7 +28,7 @@ class ByKind(nn.Module):
             raise ValueError("ByKind needs the embedding of at least one kind of element")
         self.embeds = nn.ModuleDict(embeds)
         self.width = width
-        self.learned = nn.Parameter(torch.randn(learned, width) * std)
+        self.learned = nn.Parameter(drawn(learned, width, std=std))
 
     def forward(
         self, canvas: Canvas, plan: Plan, guess: Guess | None = None, prefix: Tensor | None = None

@@ -122,7 +122,7 @@ def line(length: int, kind: str = "token", given: bool = False, start: int = 0) 
     """`length` elements in a row."""
     if length < 0:
         raise ValueError(f"a line needs a length of at least 0, got {length}")
-    return Layout((Segment(kind, torch.arange(start, start + length)[:, None], given),))
+    return Layout((Segment(kind, torch.arange(start, start + length, device="cpu")[:, None], given),))
 
 
 def grid(*shape: int, kind: str = "token") -> Layout:

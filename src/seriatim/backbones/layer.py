@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from seriatim.backbones.quantize import Quantizable
 from seriatim.backbones.relative import Relative
 from seriatim.backbones.rope import RoPE
+from seriatim.initial import drawn
 
 MATRICES = ("qkv", "out", "up", "down")
 GATED = ("swiglu", "geglu", "geglu_tanh")  # the first half of `up` is a gate on the second
@@ -47,8 +48,9 @@ class TransformerConfig:
     says where norms stand: "pre" (before each branch), "post" (behind it, before it is added), "both". `parallel`:
     both branches read what came into the layer. `bias`: of all matrices, none, or those named. `score_scale`: of
     queries times keys (None: 1 over the root of the head's dimension). `softcap` bounds scores. `relative`: they depend
-    on distance, in all layers alike. `experts` stand in
-    place of one feed-forward network.
+    on distance, in all layers alike. `experts` stand in place of one feed-forward network. `first_norm`, `last_norm`:
+    whether a norm stands before the first branch of all, and behind the last layer (a layer that goes on in the states
+    of another model may have neither).
     """
 
     width: int
@@ -73,6 +75,8 @@ class TransformerConfig:
     eps: float = 1e-5
     dropout: float = 0.0
     kinds: tuple[str, ...] = ("all",)
+    first_norm: bool = True
+    last_norm: bool = True
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "kv_heads", "head_dim", "hidden", "vector", "memory"):
@@ -101,6 +105,8 @@ class TransformerConfig:
             raise ValueError(f"biases are of {', '.join(MATRICES)}, got {', '.join(self.bias)}")
         if self.vector is not None and (self.place != "pre" or self.parallel):
             raise ValueError("a conditioning vector drives norms before each branch, of branches one after the other")
+        if self.vector is not None and not (self.first_norm and self.last_norm):
+            raise ValueError("a conditioning vector drives all norms, the first and the last among them")
         if self.experts is not None and (self.activation not in GATED or self.bias is True):
             raise ValueError("experts are gated networks without biases")
         if self.qk_norm == "l2" and self.score_scale is None:
@@ -166,7 +172,7 @@ class Layer(Quantizable):
         d, hd = c.width, c.dim
 
         def matrix(*shape: int, std: float = 0.02) -> nn.Parameter:
-            return nn.Parameter(torch.randn(*shape) * std)
+            return nn.Parameter(drawn(*shape, std=std))
 
         def optional(name: str, there: bool, value: Tensor) -> None:
             self.register_parameter(name, nn.Parameter(value) if there else None)
@@ -186,7 +192,7 @@ class Layer(Quantizable):
         self.up, self.down = matrix(*many, up, d), matrix(*many, d, inner, std=small)
         for name, size in (("qkv", qkv), ("out", d), ("up", up), ("down", d)):
             optional(name + "_bias", c.biased(name), torch.zeros(size))
-        optional("router", c.experts is not None, torch.randn(*many, d) * 0.02)
+        optional("router", c.experts is not None, drawn(*many, d))
         q, k = {"rms_all": (c.heads * hd, c.groups * hd)}.get(c.qk_norm or "", (hd, hd))
         l2 = c.qk_norm == "l2"
         optional("q_norm", c.qk_norm is not None, torch.full((c.heads, 1), 4.0).log() if l2 else torch.ones(q))
@@ -194,9 +200,9 @@ class Layer(Quantizable):
         optional("ada", c.vector is not None, torch.zeros(6 * d, c.vector or 0))
         optional("ada_bias", c.vector is not None, torch.zeros(6 * d))
         optional("norm3", c.memory is not None, torch.ones(d))
-        optional("cross_q", c.memory is not None, torch.randn(c.heads * hd, d) * 0.02)
-        optional("cross_kv", c.memory is not None, torch.randn(2 * c.heads * hd, c.memory or 0) * 0.02)
-        optional("cross_out", c.memory is not None, torch.randn(d, c.heads * hd) * 0.02)
+        optional("cross_q", c.memory is not None, drawn(c.heads * hd, d))
+        optional("cross_kv", c.memory is not None, drawn(2 * c.heads * hd, c.memory or 0))
+        optional("cross_out", c.memory is not None, drawn(d, c.heads * hd))
 
     def weights(self) -> Weights:
         return self.quantized() if self._formats else weights_of(self)

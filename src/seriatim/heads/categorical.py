@@ -14,6 +14,7 @@ from seriatim.backbones.quantize import Quantizable, linear
 from seriatim.canvas import Canvas
 from seriatim.compiling import compiled
 from seriatim.heads.dist import Categorical
+from seriatim.initial import drawn
 from seriatim.plan import Reads
 from seriatim.random import Key, Random
 
@@ -40,7 +41,7 @@ class CategoricalHead(Quantizable):
         self.width, self.vocab, self.roles, self.softcap = width, vocab, roles, softcap
         self._compiled: Callable[..., Tensor] | None = None
         self._compiled_logits: Callable[..., Tensor] | None = None
-        self.weight = tied if tied is not None else nn.Parameter(torch.randn(roles * vocab, width) * 0.02)
+        self.weight = tied if tied is not None else nn.Parameter(drawn(roles * vocab, width))
         self.bias = nn.Parameter(torch.zeros(roles * vocab)) if bias else None
 
     def logits(self, h: Float[Tensor, "b m d"], reads: Reads | None = None) -> Float[Tensor, "b m v"]:
@@ -62,6 +63,18 @@ class CategoricalHead(Quantizable):
     def compile_decoding(self) -> None:
         """Compile the logits."""
         self._compiled_logits = compiled(self._said)
+
+    def limited(self, ids: Int[Tensor, "n"] | None = None) -> CategoricalHead:
+        """This head for some ids only, in this order (None: all, by the very same weights): frozen rows of its matrix in
+        their number format, of which decoding compiles nothing. Raises ValueError where there are several roles."""
+        if self.roles > 1:
+            raise ValueError(f"a head of {self.roles} roles cannot be limited to some ids")
+        with torch.device("meta"):
+            made = CategoricalHead(self.width, self.vocab if ids is None else len(ids), softcap=self.softcap)
+        made._formats = dict(self._formats)
+        made._parameters = {n: p if p is None or ids is None else _frozen(p[ids]) for n, p in self._parameters.items()}
+        made._buffers = {n: b if ids is None else b[ids] for n, b in self._buffers.items()}  # type: ignore[index]
+        return made
 
     def dist(self, h: Float[Tensor, "b m d"], reads: Reads | None, canvas: Canvas) -> Categorical:
         return Categorical(self.logits(h, reads))
@@ -87,3 +100,7 @@ class CategoricalHead(Quantizable):
         x = self.logits(h, reads)
         x = x if x.dtype == torch.float64 else x.float()
         return F.cross_entropy(x.flatten(0, 1), value.flatten(), reduction="none").view(value.shape)
+
+
+def _frozen(x: Tensor) -> nn.Parameter:
+    return nn.Parameter(x.detach(), requires_grad=False)
