@@ -121,6 +121,16 @@ def test_texts_may_part_where_two_logits_are_near_in_sixteen_bits_only(gap, dtyp
     assert allowed(found, dtype) == right
 
 
+@pytest.mark.parametrize(("other", "right"), [(2.0, False), (0.5, False), (-0.1, True), (3.0, True)])
+def test_a_gap_is_allowed_where_two_plain_forwards_differ_by_more(other, right):
+    """The plain step says 1.0, which is 8 steps; the other forward says `other`."""
+    said = [torch.zeros(8), torch.zeros(8)]
+    said[0][5], said[0][6] = 20.0, 19.0
+    said[1][5], said[1][6] = 20.0, 20.0 - other
+    found = divergences([[6]], [[5]], lambda n, s: said[0], torch.bfloat16, lambda n, s: said[1])
+    assert found[0].steps == 8 and allowed(found, torch.bfloat16) == right
+
+
 def test_a_text_that_ends_elsewhere_is_never_allowed():
     found = divergences([[1, 2]], [[1, 2, 3]], lambda n, said: torch.zeros(8), torch.bfloat16)
     assert found[0].steps == math.inf and not allowed(found, torch.bfloat16)
