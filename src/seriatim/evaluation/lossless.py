@@ -2,8 +2,8 @@
 
 In 16-bit formats the same row has another last bit when more rows are computed beside it, so that two tokens of nearly
 equal logits may change places. There a text may part from the plain one where the logits of the two tokens differ by
-less than two steps of the format; a larger gap is a fault. In float32 and float64 texts must be equal. Where weights are
-integers, products of few and of many rows are two algorithms: there the gap may also be as large as what two plain
+less than two steps of the format; a larger gap is a fault. In float32 and float64 texts must be equal. Where weights
+are integers, products of few and of many rows are two algorithms: there the gap may also be as large as what two plain
 forwards, step by step and in one pass, differ by.
 """
 
