@@ -34,6 +34,15 @@ def test_products_are_those_of_the_nearest_matrix(kind, rows):
     torch.testing.assert_close(linear(x, kept, bias), x @ exact.T + bias, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("columns", [72, 80, 88])
+def test_rows_of_any_length_are_multiplied_in_bfloat16(columns):
+    """torch's product takes rows in sixteens, and reads beyond others."""
+    w, x = matrix(48, columns, torch.bfloat16), matrix(3, columns, torch.bfloat16)
+    kept = Int8.of(w)
+    exact = x.float() @ (kept.weight.float() * kept.scale.float()[:, None]).T
+    assert (kept.times(x).float() - exact).abs().max() < 0.02 * exact.abs().max()
+
+
 def test_rows_of_zeros_stay_zeros():
     for kind in (Int8, Int4):
         w = matrix()

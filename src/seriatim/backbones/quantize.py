@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 INT8_ROWS = 8  # more rows than that are faster through a product in floating point
+COLUMNS = 16  # that torch's 8-bit product reads at once: it reads beyond a row of another length
 CHUNK = 4096  # rows that are converted at a time: a large matrix is never whole in float32
 GROUP = 32  # 4-bit numbers that share a scale and a zero
 ROWS = 16  # that torch's 4-bit product takes together
@@ -59,7 +60,7 @@ class Int8(NamedTuple):
             y = (self.weight.float() * x.float().view(1, -1)).sum(-1) * self.scale.float()
             return y.to(x.dtype).view(*x.shape[:-1], -1)
         rows = x.numel() // x.shape[-1]
-        if x.is_cpu and rows <= INT8_ROWS and x.dtype == self.scale.dtype:
+        if x.is_cpu and rows <= INT8_ROWS and x.dtype == self.scale.dtype and not x.shape[-1] % COLUMNS:
             return torch.ops.aten._weight_int8pack_mm(x.reshape(rows, -1), self.weight, self.scale).view(
                 *x.shape[:-1], -1
             )
