@@ -52,3 +52,13 @@ def test_options_have_defaults_and_asks_say_what_a_source_should_be():
     assert options_of("jacobi", {"window": 3}).window == 3
     with pytest.raises(ValueError, match="name a small model"):
         Ask(None, Sampling(), (), None, None).draft_model()
+
+
+def test_of_a_beam_the_best_text_of_each_row_comes_out():
+    from seriatim.laws.interface import PROMPTS, small
+
+    system = small()
+    many = system.generate(PROMPTS, "beam+width=3", max_new_tokens=8, temperature=1.0)
+    alone = [system.generate(prompt, "beam+width=3", max_new_tokens=8, temperature=1.0) for prompt in PROMPTS]
+    assert [g.ids for g in many] == [g.ids for g in alone]
+    assert [g.text for g in many] == [g.text for g in alone]

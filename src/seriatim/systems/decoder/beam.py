@@ -35,7 +35,7 @@ class Options:
 def decoder(ask: Ask) -> Decoding:
     """The best texts, the likeliest first."""
     ask.no_source()
-    return Decoding(Beam(ask.options.width, penalty=ask.options.penalty))
+    return Decoding(Beam(ask.options.width, ask.stop, penalty=ask.options.penalty))
 
 
 def case() -> DecoderCase:
