@@ -2,7 +2,8 @@
 
 Run: `python benchmarks/status.py [KEY...]`. Writes results/status.json: for each system the hash of its file, whether
 all laws hold and its mutant is caught (tokenizers have no order, so no laws), whether training, loading and generating
-work through the command line, and which test, passed just now, holds published weights to the official code.
+work through the command line, what decoders answer to every request, and which test, passed just now, holds published
+weights to the official code.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch
 
 from seriatim.cli.main import main as command
+from seriatim.laws.interface import COLUMNS
+from seriatim.laws.interface import cell as said
 from seriatim.laws.suite import mutant_finding, system_findings
 from seriatim.systems.decoders import example_of
 from seriatim.systems.meta import catalogue, source_hash
@@ -61,6 +64,14 @@ def weights_load(key: str) -> str | None:
     return WEIGHTS[key] if run.returncode == 0 else None
 
 
+def cell(key: str, column: str) -> str:
+    """What a decoder says to a request."""
+    try:
+        return said(key, column)
+    except AssertionError as fault:
+        return f"wrong: {fault}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("keys", nargs="*")
@@ -76,6 +87,8 @@ def main() -> int:
             "end_to_end": runs_from_end_to_end(key, family),
             "weights": weights_load(key),
         }
+        if family == "decoder":
+            row["requests"] = {column: cell(key, column) for column in COLUMNS}
         known[key] = row
         print(
             f"{key:16s} laws {row['laws']}  end to end {row['end_to_end']}  weights {row['weights'] or '-'}", flush=True

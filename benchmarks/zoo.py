@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,14 @@ from seriatim.data.base import load_data
 from seriatim.evaluation.cost import parameters
 from seriatim.evaluation.features import features_for
 from seriatim.home import HOME
+from seriatim.posttraining.drafting import CARD, WEIGHTS, read_card
+from seriatim.systems.draft_parts import drafted_lengths
+from seriatim.systems.meta import load as load_module
 from seriatim.tokenizers.text import PairTokenizer
 from seriatim.training.checkpoint import save_json
 from seriatim.training.run import RunFolder
 from seriatim.training.state import read_safely, write_safely
+from seriatim.verbs.drafting import show_part
 from seriatim.verbs.evaluate import evaluate
 from seriatim.verbs.show import show
 from seriatim.verbs.train import train
@@ -64,7 +69,16 @@ ENTRIES: dict[str, dict[str, Any]] = {
 }
 
 
+# Parts that draft for a model of the zoo, each in a folder beside its base: found by --decoder KEY:zoo.
+PARTS: dict[str, dict[str, Any]] = {
+    f"text-base/draft-{key}": {
+        "key": key, "data": "stdlib", "from_": "zoo:text-base", "settings": {"steps": 2000, "tokens": 1_000_000},
+    }
+    for key in ("medusa", "hydra")
+}  # fmt: skip
+
 MADE_APART = ("text-bpe", "features-glyphs")
+EVERY = (*MADE_APART, *ENTRIES, *PARTS)
 KNOWN = ("system", "data", "parameters")  # of the figures: they stand above
 
 
@@ -104,6 +118,25 @@ def _card(name: str, trained: Any, figures: Mapping[str, Any], out: Path) -> Non
     (out / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def make_part(name: str, entry: Mapping[str, Any], console: Console) -> None:
+    """Train a part or go on, then write it beside its base."""
+    work, out, key = HOME / "zoo" / name, ROOT / name, entry["key"]
+    trained = train(**entry, out=work, resume=True, bar=lambda phase: Bar(f"{name} {phase}", console))
+    show_part(key, trained.system, work, trained.history)
+    out.mkdir(parents=True, exist_ok=True)
+    for file in (CARD, WEIGHTS):
+        shutil.copyfile(work / file, out / file)
+    figures, recipe = drafted_lengths(replace(trained, folder=out)), read_card(out)["training"]["recipe"]
+    lines = [
+        f"# {name}", "", f"{load_module(key).META.title} for {entry['from_']}: --decoder {key}:zoo.", "",
+        f"- data: {entry['data']}, built in; its held-out side was not seen",
+        f"- steps: {len(trained.history):,} of {recipe['batch']} windows", f"- parameters: {figures['parameters']:,}",
+        f"- tokens a forward on held-out text: {figures['tokens_per_forward']:.2f}",
+        f"- made again by: `python benchmarks/zoo.py {name}`", "- license: Apache-2.0, like the project",
+    ]  # fmt: skip
+    (out / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def make_pairs() -> None:
     """The byte-pair encoding that all text models share: 4,096 ids, 16 of them reserved."""
     if not (ROOT / "text-bpe" / "README.md").is_file():
@@ -129,21 +162,25 @@ def _note(name: str, text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join((*MADE_APART, *ENTRIES))} (default: what is missing)")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(EVERY)} (default: what is missing)")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    wrong = [n for n in options.names if n not in (*ENTRIES, *MADE_APART)]
+    wrong = [n for n in options.names if n not in EVERY]
     if wrong:
-        print(f"the zoo has no {', '.join(wrong)}; it has {', '.join((*MADE_APART, *ENTRIES))}", file=sys.stderr)
+        print(f"the zoo has no {', '.join(wrong)}; it has {', '.join(EVERY)}", file=sys.stderr)
         return 2
     for name in options.names:  # what is asked for by name is made again
         (ROOT / name / "README.md").unlink(missing_ok=True)
     make_pairs()
     make_features()
-    for name in options.names or ENTRIES:
-        if name in ENTRIES and not (ROOT / name / "README.md").is_file():
+    for name in options.names or (*ENTRIES, *PARTS):
+        if name in MADE_APART or (ROOT / name / "README.md").is_file():
+            continue
+        if name in ENTRIES:
             make(name, ENTRIES[name], Console())
+        else:
+            make_part(name, PARTS[name], Console())
     sizes = {p.parent.name: p.stat().st_size for p in ROOT.glob("*/model.safetensors")}
     print(json.dumps({k: f"{v / 2**20:.1f} MiB" for k, v in sizes.items()}))
     return 0

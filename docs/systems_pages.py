@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from seriatim.systems.decoders import example_of
-from seriatim.systems.meta import Meta, card_of, catalogue, load, status_of
+from seriatim.systems.meta import Meta, card_of, catalogue, load, recorded, status_of
 
 IMAGES = Path(__file__).parent / "images"
 SHOWN = {
@@ -24,6 +24,7 @@ SHOWN = {
 }  # fmt: skip
 ORDERLESS = ("tokenizer", "decoder")  # families that have no order of their own
 TABLE = "<!-- table of systems -->"  # where systems.md wants it
+REQUESTS = "<!-- table of requests -->"  # where accelerating.md wants it
 
 
 # ---- one page --------------------------------------------------------------------------------------------------------
@@ -204,6 +205,15 @@ def overview() -> str:
     return table(("key", "family", "likelihood", "shown", "what it is"), rows) + f"\n\n{legend}."
 
 
+def requests() -> str:
+    """What every decoder answers to every request, as it was last run."""
+    known = recorded()
+    answers = {key: row["requests"] for key, row in sorted(known.items()) if "requests" in row}
+    columns = list(dict.fromkeys(column for row in answers.values() for column in row))
+    rows = [(f"[`{key}`](systems/{key}.md)", *(row.get(c, "") for c in columns)) for key, row in answers.items()]
+    return table(("decoder", *columns), rows)
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; bars inside cells are escaped, except in code."""
     safe = [[re.sub(r"(`[^`]*`)|\|", lambda m: m[1] or r"\|", cell) for cell in row] for row in rows]
@@ -231,4 +241,6 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Put the table where a page asks for it."""
+    if REQUESTS in markdown:
+        markdown = markdown.replace(REQUESTS, requests())
     return markdown.replace(TABLE, overview()) if TABLE in markdown else markdown

@@ -27,6 +27,7 @@ _WHERE = {
     "backbones.transformer": ("Transformer",),
     "backbones.mamba": ("Mamba", "MambaConfig"),
     "backbones.hybrid": ("Hybrid", "HybridConfig"),
+    "backbones.compressed": ("Codec",),
     "backbones.relative": ("Relative",),
     "backbones.rope": ("RoPE", "Stretch"),
     "heads.dist": ("Categorical",),

@@ -69,8 +69,8 @@ class SlotEmbed(nn.Module):
             x = self._run(canvas, plan, guess, prefix)
         if self._placed:
             for axis, table in enumerate(self.positions):
-                x = x + _positions(table, plan, axis)
-        return x
+                x = x + _positions(table, plan, axis)[..., : x.shape[1], :]
+        return x if not plan.spawns else x[:, : plan.spawns[0].first]
 
     def _run(self, canvas: Canvas, plan: LinePlan, guess: Guess | None, prefix: Tensor | None) -> Tensor:
         first = plan.base - plan.prefix
@@ -100,7 +100,7 @@ class SlotEmbed(nn.Module):
         value = gather_values(canvas, slots.element, self.kind)
         if bool(noisy.any()):
             value = _where(noisy, gather_values(canvas, slots.element, self.kind, noise=True), value)
-        if guess is not None and slots.node is not None:
+        if guess is not None and guess.size and slots.node is not None:
             node = slots.node.expand(b, -1)
             drafted = _drafted(guess)[torch.arange(b)[:, None], node.clamp(min=0)]
             value = _where(node >= 0, drafted[:, :, None], value)

@@ -33,6 +33,8 @@ class Rows(NamedTuple):
     hidden: Tensor
     slot: Any = None  # slots that are read: None all, a slice, or (b, m)
     said: Any = None  # the distributions before temperature and filters: how sure the model is
+    spawned: Tensor | None = None  # (b, m, d): the states of slots that began on the way, which `hidden` leaves out
+    guess: Guess | None = None  # the draft that was looked at, if any
 
 
 class Model(nn.Module):
@@ -245,7 +247,18 @@ class Model(nn.Module):
             plan.check(self.mixers, self.factorization.due(canvas))
             self._sound = self.factorization
         encoded = condition if isinstance(condition, Condition) else self.encode(condition, drop)
-        h = self.hidden(plan, canvas, None, encoded)
+        return self.losses_by(plan, canvas, encoded, strict, random)
+
+    def losses_by(
+        self,
+        plan: Plan,
+        canvas: Canvas,
+        condition: Condition | None = None,
+        strict: bool = False,
+        random: Random | None = None,
+    ) -> Float[Tensor, "b E"]:
+        """The same by a plan that is at hand: the loss of each element that it reads."""
+        h = self.hidden(plan, canvas, None, condition)
         precision = torch.float64 if h.dtype == torch.float64 else torch.float32
         out = h.new_zeros(canvas.batch, canvas.layout.size, dtype=precision)
         for kind, part in by_kind(canvas, plan.reads):

@@ -8,8 +8,10 @@ no-peeking check. Knows nothing of networks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -131,6 +133,8 @@ class Plan:
     retain: Int[Tensor, "b m"] | None = field(default=None, repr=False)
     decides: int | None = field(default=None, repr=False)
     windows: Mapping[str, int] = field(default_factory=dict, repr=False)  # kinds of layer that see the last places only
+    route: Any = field(default=None, repr=False)  # a `backbones.route.Route`; None: all slots go through all blocks
+    spawns: tuple[Any, ...] = ()  # `slots.Spawn`s in the order of their layers: the last slots, which begin on the way
 
     def __post_init__(self) -> None:
         n, elements = self.size, self.rank.shape[1]
@@ -167,6 +171,12 @@ class Plan:
     run = None  # (start, None or offsets): the slots stand at start + 0, 1, ... (or + offsets) of a line
     readers = None  # `Reads`: where conditions of single elements stand; None: where the elements are read now
     fixed = None  # (b, m): slots that stay as they are while the step is repeated (denoising); None: it is not known
+
+    def along(self, route: Any) -> Plan:
+        """The same forward, whose slots go the way of a route."""
+        plan = copy(self)
+        plan.__dict__["route"] = route
+        return plan
 
     def attention(self, view: str, cache) -> Bool[Tensor, "b 1 q k"] | str | None:
         """The mask of one kind of layer over what a cache holds and these slots; None: see all, or "causal"."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 VALUE, MASK, NOISE, DERIVED, LEARNED = 0, 1, 2, 3, 4
@@ -42,6 +42,18 @@ class Slots:
         return Slots(
             only(self.element, row), only(self.source, row), only(self.coord, row), only(self.needs, row), node
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Spawn:
+    """Slots that are fed nothing: slot `first` + i begins in front of layer `layer` (from 0), as `matrix` times what
+    slot `source`[:, i] has become by then. Sources stand in the forward from its beginning. Slots that begin later
+    stand further behind, and none sees a slot that begins after it."""
+
+    layer: int
+    first: int
+    source: Int[Tensor, "b m"]
+    matrix: Float[Tensor, "d d"]
 
 
 @dataclass(frozen=True, eq=False)

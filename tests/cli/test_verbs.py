@@ -72,7 +72,7 @@ def test_pictures_of_a_label_come_as_grid_and_film(picture_run, tmp_path, capsys
     assert main(["generate", str(picture_run), "--label", "7", "--count", "4", "--out", str(out), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["pictures"] == 4 and said["forwards"] == 64
-    assert {p.name for p in out.iterdir()} == {"samples.png", "film.gif"}
+    assert {p.name for p in out.iterdir()} == {"samples.png", "film.gif", "order.png"}
 
 
 def test_evaluation_says_whether_a_likelihood_is_exact(text_run, text_file, capsys):

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from seriatim.canvas import Set
-from seriatim.decoding.draft import DraftModel, NGram
+from seriatim.decoding.draft import DraftModel, DraftTree, NGram
 from seriatim.decoding.filters import Warper
+from seriatim.decoding.growth import Dynamic
 from seriatim.decoding.guess import Guess, branching, children, depths, moved, room
 from seriatim.decoding.loop import Step, decode, generate, select_rows
 from seriatim.decoding.target import Target
@@ -134,6 +135,45 @@ def test_distinct_children_differ_and_end_with_the_law(near, model):
     assert a != b and min(a, b, below_a, below_b) >= 0 and c == below_c == -1
     canvas = generate(Target(model, warp=Warper(top_k=2)), model.blank(1), Recursive(), draft, Keyed(0))
     assert canvas.done
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_tree_that_grows_is_of_the_likeliest_paths_of_the_draft(model, near, batch):
+    """All paths of two tokens are looked at, so the nodes are the best of all there are; in a batch, by their sum."""
+    draft = DraftTree(Target(near), Dynamic(8, 2, 7))
+    canvas = model.canvas({"token": torch.randint(7, (batch, 40), generator=torch.Generator().manual_seed(3))}, 9)
+    for _ in range(2):  # the second time from the cache
+        guess = draft.propose(canvas, Target(model), Keyed(0))
+    assert guess.q is None and guess.size == 8
+    worth = {}
+    for a in range(7):  # by the rank of the token behind the text, and behind that
+        ordered = [behind(draft.draft, canvas, row, []).sort(descending=True) for row in range(batch)]
+        below = [behind(draft.draft, canvas, row, [int(o.indices[a])]) for row, o in enumerate(ordered)]
+        worth[(a,)] = sum(float(o.values[a]) for o in ordered)
+        for b in range(7):
+            ranked = [float(x.sort(descending=True).values[b]) for x in below]
+            worth[a, b] = sum(float(o.values[a]) * x for o, x in zip(ordered, ranked, strict=True))
+    best = sorted(worth, key=lambda path: -worth[path])[:8]
+    paths, kids = [], guess.children()
+    for node, parent in enumerate(guess.parents()):
+        rank = kids[parent].index(node)
+        paths.append((rank,) if parent < 0 else (*paths[parent], rank))
+    assert sorted(paths) == sorted(best)
+    for row in range(batch):
+        for node, parent in enumerate(guess.parents()):
+            said = behind(draft.draft, canvas, row, [] if parent < 0 else [int(guess.value[row, parent])])
+            assert int(guess.value[row, node]) == int(said.sort(descending=True).indices[kids[parent].index(node)])
+
+
+def test_nothing_is_drafted_where_a_text_outgrows_its_draft(model, near, transformer):
+    """The draft ends at 12 elements, the text at 40: with 11 known one more would be one too many."""
+    short = Target(transformer(12))
+    canvas = model.canvas({"token": torch.zeros(2, 40, dtype=torch.long)}, torch.tensor([4, 9]))
+    proposer = DraftModel(short, 4)
+    assert proposer.propose(canvas, Target(model), Keyed(0)).size == 2
+    canvas = model.canvas({"token": torch.zeros(2, 40, dtype=torch.long)}, torch.tensor([4, 11]))
+    assert proposer.propose(canvas, Target(model), Keyed(0)) is None
+    assert DraftTree(short, Dynamic()).propose(canvas, Target(model), Keyed(0)) is None
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -55,7 +55,7 @@ def operations(run, count: int) -> int:
 
 def a_step(measure, run, short: int = 6, steps: int = 8) -> float:
     """Of each further step."""
-    run(2)  # what is made once
+    run(short + steps)  # what is made once
     return (measure(run, short + steps) - measure(run, short)) / steps
 
 

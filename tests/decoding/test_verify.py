@@ -141,6 +141,36 @@ def test_without_drafts_every_verifier_takes_plain_steps(model, plain, verifier)
         assert torch.equal(canvas.value["token"], want)
 
 
+@pytest.mark.parametrize("held", [0, 6])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_each_node_of_a_tree_is_read_as_by_a_plain_forward_on_its_path(transformer, held, batch):
+    """Random trees in float32, behind a cache and without one: to 1e-5 of the logits."""
+    model = transformer().float()
+    g = torch.Generator().manual_seed(held)
+    for _ in range(5):
+        parent = tuple(int(torch.randint(-1, i, (1,), generator=g)) if i else -1 for i in range(9))
+        text = torch.randint(7, (batch, 40), generator=g)
+        target, canvas = Target(model), model.canvas({"token": text}, 8 if not held else 6)
+        with torch.inference_mode():
+            if held:  # a step commits what is known; the next token is decided
+                next(decode(target, canvas, SampleAll(), random=Keyed(0)))
+            guess = Guess(torch.randint(7, (batch, 9), generator=g), parent)
+            rows = target.forward(target.plan(canvas, guess), canvas, guess)
+        assert (target.cache.length > 0) == bool(held)
+        for row in range(batch):
+            for node in range(-1, 9):
+                path, at = [], node
+                while at >= 0:
+                    path.insert(0, int(guess.value[row, at]))
+                    at = parent[at]
+                said = [*canvas.value["token"][row, : canvas.length].tolist(), *path]
+                fresh = model.canvas({"token": torch.tensor([said + [0] * (40 - len(said))])}, len(said))
+                plain = Target(model, cached=False)
+                with torch.inference_mode():
+                    want = plain.forward(plain.plan(fresh), fresh).dist.logits[0, -1]
+                assert float((rows.dist.logits[row, node + 1] - want).abs().max()) < 1e-5 * float(want.abs().max())
+
+
 # ---- caches ----------------------------------------------------------------------------------------------------------
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from seriatim.decoding.draft import DraftModel, NGram
+from seriatim.decoding.draft import DraftModel, DraftTree, NGram
 from seriatim.decoding.filters import Warper
-from seriatim.decoding.guess import Guess, branching
+from seriatim.decoding.growth import Dynamic
+from seriatim.decoding.guess import Guess, branching, room
 from seriatim.decoding.loop import decode
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.target import Target
 from seriatim.decoding.verify import Chain, KSeq, Recursive, Verifier, Walk, kseq_scale
 from seriatim.factorization.line import Line
 from seriatim.heads.dist import Categorical
+from seriatim.laws.drafts import RandomDraft
 from seriatim.laws.enumeration import enumerate_rows
 from seriatim.laws.tabular import decoded_law, tabular, total_variation, true_law
 from seriatim.layout import line
@@ -126,6 +128,12 @@ def test_children_drawn_without_replacement_are_exact(shape, kind, once):
     assert gap(Recursive, lambda: once(draft())) < 1e-12
 
 
+@pytest.mark.parametrize("verifier", [Walk, Recursive])
+@pytest.mark.parametrize("tree", [Dynamic(1, 1, 1), Dynamic(4, 2, 2), Dynamic(6, 3, 3)], ids=str)
+def test_trees_that_grow_where_the_draft_is_sure_are_exact(verifier, tree):
+    assert gap(verifier, lambda: DraftTree(Target(DRAFTS["other"][0]), tree)) < 1e-12
+
+
 @pytest.mark.parametrize("shape", [(2,), (3,)], ids=str)
 @pytest.mark.parametrize("siblings", ["independent", "distinct"])
 def test_trees_in_every_round_are_exact(shape, siblings):
@@ -177,6 +185,25 @@ def test_one_drafted_token_is_accepted_as_often_as_the_laws_overlap(kind):
     p, (model, warp) = true_law(MODEL, 1), DRAFTS[kind]
     q = true_law(model, 1, warp)
     assert abs(accepted.get(1, 0.0) - (1 - total_variation(p, q))) < 1e-12
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_tokens_a_round_follow_from_the_acceptance_of_one(length):
+    """E = (1 - a^(g + 1)) / (1 - a) where every token is accepted with a (Leviathan et al. 2023, equation 1): the
+    target is flat, and the draft has the same law everywhere."""
+    flat = model_of(1, 5, spread=0.0)
+    emitted = {}
+
+    def run(random, rows):
+        canvas = flat.blank(rows)
+        step = next(decode(Target(flat), canvas, Chain(), RandomDraft(V, random, length), random))
+        return (torch.as_tensor(step.accepted).expand(rows) + 1).tolist()
+
+    emitted = enumerate_rows(run)
+    q = torch.softmax(torch.linspace(0, 1, V, dtype=torch.float64), -1)
+    a = float(q.clamp(max=1 / V).sum())
+    assert 0.5 < a < 0.99
+    assert abs(sum(n * p for n, p in emitted.items()) - (1 - a ** (length + 1)) / (1 - a)) < 1e-12
 
 
 def test_all_tokens_drafted_without_replacement_are_never_all_rejected():
@@ -274,6 +301,14 @@ class PathByPath(Walk):
                     break
 
 
+class Padded(Walk):
+    """Where a row has fewer nodes than the others, token 0 stands in their places, and may be matched (Medusa)."""
+
+    def verify(self, turn, random):
+        turn.value = [[max(token, 0) for token in row] for row in turn.value]
+        super().verify(turn, random)
+
+
 class Unscaled(KSeq):
     """Tries k drafts as if there were one."""
 
@@ -321,6 +356,22 @@ def test_drafts_without_replacement_verified_with_the_law_of_the_first_fail(once
     draft = drafting(branching((2, 1)), "distinct")
     assert gap(Recursive, lambda: once(draft())) < 1e-12
     assert gap(Recursive, lambda: once(altered(draft(), eldest))) > WRONG
+
+
+class Holey:
+    """Two children in every round, of which no row has the first: padding, as for rows that draft less than others."""
+
+    def propose(self, canvas, target, random):
+        return None if max(room(canvas)) < 2 else Guess(torch.tensor([[-1, 1]]).expand(canvas.batch, -1), (-1, -1))
+
+    def observe(self, canvas, rows, step):
+        """Learns nothing."""
+
+
+def test_padding_that_can_be_matched_fails():
+    assert gap(Walk, Holey) < 1e-12
+    wrong = decoded_law(MODEL, 3, Padded, Holey)  # rows depend on their company, so it need not even sum to 1
+    assert total_variation(wrong, true_law(MODEL, 3)) > WRONG
 
 
 def test_a_filtered_draft_verified_as_if_unfiltered_fails(altered):

@@ -10,8 +10,9 @@ import pytest
 
 from seriatim.cli.main import parser
 from seriatim.cli.training import settings_of
-from seriatim.systems.meta import catalogue
+from seriatim.systems.meta import catalogue, load
 from seriatim.training.recipe import Recipe
+from seriatim.verbs.drafting import Reading, is_draft_part
 from seriatim.verbs.load import system_class
 
 PLACEHOLDERS = {"KEY"}
@@ -28,6 +29,17 @@ def commands(text: str) -> list[str]:
     return [line for line in plain if re.match(r"seriatim [-a-z]", line) and "--help" not in line]
 
 
+def sizes_of(key: str) -> set[str]:
+    """Of a system, or of what is trained beside a model."""
+    return set(getattr(load(key), "SIZES", ())) if is_draft_part(key) else set(system_class(key).sizes)
+
+
+def config_of(key: str) -> set[str]:
+    """Settings that are no recipe's."""
+    configs = (load(key).Config, Reading) if is_draft_part(key) else (system_class(key).Config,)
+    return {f.name for config in configs for f in fields(config)}
+
+
 def mistakes(command: str, known: set[str]) -> str | None:
     """What is wrong with a command; None where nothing is."""
     try:
@@ -42,11 +54,10 @@ def mistakes(command: str, known: set[str]) -> str | None:
             return f"there is no system {key!r}"
     size = getattr(options, "size", None)
     for key in named:
-        if size is not None and key in catalogue() and size not in system_class(key).sizes:
+        if size is not None and key in catalogue() and size not in sizes_of(key):
             return f"{key} has no size {size!r}"
     if rest and options.key in catalogue():
-        config = {f.name for f in fields(system_class(options.key).Config)}
-        unknown = set(settings_of(rest)) - config - {f.name for f in fields(Recipe)} - OWN
+        unknown = set(settings_of(rest)) - config_of(options.key) - {f.name for f in fields(Recipe)} - OWN
         return f"{options.key} has no {sorted(unknown)}" if unknown else None
     return None
 

@@ -7,7 +7,7 @@ import torch
 
 from seriatim.decoding.filters import Warper
 from seriatim.heads.categorical import CategoricalHead
-from seriatim.heads.dist import Categorical, Greedy
+from seriatim.heads.dist import Categorical, Greedy, largest
 from seriatim.laws.case import randomise
 from seriatim.plan import Reads
 from seriatim.random import Key, Keyed, enumerate_law
@@ -119,3 +119,16 @@ def test_each_role_reads_with_a_matrix_of_its_own():
 def test_mistakes_are_named(build, error, says):
     with pytest.raises(error, match=says):
         build()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("vocab", [10, 8192, 8200, 49152])
+def test_the_likeliest_is_the_first_of_equals_however_many_there_are(dtype, vocab):
+    """16-bit numbers are often equal; drafts and plain decoding must choose the same."""
+    x = torch.randn(2, 3, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
+    x[:, 1] = x[:, 1].clamp(max=1.0)  # hundreds of equals
+    x[1, 2] = -torch.inf
+    x[1, 2, 7] = 0.0
+    x[0, 2, [3, vocab - 1]] = torch.inf
+    assert torch.equal(largest(x), x.argmax(-1))
+    assert int(largest(x)[0, 1]) == int((x[0, 1] == x[0, 1].max()).nonzero()[0, 0])

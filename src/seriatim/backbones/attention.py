@@ -91,7 +91,7 @@ def placed(mask: Tensor, c: TransformerConfig, x: Tensor, cache: KVCache | None)
     mask = mask.to(x.device)
     if c.groups < c.heads:
         mask = mask.repeat(1, 1, c.heads // c.groups, 1)
-    kind = x.dtype if cache is None else cache.buffer.dtype
+    kind = x.dtype if cache is None else cache.dtype
     return torch.zeros(mask.shape, dtype=kind, device=x.device).masked_fill_(~mask, -torch.inf)
 
 

@@ -56,6 +56,11 @@ class Cache(Protocol):
         """Take in the rows of other caches of the same kind, below one's own. What is pending is dropped."""
         ...
 
+    def compressed(self, codec: Any, capacity: int) -> Any:
+        """An empty cache of this one's kind and size that keeps what is committed in the form of a codec
+        (`backbones.compressed.Codec`), with room for `capacity` slots. Raises ValueError where there is none."""
+        ...
+
     def nbytes(self) -> int:
         """Bytes held by committed entries."""
         ...
@@ -99,6 +104,9 @@ class KVCache:
         self.names = tuple(names)
         # empty: every forward writes its columns in all rows, so what is masked is finite wherever it is read
         self._place(torch.empty(layers, 2, batch, heads, capacity, head_dim, dtype=dtype, device=device))
+        self.layers = tuple(range(layers))  # that there is room for
+        self.at = list(range(layers))  # where each of them stands in the buffer; -1: nowhere
+        self.first = 0  # place of the first column along a line, while plain: those before it were shed
         self.columns = 0  # committed, in the longest row
         self.pending = 0
         self._held: Int[Tensor, "b"] | None = None  # committed columns of each row, once they differ
@@ -126,30 +134,55 @@ class KVCache:
     def device(self) -> torch.device:
         return self.buffer.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.buffer.dtype
+
+    def compressed(self, codec: Any, capacity: int) -> Any:
+        """This cache, which holds nothing yet, as the place of what a compressed one has not compressed yet."""
+        return codec.over(self, capacity)
+
     # ---- a forward --------------------------------------------------------------------------------------------------
 
     def begin(self, plan: Plan) -> None:
         start, n = self.columns, plan.size
         end = start + n
         if end > self.buffer.shape[4]:
-            self._widen(max(end, 2 * self.buffer.shape[4]))
-        # the views of all layers at once: to slice keys and values layer by layer costs as much as a small layer
-        seen = self._flat.narrow(3, 0, end)
-        new = seen.narrow(3, start, n)
-        self._windows = plan.windows
-        if plan.layers is not None:
-            new.zero_()  # layers that skip a slot write nothing there
-        self._all, self._new = seen.unbind(), new.unbind()
-        self.pending = n
+            self._resize(max(end, 2 * self.buffer.shape[4]))
+        self._windows, self.pending = plan.windows, n
+        self.reach(n)
+        if plan.layers is not None or plan.route is not None:
+            self._flat.narrow(3, start, n).zero_()  # layers that skip a slot write nothing there
 
-    def _widen(self, columns: int) -> None:
-        wide = self.buffer.new_empty(*self.buffer.shape[:4], columns, self.buffer.shape[5])
-        wide[..., : self.columns, :] = self.buffer[..., : self.columns, :]
-        self._place(wide)
+    def reach(self, slots: int) -> None:
+        """From here on the present forward has its first `slots` slots; those that begin later are still to come."""
+        # the views of all layers at once: to slice keys and values layer by layer costs as much as a small layer
+        seen = self._flat.narrow(3, 0, self.columns + slots)
+        self._all, self._new = seen.unbind(), seen.narrow(3, self.columns, slots).unbind()
+
+    def hold(self, layers: Sequence[int]) -> None:
+        """Have room for these layers only: entries of others are forgotten, and layers that come back are empty. What
+        is pending is dropped."""
+        layers = tuple(layers)
+        if layers == self.layers:
+            return
+        buffer = self.buffer.new_zeros(len(layers), *self.buffer.shape[1:])
+        for n, layer in enumerate(layers):
+            if layer in self.layers:
+                buffer[n] = self.buffer[self.at[layer]]
+        self.at = [layers.index(i) if i in layers else -1 for i in range(len(self.at))]
+        self.layers, self.pending = layers, 0
+        self._place(buffer)
+
+    def _resize(self, capacity: int, start: int = 0) -> None:
+        """Another number of columns, in which stands what is committed from column `start` on."""
+        buffer = self.buffer.new_empty(*self.buffer.shape[:4], capacity, self.buffer.shape[5])
+        buffer[..., : self.columns - start, :] = self.buffer[..., start : self.columns, :]
+        self._place(buffer)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the pending keys and values (batch, heads, slots, head_dim) of a layer; all that can be read there."""
-        i = 2 * layer
+        i = 2 * self.at[layer]
         if k.requires_grad:
             return self._append_differentiably(i, k, v)
         self._new[i].copy_(k)
@@ -158,7 +191,8 @@ class KVCache:
 
     def entry(self, layer: int) -> Entry:
         """The present forward's keys and values of one layer."""
-        return Entry(self._all[2 * layer], self._all[2 * layer + 1])
+        i = 2 * self.at[layer]
+        return Entry(self._all[i], self._all[i + 1])
 
     def _append_differentiably(self, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients flow through what is pending, not through what is remembered (truncated backpropagation)."""
@@ -186,8 +220,12 @@ class KVCache:
 
     def _seen(self, view: str) -> View:
         """The labels that go without saying while the cache is plain."""
-        start = torch.arange(self.columns)[None]
-        seen = View(start, start, torch.full_like(start, INF))
+        return self.places(view, self.first, self.first + self.columns)
+
+    def places(self, view: str, start: int, end: int) -> View:
+        """The labels of these places of a line, in the windows of the present forward."""
+        place = torch.arange(start, end)[None]
+        seen = View(place, place, torch.full_like(place, INF))
         return seen.narrow(window=self._windows[view]) if view in self._windows else seen
 
     def computed(self, layer: int) -> Bool[Tensor, "b c"] | None:
@@ -304,6 +342,20 @@ class KVCache:
         self._hold(held)
         self.pending = 0
 
+    def shed(self, count: int | Int[Tensor, "b"], capacity: int) -> None:
+        """Forget the first columns, so many of all rows (while plain; it stays so) or of each, and give back what is
+        not needed of more than `capacity` columns."""
+        start = 0
+        if isinstance(count, int):
+            start, self.first = count, self.first + count
+        else:
+            column = count[:, None] + torch.arange(self.columns)
+            held = torch.as_tensor(self.length).expand(self.batch)[:, None]
+            self.evict(torch.where(column < held, column, -1))
+        self._resize(max(capacity, self.columns - start), start)
+        self.columns -= start
+        self.pending, self._new, self._all = 0, (), ()
+
     def replace(self, where: Int[Tensor, "b m"]) -> None:
         """Pending entry j overwrites committed column where[:, j] (-1: is left out); the labels stay."""
         where = where.expand(self.batch, -1)
@@ -340,12 +392,12 @@ class KVCache:
 
     def join(self, others: Sequence[KVCache]) -> None:
         parts = [self, *others]
-        if any(part.skips for part in parts):
+        if any(part.skips or part.layers != self.layers for part in parts):
             raise ValueError("caches whose entries were not computed in every layer cannot be joined")
         held = torch.cat([torch.as_tensor(part.length).expand(part.batch) for part in parts])
         columns, size = int(held.max()), [*self.buffer.shape]
         size[2], size[4] = len(held), max(part.buffer.shape[4] for part in parts)
-        if not all(part.plain for part in parts) or bool((held != columns).any()):
+        if not all(part.plain and part.first == self.first for part in parts) or bool((held != columns).any()):
             index = torch.where((place := torch.arange(columns)) < held[:, None], place, -1)
             rows = index.split([part.batch for part in parts])
             taken = [{n: v.take(i) for n, v in p._written_out().items()} for p, i in zip(parts, rows, strict=True)]

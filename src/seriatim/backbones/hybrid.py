@@ -86,6 +86,7 @@ class Hybrid(Transformer):
             self.number.append(sum((kind == STATE) == (kinds[i] == STATE) for kind in kinds[:i]))
         self.each_kind = tuple(kinds)
         self.mixers = {**dict.fromkeys(config.kinds, "any"), "all": "scan"}
+        self.skippable = frozenset({"feedforward"})  # a state takes in every slot
 
     def new_cache(self, batch: int, capacity: int = 256) -> HybridCache:  # type: ignore[override]
         """A cache for `batch` rows: keys and values of the layers that attend, states of the others."""
@@ -104,7 +105,7 @@ class Hybrid(Transformer):
         there: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b s d"]:
         """Contextualise slots, as a transformer does. Raises `OrderError` where a state cannot honour the plan."""
-        if plan.layers is not None:
+        if plan.layers is not None or plan.spawns:
             raise OrderError("a state takes in every slot in every layer, but this plan has slots that skip layers")
         return super().forward(x, plan, cache, vector, memory, there)
 
@@ -150,6 +151,13 @@ class HybridCache:
     @property
     def device(self) -> torch.device:
         return self.states.device
+
+    @property
+    def room(self) -> int | Tensor:
+        return self.keys.room  # type: ignore[attr-defined]
+
+    def compressed(self, codec: Any, capacity: int) -> HybridCache:
+        return HybridCache(self.keys.compressed(codec, capacity), self.states)
 
     def labels(self, view: str) -> View | None:
         return self.keys.labels(view)

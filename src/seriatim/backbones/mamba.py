@@ -171,7 +171,7 @@ class Mamba(nn.Module):
             raise ValueError(
                 "Mamba takes a condition as a prefix only: it has no use for a conditioning vector or a memory"
             )
-        if plan.layers is not None:
+        if plan.layers is not None or plan.spawns:
             raise OrderError("Mamba computes every slot in every layer, but this plan has slots that skip layers")
         if cache is not None:
             cache.begin(plan)

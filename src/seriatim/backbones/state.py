@@ -10,7 +10,7 @@ written to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -291,6 +291,10 @@ class StateCache:
         layers = zip(*(part.states for part in parts), strict=True)
         self.states = [(torch.cat([conv for conv, _ in of]), torch.cat([state for _, state in of])) for of in layers]
         self._scan, self._after, self._replay = None, [], []
+
+    def compressed(self, codec: Any, capacity: int) -> Any:
+        """Refused: raises ValueError."""
+        raise ValueError("there are no keys and values to compress: states take the same room whatever the length")
 
     def nbytes(self) -> int:
         """Bytes held by the committed states, whatever the length."""

@@ -24,7 +24,9 @@ from seriatim.backbones.norm import normalise, rms_norm
 from seriatim.backbones.quantize import linear
 from seriatim.backbones.relative import with_distances
 from seriatim.backbones.rope import RotaryTable, rotate
+from seriatim.backbones.route import Route
 from seriatim.compiling import compiled
+from seriatim.initial import drawn
 from seriatim.plan import OrderError, Plan
 
 
@@ -44,6 +46,7 @@ class Context(NamedTuple):
     there: Tensor | None = None  # (b, 1, 1, m): places of the memory that are no padding
     modulation: Sequence[Tensor] | None = None  # shifts, scales and gates of each layer and the last norm, if at hand
     product: Callable[..., Tensor] = F.linear  # with matrices; `linear` knows all formats, at the cost of a call
+    route: Any = None  # of a forward whose slots skip feed-forward networks
 
 
 class Transformer(nn.Module):
@@ -53,17 +56,22 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.width = config, config.width
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
+        if not config.first_norm:
+            for name in ("norm1", "norm1_bias"):
+                self.layers[0].register_parameter(name, None)
         d, plain = config.width, config.vector is None  # with a vector, the last norm is adaptive too (VAR, DiT)
-        self.norm = nn.Parameter(torch.ones(d)) if plain else None
-        self.norm_bias = nn.Parameter(torch.zeros(d)) if plain and config.norm == "layer" else None
+        there = plain and config.last_norm
+        self.norm = nn.Parameter(torch.ones(d)) if there else None
+        self.norm_bias = nn.Parameter(torch.zeros(d)) if there and config.norm == "layer" else None
         self.ada = None if plain else nn.Parameter(torch.zeros(2 * d, config.vector or 0))
         self.ada_bias = None if plain else nn.Parameter(torch.zeros(2 * d))
         r = config.relative
-        self.relative = None if r is None else nn.Parameter(torch.randn(r.buckets, config.heads) * 0.02)
+        self.relative = None if r is None else nn.Parameter(drawn(r.buckets, config.heads))
         ropes = config.rope if isinstance(config.rope, Mapping) else dict.fromkeys(config.kinds, config.rope)
         tables = {rope: RotaryTable(rope, config.dim) for rope in ropes.values() if rope is not None}
         self.rotary = {kind: None if rope is None else tables[rope] for kind, rope in ropes.items()}
         self.mixers = dict.fromkeys(config.kinds, "any")
+        self.skippable: frozenset[str] = frozenset({"layer", "feedforward"})  # blocks that a route may lead around
         self.each_kind = config.kinds if len(config.kinds) > 1 else config.kinds * config.depth  # of each layer
         self._compiled: Callable[..., Tensor] | None = None
         self._compiled_layer: Callable[..., Tensor] | None = None
@@ -93,8 +101,9 @@ class Transformer(nn.Module):
         """Contextualise slots. `vector` is (b, e) or per slot (b, s, e); `there`: places of the memory that are seen
         (None: all). With a cache, entries are left pending."""
         c = self.config
-        if x.shape[2] != c.width or x.shape[1] != plan.size:
-            raise ValueError(f"this plan needs (batch, {plan.size}, {c.width}) vectors, got {tuple(x.shape)}")
+        fed = plan.spawns[0].first if plan.spawns else plan.size
+        if x.shape[2] != c.width or x.shape[1] != fed:
+            raise ValueError(f"this plan needs (batch, {fed}, {c.width}) vectors, got {tuple(x.shape)}")
         if (vector is None) != (c.vector is None):
             raise ValueError("this backbone " + ("needs a conditioning vector" if c.vector else "takes no vector"))
         if (memory is None) != (c.memory is None):
@@ -105,7 +114,7 @@ class Transformer(nn.Module):
             )
         if cache is not None:
             cache.begin(plan)
-        some = plan.layers is not None or (cache is not None and cache.skips)
+        some = bool(plan.spawns) or plan.layers is not None or (cache is not None and cache.skips)
         sights = self._sights(plan, cache, x, some)
         modulation = None
         if vector is not None:
@@ -114,8 +123,12 @@ class Transformer(nn.Module):
                 modulation = cache.kept("modulation", condition)
                 modulation = modulation or cache.keep("modulation", condition, self._modulation(vector))
         context = Context(cache, vector, memory, None if there is None else there[:, None, None], modulation)
+        if plan.spawns:
+            return self._growing(x, plan, sights, context)
         if some:
             return self._some(x, plan, sights, context)
+        if plan.route is not None:
+            return self._routed(x, plan.route, sights, context)
         if self._compiled is not None and cache is None and self.training:
             return self._compiled(x, sights, context)
         return self._all(x, sights, context)
@@ -132,7 +145,7 @@ class Transformer(nn.Module):
             if self.relative is not None:
                 if some:
                     raise OrderError("scores that depend on distance are of slots in all layers; this plan skips some")
-                dtype, r = x.dtype if cache is None else cache.buffer.dtype, self.config.relative
+                dtype, r = x.dtype if cache is None else cache.dtype, self.config.relative
                 mask = with_distances(r, self.relative, mask, plan, kind, cache, dtype)  # type: ignore[arg-type]
             sights[kind] = Sight(mask, turns[table])
         return sights
@@ -150,28 +163,30 @@ class Transformer(nn.Module):
 
     def compile_decoding(self) -> None:
         """Compile the step of one slot a row: one graph for all layers of a kind, so that it takes seconds. Layers that
-        route to experts, or are conditioned, stay as they are."""
-        if self.config.experts is None and self.config.memory is None and self.config.vector is None:
+        route to experts, are conditioned, or differ in their norms stay as they are."""
+        c = self.config
+        if c.experts is None and c.memory is None and c.vector is None and c.first_norm:
             self._compiled_layer = compiled(self._layer)
 
     def _all(self, x: Tensor, sights: dict[str, Sight], context: Context) -> Tensor:
-        c, vector, cache = self.config, context.vector, context.cache
-        step = self._compiled_layer
+        cache, step = context.cache, self._compiled_layer
         if step is not None and cache is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
             for i, layer in enumerate(self.layers):
                 alone = Context(cache.entry(i), None, None, product=linear)
                 x = step(0, layer.weights(), x, sights[self.each_kind[i]], alone)  # type: ignore[operator]
-            return normalise(c.norm, x, self.norm, self.norm_bias, c.eps)
+            return self._last(x, context)
         for i, layer in enumerate(self.layers._modules.values()):
             special = layer._modules or layer._formats  # type: ignore[union-attr]
             w = layer.weights() if special else layer._parameters  # type: ignore[operator, union-attr]
             if special and context.product is F.linear:
                 context = context._replace(product=linear)
             x = self._layer(i, w, x, sights[self.each_kind[i]], context)
-        return normalise(c.norm, x, self.norm, self.norm_bias, c.eps) if vector is None else self._last(x, context)
+        return self._last(x, context)
 
     def _last(self, x: Tensor, context: Context) -> Tensor:
         """The norm before the head."""
+        if not self.config.last_norm:
+            return x
         x = normalise(self.config.norm, x, self.norm, self.norm_bias, self.config.eps)
         if context.vector is None:
             return x
@@ -200,11 +215,52 @@ class Transformer(nn.Module):
                 x = y if ran is None else torch.where(ran.to(x.device)[:, None], y, x)
         return self._last(x, context)
 
+    def _growing(self, x: Tensor, plan: Plan, sights: dict[str, Sight], context: Context) -> Tensor:
+        """Slots that begin on the way: between two such layers the forward is one of those that are there by then."""
+        c, cache, context = self.config, context.cache, context._replace(product=linear)
+        if plan.layers is not None or plan.route is not None or (cache is not None and cache.skips):
+            raise OrderError("slots that begin on the way are in a forward that skips no layers; this one does")
+        starts = [*(spawn.layer for spawn in plan.spawns), c.depth]
+        if min(starts) < 0 or starts != sorted(starts):
+            raise OrderError(f"slots begin in front of layers 0 to {c.depth}, in their order; got {starts[:-1]}")
+        layers: list[Any] = list(self.layers._modules.values())
+        old, at = 0 if cache is None else cache.columns, 0
+        for begins, start in enumerate(starts):
+            n = x.shape[1]
+            if at < start:
+                if cache is not None:
+                    cache.reach(n)
+                near = {kind: _first(sight, n, old, c, x, cache) for kind, sight in sights.items()}
+                for i in range(at, start):
+                    x = self._layer(i, layers[i].weights(), x, near[self.each_kind[i]], context)
+            if begins < len(plan.spawns):
+                spawn = plan.spawns[begins]
+                source = spawn.source.to(x.device)[..., None].expand(len(x), -1, x.shape[2])
+                x = torch.cat([x, F.linear(x.gather(1, source), spawn.matrix.to(x.dtype))], 1)
+            at = start
+        return self._last(x, context)
+
+    def _routed(self, x: Tensor, route: Route, sights: dict[str, Sight], context: Context) -> Tensor:
+        """Blocks that a route leads around: they keep what they have, and weights that nobody needs are not read."""
+        whole, cache, step = route.blocks == "layer", context.cache, self._compiled_layer
+        alone = step is not None and whole and cache is not None and x.shape[1] == 1 and not torch.is_grad_enabled()
+        context = context._replace(product=linear, route=None if whole else route)
+        for i, layer in enumerate(self.layers):
+            if whole and not route.enters(i, x):
+                continue
+            w, sight = layer.weights(), sights[self.each_kind[i]]  # type: ignore[operator]
+            if alone:
+                y = step(0, w, x, sight, Context(cache.entry(i), None, None, product=linear))  # type: ignore[misc]
+            else:
+                y = self._layer(i, w, x, sight, context)
+            x = route.leaves(i, x, y) if whole else y
+        return self._last(x, context)
+
     def _layer(self, i: int, w: Weights, x: Tensor, sight: Sight, context: Context) -> Tensor:
-        c, vector = self.config, context.vector
+        c, vector, route = self.config, context.vector, context.route
         rms, came = c.norm == "rms", x
         h = x
-        if c.pre:
+        if c.pre and (i or c.first_norm):
             h = rms_norm(x, w["norm1"], c.eps) if rms else normalise("layer", x, w["norm1"], w["norm1_bias"], c.eps)
         if vector is not None:
             of = context.modulation
@@ -219,6 +275,8 @@ class Transformer(nn.Module):
         x = x + (h if vector is None else gate1 * h)
         if context.memory is not None:
             x = x + self._cross(i, w, x, context)
+        if route is not None and not route.enters(i, x):
+            return x
         h = came if c.parallel else x
         if c.pre:
             h = rms_norm(h, w["norm2"], c.eps) if rms else normalise("layer", h, w["norm2"], w["norm2_bias"], c.eps)
@@ -238,7 +296,8 @@ class Transformer(nn.Module):
             h = normalise(c.norm, h, w["post2"], None, c.eps)
         if self.training and c.dropout:
             h = F.dropout(h, c.dropout)
-        return x + (h if vector is None else gate2 * h)
+        y = x + (h if vector is None else gate2 * h)
+        return y if route is None else route.leaves(i, x, y)
 
     def _attend(self, i: int, w: Weights, h: Tensor, sight: Sight, context: Context) -> Float[Tensor, "b s hd"]:
         c, cache = self.config, context.cache
@@ -285,3 +344,11 @@ class Transformer(nn.Module):
         scale = None if c.qk_norm == "l2" else c.score_scale  # a learned temperature is of normalised queries
         out = F.scaled_dot_product_attention(q, both[0], both[1], context.there, scale=scale)
         return F.linear(out.transpose(1, 2).reshape(b, n, -1), w["cross_out"])
+
+
+def _first(sight: Sight, n: int, old: int, c: TransformerConfig, x: Tensor, cache: Any) -> Sight:
+    """What the first n slots of a forward see of each other and of `old` cached entries."""
+    mask, rope = sight
+    assert isinstance(mask, Tensor)
+    turned = None if rope is None else (rope[0].narrow(-3, 0, n), rope[1].narrow(-3, 0, n))
+    return Sight(placed(mask[:, :, :n, : old + n], c, x, cache), turned)

@@ -39,6 +39,8 @@ def run_bench(options: argparse.Namespace) -> int:
         console.print(groups_table(result))
     for name, own in result["decoders"].items():
         console.print(f"{name}: {_losslessness(own['lossless'])}", highlight=False, soft_wrap=True)
+        if own["drafted"] and own["decode_ratio"] is not None:
+            console.print(f"{name}: {_expected(own)}", highlight=False, soft_wrap=True)
     for note in result["notes"]:
         console.print("note:", note, highlight=False, markup=False, soft_wrap=True)
     if options.out is not None:
@@ -96,6 +98,15 @@ def groups_table(result: dict[str, Any]) -> Table:
         parts = [result["decoders"][name]["groups"][group] for name in names]
         table.add_row(group, *(f"{p['ratio']:.2f} ({p['mean_accepted_length']:.2f})" for p in parts))
     return table
+
+
+def _expected(own: dict[str, Any]) -> str:
+    """What drafts were worth behind the first token, beside what the cost of a forward lets expect."""
+    return (
+        f"behind the first token {own['decode_ratio']:.2f} times as fast as plain decoding, "
+        f"{own['predicted_ratio']:.2f} by the cost of forwards ({own['mean_accepted_length']:.2f} tokens of "
+        f"{own['mean_rows']:.1f} rows, {seconds_text(own['draft_seconds'])} for a draft)"
+    )
 
 
 def _losslessness(said: dict[str, Any]) -> str:

@@ -137,7 +137,7 @@ def _text(system: TextSystem, options: argparse.Namespace, sampling: dict[str, A
 
 def _pictures(system: ImageSystem, options: argparse.Namespace, sampling: dict[str, Any]) -> int:
     labels = None if options.label is None else [label_of(text, system.classes) for text in options.label]
-    pictures = draw(system, labels, options.count, options.seed, film=True, **sampling)
+    pictures = draw(system, labels, options.count, options.seed, True, options.decoder, **sampling)
     folder = options.out or (
         Path("generated") if str(options.source).startswith("zoo:") else where(options.source) / "generated"
     )

@@ -86,7 +86,11 @@ def _train(commands: Any) -> None:
     train.add_argument("key", metavar="KEY", help="the system, as `seriatim list` names it")
     _data(train)
     train.add_argument(
-        "--from", dest="base", metavar="MODEL", help="train this model further: a folder, GGUF file, run, zoo:NAME, hub"
+        "--from",
+        "--base",
+        dest="base",
+        metavar="MODEL",
+        help="train this model further, or a part that drafts for it: a folder, GGUF file, run, zoo:NAME, hub",
     )
     train.add_argument("--lora", type=positive, metavar="RANK", help="train an adapter on it, of this rank")
     train.add_argument("--out", type=Path, help="folder for the results (default: runs/KEY)")

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from seriatim.cli.options import data_options
 from seriatim.cli.progress import Bar
+from seriatim.verbs.drafting import is_draft_part, show_part
 from seriatim.verbs.load import load
 from seriatim.verbs.show import show
 from seriatim.verbs.train import train
@@ -31,10 +32,12 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     )  # fmt: skip
     if int(os.environ.get("RANK", "0")):
         return 0  # of several processes the first one shows
-    trained = replace(trained, system=load(out))  # weights may be spread over processes
+    part = is_draft_part(options.key)
+    if not part:
+        trained = replace(trained, system=load(out))  # weights may be spread over processes
     for note in trained.data.notes:
         console.print(f"[yellow]note:[/] {note}", highlight=False)
-    figures = show(trained)
+    figures = show_part(options.key, trained.system, out, trained.history) if part else show(trained)
     for name, value in figures.items():
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
         console.print(f"{name:>20}  {text}", highlight=False, markup=False)
@@ -42,11 +45,13 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
         f"\n[bold]Look at[/] {', '.join(p.name for p in sorted(out.iterdir()) if p.suffix in SHOWN)} in {out}"
     )
     next_to_try = f"seriatim generate {out}" if trained.system.meta.family != "tokenizer" else "--tokenizer " + str(out)
+    if part:
+        next_to_try = f"seriatim generate {options.base} --decoder {options.key}:{out}"
     console.print(f"[bold]Try next:[/] {next_to_try}", highlight=False)
     return 0
 
 
-SHOWN = {".png", ".gif", ".txt"}
+SHOWN = {".png", ".gif", ".txt", ".html"}
 
 
 def settings_of(rest: Sequence[str]) -> dict[str, Any]:

@@ -58,7 +58,9 @@ class Data:
 
 
 # Name -> modality; the loader is the function of that name in the module of that name, imported when it is asked for.
-BUILT_IN = {"digits": "image", "glyphs": "image", "photos": "image", "lines": "image", "stdlib": "text"}
+BUILT_IN = {
+    "digits": "image", "glyphs": "image", "photos": "image", "lines": "image", "stdlib": "text", "questions": "text",
+}  # fmt: skip
 DEFAULT = {"image": "glyphs", "text": "stdlib"}
 
 

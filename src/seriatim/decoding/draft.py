@@ -7,15 +7,15 @@ the verifier adds an element of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from seriatim.canvas import Canvas
-from seriatim.decoding.guess import Guess, branching, depths, moved, room
+from seriatim.decoding.growth import Choices, Tree, likeliest
+from seriatim.decoding.guess import Guess, branching, depths, levels, moved, room
 from seriatim.decoding.loop import Step
 from seriatim.decoding.target import Target
 from seriatim.heads.dist import Categorical
@@ -23,58 +23,39 @@ from seriatim.model import Rows
 from seriatim.random import DRAFT, Key, Random, numbered
 
 Siblings = Literal["independent", "distinct", "top"]
+SIBLINGS: tuple[Siblings, ...] = get_args(Siblings)
 
 
-class DraftModel:
-    """A small model drafts a chain or a tree (Leviathan et al. 2023; SpecInfer, Miao et al. 2023).
+class Drafting:
+    """What proposers share that ask a small model: its cache, which follows one canvas, and where it ends.
 
-    draft: the small model with its own filters (best those of the target) and its own cache; shape: the length of a
-    chain, or the parents of a tree, depth by depth (`branching`); siblings: children of a node are drawn
-    independently, drawn without replacement ("distinct"), or are the likeliest tokens, without randomness ("top").
-
-    The cache of the draft holds known elements only, and as many as it has seen: after a fully accepted draft the last
-    token is new to it, and is fed with the next. Drafted tokens are fed again with each new depth, so that caches
-    which keep paths only will do; a few rows more cost next to nothing beside the weights.
+    draft: the small model with its own filters (best those of the target) and its own cache. That holds known elements
+    only, and as many as it has seen: after a fully accepted draft the last token is new to it, and is fed with the
+    next. Drafted tokens are fed again with each new depth, so that caches which keep paths only will do; a few rows
+    more cost next to nothing beside the weights. Where a text outgrows the draft's longest, nothing is drafted any
+    more.
     """
 
-    def __init__(self, draft: Target, shape: int | Sequence[int], siblings: Siblings = "independent"):
-        if siblings not in ("independent", "distinct", "top"):
-            raise ValueError(f"siblings are independent, distinct or top, not {siblings!r}")
-        if isinstance(shape, int) and shape < 0:
-            raise ValueError(f"a draft has 0 or more tokens, got {shape}")
-        parent = branching((1,) * shape) if isinstance(shape, int) else tuple(shape)
-        depth = depths(parent)
-        if list(depth) != sorted(depth):
-            raise ValueError(f"a draft tree is listed depth by depth, got parents {parent} at depths {depth}")
-        self.draft, self.parent, self.siblings = draft, parent, siblings
+    def __init__(self, draft: Target):
+        self.draft = draft
         self._canvas: Canvas | None = None
         self._row = torch.zeros(0, dtype=torch.long)
 
-    def propose(self, canvas: Canvas, target: Target, random: Random) -> Guess | None:
+    def observe(self, canvas: Canvas, rows: Rows, step: Step) -> None:
+        self._follow(canvas, step.select)
+
+    def _begin(self, canvas: Canvas, target: Target) -> Int[Tensor, "b 1"]:
+        """Follow the canvas. How many elements each row has left to decide; a draft has one less."""
         if canvas is not self._canvas:
             _same_ids(self.draft, target, canvas.layout.kinds[0])
             self._canvas, self._row = canvas, canvas.row
+            self.draft.prefill(canvas)
         self._follow(canvas, moved(self._row, canvas.row))
         left = torch.tensor(room(canvas))[:, None]
-        depth = depths(self.parent)
-        size = sum(d < int(left.max()) for d in depth)
-        if size == 0:
-            return None
-        parent = self.parent[:size]
-        value = torch.full((canvas.batch, size), -1)
-        laws: list[Float[Tensor, "b n v"]] = []
-        for first, end in _levels(parent):
-            p = self._behind(canvas, value[:, :first], parent[first:end])
-            there = left > depth[first]  # rows that have room for this depth
-            above = torch.tensor(parent[first:end])
-            live = there & ((above < 0) | (value[:, above.clamp(min=0)] >= 0))
-            value[:, first:end] = self._children(canvas, p, live, first, depth[first], random)
-            laws.append(p)
-        q = None if self.siblings == "top" else Categorical(torch.cat(laws, 1))
-        return self._guess(canvas, value, q)
-
-    def observe(self, canvas: Canvas, rows: Rows, step: Step) -> None:
-        self._follow(canvas, step.select)
+        most = self.draft.model.layout.size
+        if canvas.layout.size > most:
+            left = torch.minimum(left, most - canvas.lengths().amax())
+        return left
 
     def _follow(self, canvas: Canvas, rows: Int[Tensor, "b"] | None) -> None:
         """Rows were copied, dropped or admitted."""
@@ -82,9 +63,12 @@ class DraftModel:
             self.draft.select(rows, len(self._row))
             self._row = canvas.row
 
-    def _behind(self, canvas: Canvas, drafted: Int[Tensor, "b n"], nodes: Sequence[int]) -> Float[Tensor, "b m v"]:
-        """Log-probabilities of what follows each of these nodes (-1: the last known element)."""
-        guess = self._guess(canvas, drafted) if drafted.shape[1] else None
+    def _behind(self, canvas: Canvas, guess: Guess | None, nodes: Sequence[int]) -> Float[Tensor, "b m v"]:
+        """Log-probabilities of what follows each of these nodes of a guess (-1: the last known element)."""
+        return self._said(canvas, guess, nodes).log_probs()
+
+    def _said(self, canvas: Canvas, guess: Guess | None, nodes: Sequence[int]) -> Categorical:
+        """The law of what follows each of these nodes."""
         plan = self.draft.plan(canvas, guess)
         assert plan is not None
         rows = self.draft.forward(plan, canvas, guess)
@@ -94,12 +78,55 @@ class DraftModel:
                 slots = torch.arange(plan.size)[None]
                 keep = torch.where(slots < rows.slot[:, :1], slots, -1)
             self.draft.commit(keep, plan)
-        return type(rows.dist)(rows.dist.logits[:, [n + 1 for n in nodes]]).log_probs()
+        if len(nodes) == 1:
+            return type(rows.dist)(rows.dist.logits[:, nodes[0] + 1, None])
+        return type(rows.dist)(rows.dist.logits[:, [n + 1 for n in nodes]])
+
+
+class DraftModel(Drafting):
+    """A small model drafts a chain or a tree of fixed shape (Leviathan et al. 2023; SpecInfer, Miao et al. 2023).
+
+    shape: the length of a chain, or the parents of a tree, depth by depth (`branching`); siblings: children of a node
+    are drawn independently, drawn without replacement ("distinct"), or are the likeliest tokens, without randomness
+    ("top").
+    """
+
+    def __init__(self, draft: Target, shape: int | Sequence[int], siblings: Siblings = "independent"):
+        super().__init__(draft)
+        if siblings not in SIBLINGS:
+            raise ValueError(f"siblings are {', '.join(SIBLINGS[:-1])} or {SIBLINGS[-1]}, not {siblings!r}")
+        if isinstance(shape, int) and shape < 0:
+            raise ValueError(f"a draft has 0 or more tokens, got {shape}")
+        parent = branching((1,) * shape) if isinstance(shape, int) else tuple(shape)
+        depth = depths(parent)
+        if list(depth) != sorted(depth):
+            raise ValueError(f"a draft tree is listed depth by depth, got parents {parent} at depths {depth}")
+        self.parent, self.siblings = parent, siblings
+
+    def propose(self, canvas: Canvas, target: Target, random: Random) -> Guess | None:
+        left = self._begin(canvas, target)
+        depth = depths(self.parent)
+        size = sum(d < int(left.max()) for d in depth)
+        if size == 0:
+            return None
+        parent = self.parent[:size]
+        value = torch.full((canvas.batch, size), -1)
+        laws: list[Float[Tensor, "b n v"]] = []
+        for first, end in levels(parent):
+            above = self._guess(canvas, value[:, :first]) if first else None
+            p = self._behind(canvas, above, parent[first:end])
+            there = left > depth[first]  # rows that have room for this depth
+            node = torch.tensor(parent[first:end])
+            live = there & ((node < 0) | (value[:, node.clamp(min=0)] >= 0))
+            value[:, first:end] = self._children(canvas, p, live, first, depth[first], random)
+            laws.append(p)
+        q = None if self.siblings == "top" else Categorical(torch.cat(laws, 1))
+        return self._guess(canvas, value, q)
 
     def _guess(self, canvas: Canvas, value: Int[Tensor, "b n"], q: Categorical | None = None) -> Guess:
         parent = self.parent[: value.shape[1]]
         chain = parent == tuple(range(-1, len(parent) - 1))
-        return Guess(_beside(canvas, value), None if chain else parent, q, self.siblings)
+        return Guess(beside(canvas, value), None if chain else parent, q, self.siblings)
 
     def _children(
         self, canvas: Canvas, p: Float[Tensor, "b n v"], live: Tensor, first: int, depth: int, random: Random
@@ -128,6 +155,33 @@ class DraftModel:
         return value
 
 
+class DraftTree(Drafting):
+    """A small model drafts a tree of tokens that it holds likely, without randomness: `Walk` verifies it at any
+    temperature. tree: how it grows; `growth.Dynamic` needs a draft that says how sure it is (no greedy one)."""
+
+    def __init__(self, draft: Target, tree: Tree):
+        super().__init__(draft)
+        self.tree = tree
+
+    def propose(self, canvas: Canvas, target: Target, random: Random) -> Guess | None:
+        deepest = (self._begin(canvas, target)[:, 0] - 1).tolist()
+        if max(deepest) < 1:
+            return None
+        value = torch.zeros(canvas.batch, 0, dtype=torch.long)
+        parent: list[int] = []
+        level = [-1]  # the nodes that were expanded last
+
+        def expand(token: Int[Tensor, "b k"], rows: Sequence[int]) -> Choices:
+            nonlocal value, level
+            value = torch.cat([beside(canvas, value), token], 1)
+            parent.extend(level[r] for r in rows)
+            level = list(range(len(parent) - len(rows), len(parent)))
+            return likeliest(self._said(canvas, Guess(value, tuple(parent)), level).logits, self.tree.width)
+
+        first = likeliest(self._said(canvas, None, level).logits, self.tree.width)
+        return self.tree.grow(first, expand, deepest)
+
+
 def _same_ids(draft: Target, target: Target, kind: str) -> None:
     """Refuse a draft of other ids than the target's."""
     heads = [dict(t.model.heads.items()).get(kind) for t in (draft, target)]
@@ -141,17 +195,9 @@ def _same_ids(draft: Target, target: Target, kind: str) -> None:
         )
 
 
-def _beside(canvas: Canvas, value: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+def beside(canvas: Canvas, value: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
     """On the device of the ids of a canvas."""
     return value.to(canvas.value[canvas.layout.kinds[0]].device)
-
-
-@lru_cache(maxsize=64)
-def _levels(parent: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """The nodes of each depth as (first, end), for a tree listed depth by depth."""
-    depth = depths(parent)
-    first = [i for i in range(len(depth)) if i == 0 or depth[i] > depth[i - 1]]
-    return tuple(zip(first, [*first[1:], len(depth)], strict=True))
 
 
 class NGram:
@@ -180,7 +226,7 @@ class NGram:
         width = max(len(d) for d in drafts)
         if width == 0:
             return None
-        return Guess(_beside(canvas, torch.tensor([d + [-1] * (width - len(d)) for d in drafts])))
+        return Guess(beside(canvas, torch.tensor([d + [-1] * (width - len(d)) for d in drafts])))
 
     def observe(self, canvas: Canvas, rows: Rows, step: Step) -> None:
         self._follow(canvas, step.select)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +14,13 @@ from torch import Tensor
 
 from seriatim.canvas import Canvas
 from seriatim.heads.dist import Categorical
+
+
+class Transfer(NamedTuple):
+    """A map from the state of a token in front of a layer to that of one further on (hidden transfer)."""
+
+    layer: int
+    matrix: Float[Tensor, "d d"]
 
 
 @dataclass(slots=True, eq=False)
@@ -22,13 +31,16 @@ class Guess:
     known element), the same for all rows; None is a chain. `q` is the law each node was drawn from, given everything
     drawn before it: for siblings drawn without replacement, without the earlier ones (None: the draft involves no
     randomness, so each node's law is all on its token). `siblings` says how children of one node were drawn:
-    "independent" (with replacement) or "distinct" (without).
+    "independent" (with replacement) or "distinct" (without). `spawn`: from the state of the last known element, and
+    from that of each node, the states of the elements behind are guessed on the way through the layers, the j-th behind
+    by the j-th of these maps; they are read by who drafts next, and forgotten.
     """
 
     value: Int[Tensor, "b n"]
     parent: tuple[int, ...] | None = None
     q: Categorical | None = None
     siblings: str = "independent"
+    spawn: tuple[Transfer, ...] = ()
 
     @property
     def size(self) -> int:
@@ -60,12 +72,30 @@ class Guess:
 
 
 @lru_cache(maxsize=512)
+def spawning(parent: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """A tree in which each node, and the root, also has a chain of `count` nodes of its own below it: these stand
+    behind all others, the first of all chains, then the second of all chains, and so on."""
+    n = len(parent)
+    for j in range(count):
+        parent += tuple(range(-1, n)) if j == 0 else tuple(range(n + (j - 1) * (n + 1), n + j * (n + 1)))
+    return parent
+
+
+@lru_cache(maxsize=512)
 def depths(parent: tuple[int, ...]) -> tuple[int, ...]:
     """How many steps below the root (from 1) each node stands."""
     depth: list[int] = []
     for p in parent:
         depth.append(1 if p < 0 else depth[p] + 1)
     return tuple(depth)
+
+
+@lru_cache(maxsize=512)
+def levels(parent: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """The nodes of each depth as (first, end), for a tree listed depth by depth."""
+    depth = depths(parent)
+    first = [i for i in range(len(depth)) if i == 0 or depth[i] > depth[i - 1]]
+    return tuple(pairwise([*first, len(depth)]))
 
 
 @lru_cache(maxsize=512)

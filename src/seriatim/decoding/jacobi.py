@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from seriatim.canvas import Canvas
 from seriatim.decoding.guess import Guess, moved, room
 from seriatim.decoding.loop import Step
 from seriatim.decoding.target import Target
-from seriatim.heads.dist import Categorical
+from seriatim.heads.dist import Categorical, Greedy
 from seriatim.model import Rows
 from seriatim.random import DRAFT, Key, Random, numbered
 
@@ -35,7 +35,7 @@ class Window:
         self.size, self.entering, self.stride = size, entering, stride
         self._canvas: Canvas | None = None
         self._row = torch.zeros(0, dtype=torch.long)
-        self._rows: Float[Tensor, "b m v"] | None = None  # log-probabilities of the last forward
+        self._rows: Categorical | None = None  # the laws that the last forward read
         self._first = self._last = torch.zeros(0, dtype=torch.long)  # which of them read what is still unknown
 
     def propose(self, canvas: Canvas, target: Target, random: Random) -> Guess | None:
@@ -50,21 +50,23 @@ class Window:
         read = self._first[:, None] + ahead
         open_ = ahead + 1 < left
         drawn = open_ & (read <= self._last[:, None])
-        where = read.clamp(max=self._rows.shape[1] - 1)[..., None].expand(-1, -1, self._rows.shape[-1])
-        law = self._rows.gather(1, where)
+        law = _at(self._rows, read)
         start = canvas.lengths()[:, None]
-        draw = torch.tensor([numbered(DRAFT, i) for i in range(n)])
-        key = Key(canvas.row, torch.where(drawn, start + ahead, -1), draw)
-        value = random.categorical(law.masked_fill(~drawn[..., None], 0.0), key)
+        key = Key(canvas.row, torch.where(drawn, start + ahead, -1), _draws(n))
+        value = torch.where(drawn, law.sample(random, key), 0)
         enters = open_ & ~drawn
         if bool(enters.any()):
-            value = torch.where(enters, self._entering(canvas, value, enters, law.shape[-1], random), value)
-            law = torch.where(enters[..., None], F.one_hot(value, law.shape[-1]).to(law.dtype).log(), law)
-        return Guess(torch.where(open_, value, -1), q=Categorical(law))
+            entering = self._entering(canvas, value, enters, law.logits.shape[-1], random)
+            value = torch.where(enters, entering.to(value.device), value)
+            b, i = enters.nonzero(as_tuple=True)
+            law.logits[b, i] = -torch.inf
+            law.logits[b, i, value[b, i]] = 0.0
+        greedy = type(law) is Greedy  # then all drafts are point masses
+        return Guess(torch.where(open_, value, -1), q=None if greedy else law)
 
     def observe(self, canvas: Canvas, rows: Rows, step: Step) -> None:
-        self._rows = rows.dist.log_probs()
-        batch = self._rows.shape[0]
+        self._rows = rows.dist
+        batch = rows.dist.logits.shape[0]
         accepted = torch.as_tensor(step.accepted).expand(batch)
         self._first, self._last = accepted + 1, torch.as_tensor(step.drafted).expand(batch)
         self._follow(canvas, step.select)
@@ -73,7 +75,8 @@ class Window:
         """Rows were copied, dropped or admitted; of new ones nothing has been read."""
         if rows is not None:
             if self._rows is not None:
-                self._rows, self._first, self._last = (x[rows] for x in (self._rows, self._first, self._last))
+                self._rows = type(self._rows)(self._rows.logits[rows])
+                self._first, self._last = self._first[rows], self._last[rows]
                 self._last = self._last.masked_fill(rows < 0, -1)
             self._row = canvas.row
 
@@ -95,3 +98,15 @@ class Window:
             new = value[:, i - self.stride] if i >= self.stride else old
             value[:, i] = torch.where(enters[:, i], new, value[:, i])
         return value
+
+
+def _at(law: Categorical, index: Int[Tensor, "b n"]) -> Categorical:
+    """A copy of the laws of some read-outs; any where there are none."""
+    index = index.clamp(max=law.logits.shape[1] - 1)
+    return type(law)(law.logits[:, index[0]]) if len(index) == 1 else law.take(index)
+
+
+@lru_cache(maxsize=64)
+def _draws(n: int) -> Int[Tensor, "n"]:
+    """The draws of tokens so far ahead."""
+    return torch.tensor([numbered(DRAFT, i) for i in range(n)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
@@ -24,7 +25,7 @@ class Step:
 
     select: rows that go on, perhaps several times (beams); edits: changes of the canvas, of the rows that go on; keep:
     pending cache entries worth keeping, of the rows before the selection (None: as the plan says); drafted, accepted:
-    nodes of the guess, plain integers at batch 1, else one a row.
+    nodes of the guess, plain integers at batch 1, else one a row; drafting: seconds that the proposer took.
     """
 
     edits: tuple[Edit, ...]
@@ -34,6 +35,7 @@ class Step:
     slots: int = 0
     drafted: int | Tensor = 0
     accepted: int | Tensor = 0
+    drafting: float = 0.0
 
 
 class Proposer(Protocol):
@@ -97,7 +99,9 @@ def decode(
 
 
 def _turn(target: Target, canvas: Canvas, decider: Decider, proposer: Proposer | None, random: Random) -> Step | None:
+    start = time.perf_counter()
     guess = None if proposer is None else proposer.propose(canvas, target, random)
+    proposed = time.perf_counter()
     plan = target.plan(canvas, guess)
     if plan is None:
         return None
@@ -112,7 +116,9 @@ def _turn(target: Target, canvas: Canvas, decider: Decider, proposer: Proposer |
         select_rows(target, canvas, step.select)
     canvas.apply(step.edits)
     if proposer is not None:
+        decided = time.perf_counter()
         proposer.observe(canvas, rows, step)
+        step.drafting = proposed - start + time.perf_counter() - decided
     return step
 
 

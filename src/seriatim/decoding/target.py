@@ -16,11 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seriatim.backbones.cache import Keep
+from seriatim.backbones.compressed import Codec
 from seriatim.canvas import Canvas
 from seriatim.conditions.condition import Condition, alike
 from seriatim.decoding.filters import Warper
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.guidance import Guidance
+from seriatim.decoding.layers import LayerPlan, Skipping, begun
 from seriatim.decoding.policy import CachePolicy, Memory
 from seriatim.decoding.shaping import Shaper
 from seriatim.heads.dist import Categorical
@@ -55,7 +57,9 @@ class Target:
     condition: raw conditions by name; guidance: how strongly they are followed (needs conditions with a null), or
     the branches to move away from; warp: temperature and filters; cached: use the exact cache (False recomputes
     everything, for tests); policy: what an order without an exact cache may read as it once was; shapers: penalties and
-    constraints, before temperature and filters. The cache belongs to one canvas: another one starts anew.
+    constraints, before temperature and filters; layers: which layers compute which token (None: all); codec: how
+    the keys and values of a line are remembered (None: as they are). The cache belongs to one canvas: another one
+    starts anew.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class Target:
         cached: bool = True,
         policy: CachePolicy | None = None,
         shapers: Sequence[Shaper] = (),
+        layers: LayerPlan | None = None,
+        codec: Codec | None = None,
     ):
         if isinstance(guidance, Guidance):
             if not model.conditions:
@@ -84,6 +90,16 @@ class Target:
         self.cached = cached
         self.policy = policy
         self.memory: Memory | None = None
+        if layers is not None and (policy is not None or self.branches):
+            raise ValueError("layers are skipped without guidance and without a cache policy; leave one of them out")
+        self.layers = layers
+        self.skipping: Skipping | None = None if layers is None else begun(layers, model)
+        if codec is not None and not model.factorization.draftable:
+            order = type(model.factorization).__name__
+            raise ValueError(f"a codec compresses what stands along a line, and {order} is another order; leave it out")
+        self.codec = codec
+        if codec is not None:
+            self._new_cache(1, 1)  # refuses what does not fit
         self.cache: Any = None
         self._canvas: Canvas | None = None
         self._repeated: tuple[Plan, Plan] | None = None  # the present plan, and the same for the rows of all branches
@@ -95,7 +111,7 @@ class Target:
 
     def demand(self, abilities: frozenset[str], who: str) -> None:
         """Refuse a part that asks of the cache what it cannot do, before anything is computed."""
-        lacking = abilities - self.model.new_cache(1).can if abilities and self.cached else frozenset()
+        lacking = abilities - self._new_cache(1, 1).can if abilities and self.cached else frozenset()
         if lacking:
             raise ValueError(
                 f"{who} needs a cache that can {' and '.join(sorted(lacking))}; that of "
@@ -131,6 +147,10 @@ class Target:
             self._examine()
         elif self._turn == 0:
             plan.check(self.model.mixers)
+        if self.codec is not None and self.cached and guess is not None and plan is not None:
+            self._shorten(guess, plan, self.codec.buffer if cache is None else cache.room)
+        if plan is not None and self.skipping is not None:
+            return self.skipping.along(plan, canvas)
         return plan if plan is None or self.memory is None else self._remember(plan, self.memory)
 
     def _follow(self, canvas: Canvas) -> None:
@@ -138,17 +158,36 @@ class Target:
         if canvas is not self._canvas:
             self._canvas, self.cache, self._turn, self._unseen = canvas, None, 0, None
             self.memory = None if self.policy is None else Memory(self.policy)
+            self.skipping = None if self.layers is None else begun(self.layers, self.model)
+
+    def _shorten(self, guess: Guess, plan: Plan, room: int | Int[Tensor, "b"]) -> None:
+        """Leave out nodes behind the place where a block will be compressed: from there on the past looks different,
+        which the forward that verifies them cannot know yet. So a draft leaves the law as it is with a codec too."""
+        depth, known = torch.tensor([guess.depths()]), plan.reads.slot[:, :1] + 1
+        rows = len(guess.value)
+        left = torch.as_tensor(room).expand(rows * self.copies)[:rows, None] - known
+        if bool((depth > left).any()):
+            guess.value = guess.value.masked_fill(depth > left, -1)
+
+    def _new_cache(self, rows: int, slots: int) -> Any:
+        """An empty cache with room for so many slots a row."""
+        if self.codec is None:
+            return self.model.new_cache(rows, slots)
+        latest = min(slots, self.codec.buffer + MARGIN)
+        return self.model.new_cache(rows, latest).compressed(self.codec, slots)
 
     def prefill(self, canvas: Canvas, chunk: int = CHUNK, shared: bool = False) -> None:
         """Remember what is known, `chunk` slots a forward, so that memory stays small. The last chunk is left to the
         first step, unless rows are to be copied afterwards and share the work (`shared`); then all but the last slot is
-        remembered. Where the order cannot, nothing: the first step computes it."""
+        remembered. Where the order or the layer plan cannot, nothing: the first step computes it."""
         self._follow(canvas)
         if not self.cached or self.memory is not None or self.branches:
             return
+        if self.layers is not None and self.layers.whole_prompt:
+            return
         lengths = canvas.lengths()
         if self.conditions[0].rows is None and int(lengths.max()) * canvas.batch > PADDED * int(lengths.sum()):
-            caches = [self.model.new_cache(1, canvas.layout.size + MARGIN) for _ in lengths]
+            caches = [self._new_cache(1, canvas.layout.size + MARGIN) for _ in lengths]
             for row, cache in enumerate(caches):  # each alone: rows of other lengths are not computed as padding
                 self._fill(canvas.select(torch.tensor([row])), cache, chunk, 0)
             caches[0].join(caches[1:])
@@ -158,13 +197,14 @@ class Target:
 
     def _fill(self, canvas: Canvas, cache: Any, chunk: int, leave: int) -> None:
         while (plan := self.model.factorization.fill(canvas, cache.length, chunk, leave)) is not None:
+            plan = plan if self.skipping is None else self.skipping.along(plan, canvas)
             self.model.hidden(plan, canvas, cache, self.conditions[0])
             cache.commit(plan.size, plan)
 
     def _room(self, canvas: Canvas) -> Any:
         """The cache, with room for all there will be."""
         if self.cache is None and self.cached:
-            self.cache = self.model.new_cache(canvas.batch * self.copies, canvas.layout.size + MARGIN)
+            self.cache = self._new_cache(canvas.batch * self.copies, canvas.layout.size + MARGIN)
         return self.cache
 
     def _remember(self, plan: Plan, memory: Memory) -> Plan:
@@ -200,7 +240,11 @@ class Target:
             dist = self._shaped(dist, canvas, guess)
         if self.warp is not None:
             dist = self.warp(dist)
-        return Rows(dist, element, h if not self.branches else h[: canvas.batch], slot, said)
+        h = h if not self.branches else h[: canvas.batch]
+        if not plan.spawns:
+            return Rows(dist, element, h, slot, said, None, guess)
+        fed = plan.spawns[0].first
+        return Rows(dist, element, h[:, :fed], slot, said, h[:, fed:], guess)
 
     def _shaped(self, dist: Any, canvas: Canvas, guess: Guess | None) -> Any:
         """The law after the text behind which each read-out stands."""
@@ -227,6 +271,8 @@ class Target:
     def _guided(self, plan: Plan, canvas: Canvas, guess: Guess | None) -> tuple[Any, Any, Tensor, Any]:
         """All branches in one forward, each in its own rows of the cache; mixed as the head defines it."""
         model, batch = self.model, canvas.batch
+        if plan.spawns:
+            raise ValueError("states are transferred in a forward of one branch: draft in another way, or do not guide")
         hides = [None, *(branch.hide for branch in self.branches)]
         parts = [
             model.vectors(hidden(plan, canvas, hide), canvas, c, guess).expand(batch, -1, -1)
@@ -261,6 +307,13 @@ class Target:
         cache.commit(keep, plan)
         if plan.retain is not None and not repeats:
             cache.evict(plan.retain)
+        if self.skipping is not None:
+            self._hold()
+
+    def _hold(self) -> None:
+        """Remember nothing of layers that no row goes through any more."""
+        if self.cache is not None and self.skipping is not None and self.skipping.layers is not None:
+            self.cache.hold(self.skipping.layers)
 
     def select(self, rows: Int[Tensor, "b2"], batch: int, condition: Mapping[str, Tensor] | None = None) -> None:
         """Follow a canvas of `batch` rows: keep, copy or drop rows. -1 is a new row, for which the cache holds nothing;
@@ -276,6 +329,9 @@ class Target:
             self.memory.select(rows)
         if self.cache is not None:
             self.cache.select(torch.cat([torch.where(fresh, -1, rows + i * batch) for i in range(self.copies)]))
+        if self.skipping is not None:
+            self.skipping.select(rows)
+            self._hold()
 
 
 def progress(canvas: Canvas, drafted: Int[Tensor, "b m"] | None = None) -> float | Float[Tensor, "b m"]:

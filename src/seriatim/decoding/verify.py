@@ -242,12 +242,17 @@ class Chain(Ratio):
             if all(turn.emit(r, turn.value[r][i], i) for i in range(int(own[r]))):
                 turn.emit(r, token[r])
 
+    def chances(self, turn: Round, guess: Guess) -> Float[Tensor, "b n"]:
+        """The probability of accepting each drafted token, once all before it are."""
+        node = guess.value.clamp(min=0).to(turn.dist.logits.device)
+        wanted = type(turn.dist)(turn.dist.logits[:, : guess.size]).log_prob(node).exp()
+        offered = torch.ones_like(wanted) if guess.q is None else guess.q.log_prob(node).exp()
+        return self.acceptance(wanted, offered)
+
     def _accepted(self, turn: Round, guess: Guess, random: Random) -> Int[Tensor, "b"]:
         """How many drafted tokens each row accepts."""
-        n, node = guess.size, guess.value.clamp(min=0).to(turn.dist.logits.device)
-        wanted = type(turn.dist)(turn.dist.logits[:, :n]).log_prob(node).exp()
-        offered = torch.ones_like(wanted) if guess.q is None else guess.q.log_prob(node).exp()
-        accepted = self.acceptance(wanted, offered).masked_fill((guess.value < 0).to(node.device), 0.0)
+        n, chances = guess.size, self.chances(turn, guess)
+        accepted = chances.masked_fill((guess.value < 0).to(chances.device), 0.0)
         element: Tensor | int = turn.start[0]
         if turn.batch > 1:
             element = torch.where(guess.value.cpu() >= 0, torch.tensor(turn.start)[:, None] + torch.arange(n), -1)

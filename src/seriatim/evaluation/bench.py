@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from seriatim.evaluation.forward_cost import ForwardCost
 from seriatim.evaluation.metrics import LOOPING
 
 
@@ -29,7 +30,8 @@ class Written:
     """What a decoder wrote for a prompt, once.
 
     ids: the new tokens, an end of text among them; forwards: of the model, one after another; drafted, accepted:
-    tokens; seconds: from the prompt to the last token; first: from the prompt to the first token.
+    tokens; seconds: from the prompt to the last token; first: from the prompt to the first token; rows: of each
+    forward, the prompt's left out; drafting: seconds that went into drafts, behind the first forward.
     """
 
     ids: tuple[int, ...]
@@ -38,6 +40,8 @@ class Written:
     accepted: int
     seconds: float
     first: float
+    rows: tuple[int, ...] = ()
+    drafting: float = 0.0
 
     @property
     def distinct(self) -> float:
@@ -72,12 +76,14 @@ def loops(plain: Runs) -> list[bool]:
     return [runs[0].distinct < LOOPING for runs in plain]
 
 
-def figures(ours: Runs, plain: Runs) -> dict[str, Any]:
+def figures(ours: Runs, plain: Runs, cost: ForwardCost | None = None) -> dict[str, Any]:
     """What a decoder took for some prompts, beside plain decoding of the same; counts are those of one run.
 
     seconds: the medians of the prompts, summed; ratio: of the rates, 1 is as fast as plain decoding; ratios: the same
     run by run; ratio_of_mean_rates: by the means over prompts of tokens per second, as Spec-Bench has it (short answers
-    weigh as much as long ones); first_token_seconds: median over prompts.
+    weigh as much as long ones); first_token_seconds: median over prompts; decode_ratio: of the rates behind the first
+    token, which reading the prompt is no part of (None: nothing is behind it); mean_rows, draft_seconds: of a forward;
+    predicted_ratio: what decode_ratio is to be by the cost of forwards of so many rows.
     """
     tokens, forwards = (sum(get(runs[0]) for runs in ours) for get in (_tokens, lambda w: w.forwards))
     drafted, accepted = (sum(get(runs[0]) for runs in ours) for get in (lambda w: w.drafted, lambda w: w.accepted))
@@ -96,10 +102,33 @@ def figures(ours: Runs, plain: Runs) -> dict[str, Any]:
         "accepted": accepted,
         "first_token_seconds": statistics.median(statistics.median(w.first for w in runs) for runs in ours),
         "distinct_share": statistics.fmean(runs[0].distinct for runs in ours),
+        "decode_ratio": _decode_ratio(ours, plain),
+        "mean_rows": sum(sum(runs[0].rows) for runs in ours) / forwards,
+        "draft_seconds": sum(statistics.median(w.drafting for w in runs) for runs in ours) / forwards,
+        "predicted_ratio": None if cost is None else _predicted(ours, cost),
     }
 
 
-def apart(ours: Runs, plain: Runs, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def _decode_ratio(ours: Runs, plain: Runs) -> float | None:
+    """How much faster than plain decoding all but the first token of each prompt came."""
+    (a, x), (b, y) = (
+        (
+            sum(_tokens(runs[0]) - 1 for runs in side),
+            sum(statistics.median(w.seconds - w.first for w in runs) for runs in side),
+        )
+        for side in (ours, plain)
+    )
+    return (a / x) / (b / y) if a > 0 and b > 0 and x > 0 and y > 0 else None
+
+
+def _predicted(ours: Runs, cost: ForwardCost) -> float | None:
+    """How much faster than plain decoding by tokens, rows and drafts alone: E / (t(N) + draft), each forward with rows
+    of its own."""
+    seconds = sum(statistics.median(sum(map(cost.at, w.rows)) + w.drafting for w in runs) for runs in ours)
+    return sum(_tokens(runs[0]) for runs in ours) * cost.at(1) / seconds if seconds else None
+
+
+def apart(ours: Runs, plain: Runs, prompts: Sequence[Prompt], cost: ForwardCost | None = None) -> dict[str, Any]:
     """Figures of outputs that do not loop ("varied"; where all loop, of these), those of the others, and what the first
     are made of, group by group."""
     looping = loops(plain)
@@ -107,7 +136,7 @@ def apart(ours: Runs, plain: Runs, prompts: Sequence[Prompt]) -> dict[str, Any]:
     told = "varied" if kinds["varied"] else "looping"
 
     def of(chosen: Sequence[int]) -> dict[str, Any] | None:
-        return figures([ours[n] for n in chosen], [plain[n] for n in chosen]) if chosen else None
+        return figures([ours[n] for n in chosen], [plain[n] for n in chosen], cost) if chosen else None
 
     groups = {}
     for group in dict.fromkeys(p.group for p in prompts):

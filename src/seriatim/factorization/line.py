@@ -11,39 +11,42 @@ no tensors (`LinePlan`). Rows of different lengths get labels (`_ragged`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from seriatim.canvas import DELETED, GIVEN, Canvas
-from seriatim.decoding.guess import Guess
+from seriatim.decoding.guess import Guess, Transfer, depths, spawning
 from seriatim.factorization.base import Factorization
-from seriatim.plan import LEARNED, VALUE, OrderError, Plan, Reads, Slots
+from seriatim.plan import DERIVED, LEARNED, VALUE, OrderError, Plan, Reads, Slots
+from seriatim.slots import Spawn
 from seriatim.view import INF, View, inclusive, timed, tree
 
 NO_WINDOWS: Mapping[str, int] = {}
 
 
 class LineShape:
-    """What does not depend on where the cache stands: known slots, then the nodes of a draft. Made once a shape."""
+    """What does not depend on where the cache stands: known slots, then the nodes of a draft, then (`spawned`) so many
+    slots that each of them and the last known one spawns. Made once a shape."""
 
-    def __init__(self, known: int, nodes: int, parent: tuple[int, ...] | None):
-        self.known, self.size = known, known + nodes
-        self.chain = parent is None
-        self.read = slice(known - 1, None) if self.size > 1 else None
+    def __init__(self, known: int, nodes: int, parent: tuple[int, ...] | None, spawned: int = 0):
+        self.known, self.fed = known, known + nodes
+        self.size, self.spawned = self.fed + spawned * (nodes + 1), spawned
+        self.chain = parent is None and not spawned
+        self.read = slice(known - 1, self.fed) if self.size > 1 else None
         self.view = inclusive(range(self.size))
         self.depth: Tensor | None = None
-        if parent is not None:
-            below = [i - 1 for i in range(known)] + [known - 1 if p < 0 else known + p for p in parent]
+        if not self.chain:
+            below = spawning(tuple(range(-1, nodes - 1)) if parent is None else parent, spawned)
+            below = (*range(-1, known - 1), *(known + p for p in below))
             self.view = tree(below)
-            depth: list[int] = []
-            for p in below:
-                depth.append(0 if p < 0 else depth[p] + 1)
-            self.depth = torch.tensor(depth)
+            self.depth = torch.tensor(depths(below)) - 1
+            self.source = torch.arange(known - 1, self.fed)[None]
         self._tail: Tensor | None = None
 
     def band(self, base: int, window: int, device: torch.device) -> Bool[Tensor, "1 1 q k"]:
@@ -71,12 +74,15 @@ class LinePlan(Plan):
     plain = True
 
     def __init__(
-        self, shape: LineShape, base: int, prefix: int, elements: int, windows: Mapping[str, int] = NO_WINDOWS
-    ):
+        self, shape: LineShape, base: int, prefix: int, elements: int, windows: Mapping[str, int] = NO_WINDOWS,
+        transfers: Sequence[Transfer] = (),
+    ):  # fmt: skip
         # what the hot path needs, past the frozen base class, whose fields are made on demand below
         d = self.__dict__
         d["shape"], d["base"], d["prefix"], d["elements"] = shape, base, prefix, elements
         d["size"], d["run"], d["windows"] = shape.size, (base, shape.depth), windows
+        if transfers:
+            d["spawns"] = _spawns(transfers, shape.fed, shape.source)
 
     shape: LineShape
     base: int
@@ -114,6 +120,11 @@ class LinePlan(Plan):
         source = torch.where(element >= 0, VALUE, LEARNED)
         rank = element  # everything known counts as decided one by one: a draft is checked against its own path
         coord = _within(place, self.prefix, self.elements)
+        if (fed := self.shape.fed) < self.size:  # what was spawned carries what its source does
+            rank = torch.cat([rank[:, :fed], rank[:, self.shape.source[0]].repeat(1, self.shape.spawned)], 1)
+            there = torch.arange(self.size)[None] < fed
+            element, node = torch.where(there, element, -1), torch.where(there, node, -1)
+            source = torch.where(there, source, DERIVED)
         return Slots(element.clamp(min=-1)[..., None], source, coord[..., None], rank.clamp(min=-1), node.clamp(min=-1))
 
     @cached_property
@@ -128,17 +139,39 @@ class LinePlan(Plan):
 
     @cached_property
     def reads(self) -> Reads:  # type: ignore[override]
-        slot = torch.arange(self.shape.known - 1, self.size)[None]
+        slot = torch.arange(self.shape.known - 1, self.shape.fed)[None]
         return Reads(slot, self._places[:, slot[0]] - self.prefix + 1)
 
     @cached_property
     def readers(self) -> Reads:  # type: ignore[override]
         """Every slot stands before an element; without a cache it is computed again when that one is long decided."""
-        return Reads(torch.arange(self.size)[None], self._places - self.prefix + 1)
+        return Reads(torch.arange(self.shape.fed)[None], self._places[:, : self.shape.fed] - self.prefix + 1)
 
     @cached_property
     def rank(self) -> Int[Tensor, "1 E"]:  # type: ignore[override]
         return torch.arange(max(self.elements, int(self.reads.element.max()) + 1))[None]
+
+
+def run(start: int, size: int) -> LinePlan:
+    """The slots `start`, `start` + 1, ... of a line, each of which sees all before it: for layers beside a model."""
+    return LinePlan(_chain(size), start, 0, start + size)
+
+
+@lru_cache(maxsize=256)
+def _chain(size: int) -> LineShape:
+    with torch.inference_mode(False):
+        return LineShape(size, 0, None)
+
+
+def runs(start: Int[Tensor, "b"], size: Int[Tensor, "b"]) -> Plan:
+    """The same where each row has a run of its own; what is behind it is padding."""
+    offset = torch.arange(int(size.max()))[None].expand(len(size), -1)
+    place = start[:, None] + offset
+    live = offset < size[:, None]
+    element, none = torch.where(live, place, -1), torch.zeros(len(size), 0, dtype=torch.long)
+    slots = Slots(element[..., None], torch.full_like(place, VALUE), place[..., None], element)
+    view = timed(place, lane=torch.where(live, 0, -1))
+    return Plan(slots, _Same(view), Reads(none, none), torch.arange(int(place.max()) + 1)[None])
 
 
 class _Same(Mapping):
@@ -221,16 +254,16 @@ class Line(Factorization):
         if length >= layout.size:
             return None
         known = self.prefix + length - cached
-        key = (known, 0) if guess is None else (known, guess.size, guess.parent)
+        key = (known, 0) if guess is None else (known, guess.size, guess.parent, len(guess.spawn))
         shape = self._shapes.get(key)
         if shape is None:
             if known < 1:
                 raise _nothing_new(self.prefix, length, cached)
-            nodes, parent = (0, None) if guess is None else (guess.size, guess.parent)
-            shape = self._shapes[key] = LineShape(known, nodes, parent)
+            nodes, parent, spawned = (0, None, 0) if guess is None else (guess.size, guess.parent, len(guess.spawn))
+            shape = self._shapes[key] = LineShape(known, nodes, parent, spawned)
             if len(self._shapes) > SHAPES:
                 del self._shapes[next(iter(self._shapes))]
-        return LinePlan(shape, cached, self.prefix, layout.size, self.windows)
+        return LinePlan(shape, cached, self.prefix, layout.size, self.windows, () if guess is None else guess.spawn)
 
     def fill(self, canvas: Canvas, cached: int | Tensor, most: int, leave: int = 0) -> Plan | None:
         if not isinstance(cached, int) or len(canvas.layout.kinds) > 1:
@@ -258,34 +291,50 @@ class Line(Factorization):
         live = offset < known[:, None]
         place = cached[:, None] + offset
         at, dies, node = place, torch.full_like(place, INF), torch.full_like(place, -1)
+        slot = torch.where(alive, known - 1, -1)[:, None]  # the last known slot; then the nodes, each in its column
+        spawned, first = 0, place.shape[1]
         if guess is not None:
-            shape = tree(guess.parents())
-            place = torch.cat([place, last - 1 + torch.tensor(guess.depths())], 1)
+            spawned, first = len(guess.spawn), first + guess.size
+            there = alive[:, None] & (guess.value >= 0).cpu()
+            slot = torch.cat([slot, torch.where(there, torch.arange(first - guess.size, first), -1)], 1)
+            below = spawning(guess.parents(), spawned)
+            shape = tree(below)
+            place = torch.cat([place, last - 1 + torch.tensor(depths(below), dtype=torch.long)], 1)
             at = torch.cat([at, last + shape.at], 1)
             dies = torch.cat([dies, last + shape.dies], 1)
             node = torch.cat([node, torch.arange(guess.size)[None].expand(batch, -1)], 1)
-            live = torch.cat([live, alive[:, None] & (guess.value >= 0).cpu()], 1)
+            node = F.pad(node, (0, spawned * slot.shape[1]), value=-1)
+            live = torch.cat([live, there, (slot >= 0).repeat(1, spawned)], 1)
         lane = torch.where(live, 0, -1)
         element = torch.where(live & (place >= self.prefix), place - self.prefix, -1)
         source = torch.where(live & (place < self.prefix), LEARNED, VALUE)
+        needs = element
+        if spawned:  # what was spawned carries what its source does
+            needs = torch.cat([element[:, :first], element.gather(1, slot.clamp(min=0)).repeat(1, spawned)], 1)
+            element, source = element.clone(), source.clone()
+            element[:, first:], source[:, first:] = -1, DERIVED
         coord = _within(place, self.prefix, size)
-        slots = Slots(element.clamp(max=size - 1)[..., None], source, coord[..., None], element, node)
-        slot = torch.where(alive, known - 1, -1)[:, None]  # the last known slot; then the nodes, each in its column
-        if guess is not None:
-            nodes = torch.arange(place.shape[1] - guess.size, place.shape[1])
-            slot = torch.cat([slot, torch.where(live[:, nodes], nodes, -1)], 1)
+        slots = Slots(element.clamp(max=size - 1)[..., None], source, coord[..., None], needs, node)
         target = torch.where(slot >= 0, place.gather(1, slot.clamp(min=0)) - self.prefix + 1, -1)
         padded = guess is None and not bool(live.all())
+        chain = guess is None or (guess.parent is None and not spawned)
         return _Ragged(
             slots,
-            _Same(timed(at, at, dies, lane=lane), self.windows, guess is None or guess.parent is None),
+            _Same(timed(at, at, dies, lane=lane), self.windows, chain),
             Reads(slot, torch.where(target < size, target, -1)),
             torch.arange(size)[None],
             settled=_Same(timed(place, place, torch.full_like(place, INF), lane=lane), self.windows),
             kept=torch.where(live, offset, -1) if padded else None,
             prefix=self.prefix,
             windows=self.windows,
+            spawns=_spawns(() if guess is None else guess.spawn, first, slot.clamp(min=0)),
         )
+
+
+def _spawns(transfers: Sequence[Transfer], first: int, source: Int[Tensor, "b m"]) -> tuple[Spawn, ...]:
+    """What these slots spawn: as many as they are by each map, from slot `first` on."""
+    count = source.shape[1]
+    return tuple(Spawn(t.layer, first + j * count, source, t.matrix) for j, t in enumerate(transfers))
 
 
 def _nothing_new(prefix: int, known: int, cached: int, row: int = 0) -> OrderError:

@@ -65,8 +65,8 @@ class CategoricalHead(Quantizable):
         self._compiled_logits = compiled(self._said)
 
     def limited(self, ids: Int[Tensor, "n"] | None = None) -> CategoricalHead:
-        """This head for some ids only, in this order (None: all, by the very same weights): frozen rows of its matrix in
-        their number format, of which decoding compiles nothing. Raises ValueError where there are several roles."""
+        """This head for some ids only, in this order (None: all, by the very same weights): frozen rows of its matrix
+        in their number format, of which decoding compiles nothing. Raises ValueError where there are several roles."""
         if self.roles > 1:
             raise ValueError(f"a head of {self.roles} roles cannot be limited to some ids")
         with torch.device("meta"):

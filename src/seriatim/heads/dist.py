@@ -80,7 +80,8 @@ class Categorical:
         return random.categorical(self.logits, key)
 
     def mode(self) -> Int[Tensor, "b m"]:
-        return self.logits.argmax(-1)
+        """The likeliest, the first of equals."""
+        return largest(self.logits)
 
     def log_probs(self) -> Float[Tensor, "b m v"]:
         """Normalised log-probabilities, float32 or better."""
@@ -124,12 +125,26 @@ class Greedy(Categorical):
     __slots__ = ()
 
     def sample(self, random: Random, key: Key) -> Int[Tensor, "b m"]:
-        return self.logits.argmax(-1)
+        return largest(self.logits)
 
     def log_probs(self) -> Float[Tensor, "b m v"]:
-        best = self.logits.argmax(-1, keepdim=True)
+        best = largest(self.logits)[..., None]
         lp = torch.full_like(self.logits, -torch.inf, dtype=torch.float64)
         return lp.scatter(-1, best, 0.0)
+
+
+RUN, MANY = 64, 8192  # numbers of which first only the largest is looked at; so many that this pays
+
+
+def largest(x: Float[Tensor, "*n v"]) -> Int[Tensor, "*n"]:
+    """`x.argmax(-1)`, several times as fast where there are many numbers: by the runs that the largest are in."""
+    if x.shape[-1] < MANY or x.shape[-1] % RUN or not x.is_cpu:
+        return x.argmax(-1)
+    x = x if x.dtype == torch.float64 else x.float()  # 16-bit numbers are compared one by one
+    runs = x.unflatten(-1, (-1, RUN))
+    best = runs.amax(-1).argmax(-1, keepdim=True)
+    there = runs.gather(-2, best[..., None].expand(*best.shape, RUN))[..., 0, :]
+    return best[..., 0] * RUN + there.argmax(-1)
 
 
 def drawn(key: Key, index: int) -> Key:

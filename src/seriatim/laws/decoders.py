@@ -43,7 +43,8 @@ class DecoderCase:
 
     decoder: as its file defines it (or wrong on purpose); coupled: under keyed noise it writes the very string of plain
     decoding; greedy: it is exact at temperature 0 only, and draws nothing; neutral: options at which a relaxed decoder
-    is exact (None: it is lossless as it is); limits: checks of law 8; depth: layers of the model it is tried on.
+    is exact (None: it is lossless as it is); limits: checks of law 8; depth: layers of the model it is tried on; short:
+    new tokens of texts that are enumerated (fewer where many are drawn for each).
     """
 
     decoder: Callable[[Ask], Decoding]
@@ -53,6 +54,7 @@ class DecoderCase:
     neutral: Any = None
     limits: tuple[Callable[[], Limit], ...] = ()
     depth: int = 2
+    short: int = SHORT
 
     @cached_property
     def system(self) -> Any:
@@ -105,7 +107,7 @@ class DecoderCase:
         """The exact law of the first tokens behind the prompt, over every outcome of every draw."""
 
         def run(random: Any, rows: int) -> list[tuple[int, ...]]:
-            canvas = self.begun([PROMPT] * rows, SHORT, range(rows))
+            canvas = self.begun([PROMPT] * rows, self.short, range(rows))
             self.write(canvas, sampling, random, make())
             return [tuple(row[len(PROMPT) :]) for row in canvas.value["token"].tolist()]
 
@@ -115,6 +117,16 @@ class DecoderCase:
 def distance(a: dict[Any, float], b: dict[Any, float]) -> float:
     """Total variation between two laws."""
     return sum(abs(a.get(k, 0.0) - b.get(k, 0.0)) for k in {*a, *b}) / 2
+
+
+def alike(name: str, ours: DecoderCase, theirs: DecoderCase) -> Limit:
+    """Two decoders that write the same text by as many forwards, under the same noise."""
+    texts = []
+    for case in (ours, theirs):
+        canvas = case.begun([PROMPT], LONG)
+        steps = case.write(canvas, SAMPLINGS[0], Keyed(3), case.decoding(SAMPLINGS[0]))
+        texts.append(torch.tensor([len(steps), *canvas.value["token"][0].tolist()]))
+    return Limit(name, texts[0], texts[1])
 
 
 # ---- laws ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ Verdict = Literal["holds", "fails", "within noise", "not measurable here"]
 @dataclass(frozen=True)
 class Arm:
     """One training: a system, its settings, and how long. sampling: changes of how it samples when it is judged;
-    measure: judges it (None: the usual figures)."""
+    measure: judges it (None: the usual figures); base: a model that there is already, which is trained further, or
+    beside which a part is trained."""
 
     system: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -23,6 +24,7 @@ class Arm:
     steps: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     measure: Callable[[Any], Mapping[str, float]] | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True)

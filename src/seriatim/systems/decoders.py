@@ -10,15 +10,20 @@ from __future__ import annotations
 import ast
 import difflib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
+from seriatim.decoding.layers import LayerPlan
 from seriatim.decoding.loop import Decider, Proposer
 from seriatim.systems.meta import catalogue
 from seriatim.systems.meta import load as load_module
 from seriatim.systems.system import Sampling
 
+T = TypeVar("T")
+KEPT: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()  # what decoders have read, by model
+LEARNED: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()  # what they have learned from its texts
 SPEC = re.compile(r"(?P<key>[^:+]+)(:(?P<source>.*?))?(?P<options>(\+[a-z_]+=[^+]*)*)")
 
 
@@ -43,18 +48,58 @@ class Ask:
     source: str | None
     options: Any
 
+    @property
+    def vocab(self) -> int:
+        """How many ids the model knows. Raises ValueError for one that reads out something else."""
+        vocab = getattr(self.system.model.heads["token"], "vocab", None)
+        if vocab is None:
+            raise ValueError(f"{self.system.meta.key} does not say how many ids it knows")
+        return vocab
+
+    def learned(self, make: Callable[[], T]) -> T:
+        """What this decoder, with this source and these options, learns from one generation to the next, for as long as
+        the model lives: made at first. It may change how fast the model writes, never what."""
+        learned = LEARNED.setdefault(self.system.model, {})
+        key = (type(self.options), self.source, self.options)
+        if key not in learned:
+            learned[key] = make()
+        return learned[key]
+
     def no_source(self) -> None:
         """Refuse a source, for decoders that take none."""
         if self.source is not None:
             raise ValueError(f"this decoder needs no other model or heads, and {self.source!r} was given")
 
-    def draft_model(self) -> Any:
-        """The language model that the source names. Raises ValueError, OSError where it is none."""
-        from seriatim.verbs.load import load
+    def draft_model(self, translate: bool = False) -> Any:
+        """The language model that the source names, as a draft for this one (`systems.draft_model`). Raises ValueError,
+        OSError where it is none, or of another tokenizer unless it is to `translate`."""
+        from seriatim.systems.draft_model import draft_model
 
         if self.source is None:
             raise ValueError("name a small model of the same vocabulary behind the decoder, as in NAME:zoo:text-draft")
-        return load(self.source)
+        return draft_model(self.source, self.system, translate)
+
+    def fits(self, name: str, tokens: int) -> int:
+        """An option that counts tokens that are drafted ahead. Raises ValueError where there are none, or more than the
+        model takes."""
+        most = self.system.model.layout.size - 1
+        if not 1 <= tokens <= most:
+            raise ValueError(f"{name} is at least 1 and at most {most:,}, one less than the model takes; got {tokens}")
+        return tokens
+
+
+def with_layers(ask: Ask, layers: LayerPlan, draft: str | None) -> Decoding:
+    """The model with fewer layers, sampled token by token, or drafted for and verified by another decoder (`draft`: its
+    name). Raises ValueError where that one skips layers, too."""
+    way = decoder_of(ask.system, str(draft or "ancestral"), ask.sampling, ask.stop)
+    if "layers" in way.target:
+        raise ValueError(f"{draft} leaves out layers itself: draft with a decoder that leaves the law as it is")
+    return replace(way, target={**way.target, "layers": layers})
+
+
+def forget(system: Any) -> None:
+    """Let all decoders of a model begin afresh: on prompts that they saw before, what they learned flatters them."""
+    LEARNED.pop(system.model, None)
 
 
 def decoder_names() -> tuple[str, ...]:

@@ -16,7 +16,8 @@ class Generation:
     without a tokenizer); forwards: of the model, one after another, those that only read a long prompt apart; drafted,
     accepted: tokens that were suggested, and those of them that stood; seconds: of the batch it was generated in;
     logprobs: of each new token before temperature, filters, penalties and constraints, in nats, if asked for; first:
-    seconds until the first token was there.
+    seconds until the first token was there; rows: of each forward, what was verified and one more (of the prompt the
+    last token only); drafting: seconds that went into drafts, behind the first forward.
     """
 
     ids: list[int]
@@ -27,6 +28,8 @@ class Generation:
     seconds: float
     logprobs: list[float] | None = None
     first: float = 0.0
+    rows: tuple[int, ...] = ()
+    drafting: float = 0.0
 
 
 class Watch:

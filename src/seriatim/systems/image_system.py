@@ -16,6 +16,7 @@ from seriatim.canvas import Canvas
 from seriatim.data.base import Data
 from seriatim.decoding.loop import decode
 from seriatim.random import Generator
+from seriatim.systems.decoders import Decoding, decoder_of
 from seriatim.systems.system import Sampling, System
 
 FRAMES = 16  # of a film, at most
@@ -24,7 +25,10 @@ BATCH = 100  # pictures that are generated together
 
 @dataclass
 class Pictures:
-    """Generated pictures in [-1, 1] with their film: what was there after some of the steps, and what it cost."""
+    """Generated pictures in [-1, 1] with their film: what was there after some of the steps, and what it cost.
+
+    decided: with a film of elements on the tokenizer's grid, the forward that decided each of them, from 1.
+    """
 
     images: Float[Tensor, "n c h w"]
     labels: Int[Tensor, " n"] | None
@@ -32,6 +36,7 @@ class Pictures:
     captions: list[str] = field(default_factory=list)
     forwards: int = 0  # one after another, for each picture
     seconds: float = 0.0  # in all
+    decided: Int[Tensor, "n rows columns"] | None = None
 
 
 class ImageSystem(System):
@@ -74,34 +79,47 @@ class ImageSystem(System):
         sampling: Sampling | None = None,
         seed: int = 0,
         film: bool = False,
+        decoder: str = "own",
     ) -> Pictures:
-        """Generate pictures of these classes, or `count` of them. Raises ValueError for labels that do not exist."""
+        """Generate pictures of these classes, or `count` of them, by a decoder (`decoder_of`; for orders other than
+        next-token the system's own). Raises ValueError for labels and decoders that do not exist or do not suit."""
         n = len(labels) if labels is not None else count or 1
         out: list[Pictures] = []
         start = time.perf_counter()
         with torch.inference_mode():
             for k in range(0, n, BATCH):
                 part = None if labels is None else labels[k : k + BATCH]
-                out.append(self._draw(part, min(BATCH, n - k), sampling or self.sampling, seed + k, film))
+                size, s = min(BATCH, n - k), sampling or self.sampling
+                out.append(self._draw(part, size, s, seed + k, film, decoder_of(self, decoder, s, ())))
         whole = Pictures(torch.cat([p.images for p in out]), labels, forwards=out[0].forwards)
         whole.frames = [torch.cat(parts) for parts in zip(*(p.frames for p in out), strict=False)]
         whole.captions = out[0].captions
+        maps = [p.decided for p in out if p.decided is not None]
+        whole.decided = torch.cat(maps) if maps else None
         whole.seconds = time.perf_counter() - start
         return whole
 
-    def _draw(self, labels: Tensor | None, n: int, sampling: Sampling, seed: int, film: bool) -> Pictures:
+    def _draw(
+        self, labels: Tensor | None, n: int, sampling: Sampling, seed: int, film: bool, way: Decoding
+    ) -> Pictures:
         canvas = self.model.blank(n, Generator(seed))
-        target = self.target(self.condition(labels, n), sampling)
+        target = self.target(self.condition(labels, n), sampling, **way.target)
         states, forwards = [], 0
-        for step in decode(target, canvas, self.decider(sampling), self.proposer(sampling), Generator(seed)):
+        for step in decode(target, canvas, way.decider, way.proposer, Generator(seed)):
             forwards += step.forwards
             if film:
                 states.append((forwards, canvas.known.clone(), {k: v.clone() for k, v in canvas.value.items()}))
         out = Pictures(self.picture(canvas.value["token"]), labels, forwards=forwards)
         for i in torch.linspace(0, len(states) - 1, min(FRAMES, len(states))).long().tolist():
-            at, known, value = states[i]
+            number, known, value = states[i]
             out.frames.append(self.unfinished(value["token"], known))
-            out.captions.append(f"forward {at} of {forwards}")
+            out.captions.append(f"forward {number} of {forwards}")
+        rows, columns = self.tokenizer.grid
+        if film and rows * columns == canvas.layout.size:
+            at = torch.full(canvas.known.shape, forwards)
+            for number, known, _ in reversed(states):
+                at = torch.where(known, number, at)
+            out.decided = at.view(n, rows, columns)
         return out
 
     def picture(self, codes: Tensor) -> Float[Tensor, "n c h w"]:

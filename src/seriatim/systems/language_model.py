@@ -98,11 +98,17 @@ class LanguageModel(TextSystem):
         return out.gather(1, order.argsort(1)[..., None].expand_as(out))
 
     def _packed(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n v"]:
+        return self.model.heads["token"].logits(self.states(ids))  # type: ignore[operator]
+
+    def states(self, ids: Int[Tensor, "batch length"], route: Any = None) -> Float[Tensor, "batch length width"]:
+        """What the head reads out behind each token: that of token i has seen tokens 0 to i. `route`: the way of the
+        slots through the layers (`backbones.route.Route`)."""
         model, n = self.model, ids.shape[1]
         canvas = model.canvas({"token": F.pad(ids, (0, 1))}, self._given, layout=line(n + 1))
         plan = model.factorization.packed(canvas)
         assert plan is not None
-        return model.heads["token"].logits(model.hidden(plan, canvas, None, self._encoded())[:, self._prefix :])  # type: ignore[operator]
+        plan = plan if route is None else plan.along(route)
+        return model.hidden(plan, canvas, None, self._encoded())[:, self._prefix :]
 
     def _encoded(self) -> Condition | None:
         """What texts depend on beside themselves."""
@@ -270,16 +276,23 @@ class Run:
     ):  # fmt: skip
         self.system, self.canvas, self.rows, self.stream = system, canvas, rows, stream
         self.start, self.first = start, 0.0
+        self.names = canvas.row.clone()
         self.forwards = 0
         self.drafted: int | Tensor = 0
         self.accepted: int | Tensor = 0
+        self.sizes: list[int] = []  # of forwards, in rows
+        self.drafting = 0.0
         watched = bool(strings) or (stream is not None and system.tokenizer is not None)
         self.watches = [Watch(system.tokenizer, strings) for _ in rows] if watched else []
 
     def after(self, step: Step) -> bool:
         """Take a step in; does anything go on?"""
-        if not self.forwards:
+        if self.forwards:
+            self.sizes.append(step.slots)
+            self.drafting += step.drafting
+        else:
             self.first = time.perf_counter() - self.start
+            self.sizes.append(1 + int(torch.as_tensor(step.drafted).max()))
         self.forwards += step.forwards
         self.drafted, self.accepted = self.drafted + step.drafted, self.accepted + step.accepted
         ended = [w.ended for w in self.watches]
@@ -296,9 +309,12 @@ class Run:
         return not all(now)
 
     def new(self, b: int, start: int = 0) -> list[int]:
-        """What a row has got behind its prompt so far, from a place on."""
-        end = self.canvas.length if self.canvas.length is not None else int(self.canvas.lengths()[b])
-        return self.canvas.value["token"][b, len(self.rows[b]) + start : end].tolist()
+        """What a row has got behind its prompt, from a place on; of several texts of it (beams) the best."""
+        canvas, at = self.canvas, b
+        if canvas.batch != len(self.rows):
+            at = int((canvas.row == self.names[b]).nonzero()[0])
+        end = canvas.length if canvas.length is not None else int(canvas.lengths()[at])
+        return canvas.value["token"][at, len(self.rows[b]) + start : end].tolist()
 
     def generations(self, seconds: float, logprobs: bool) -> list[Generation]:
         """What came out, row by row."""
@@ -315,5 +331,6 @@ class Run:
             text = None if tokenizer is None else tokenizer.decode(ids)
             text = watch.text if watch is not None and watch.ended else text
             scores = self.system.scores([*row, *ids], len(ids)) if logprobs else None
-            out.append(Generation(ids, text, self.forwards, drafted[b], accepted[b], seconds, scores, self.first))
+            counts = self.forwards, drafted[b], accepted[b]
+            out.append(Generation(ids, text, *counts, seconds, scores, self.first, tuple(self.sizes), self.drafting))
         return out

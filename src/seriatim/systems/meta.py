@@ -74,15 +74,20 @@ RESULTS = (Path(__file__).parents[1] / "results", Path(__file__).parents[3] / "r
 def status_of(key: str) -> dict[str, bool]:
     """L, E, C, W of a system, from what was measured: the laws and the run from end to end count only while the
     system's file is the one they were run on."""
-    recorded = (_result("status.json") or {}).get(key, {})
-    fresh = recorded.get("source") == source_hash(key)
+    row = recorded().get(key, {})
+    fresh = row.get("source") == source_hash(key)
     claim = _result(f"{key}.json")
     return {
-        "L": bool(fresh and recorded.get("laws")),
-        "E": bool(fresh and recorded.get("end_to_end")),
+        "L": bool(fresh and row.get("laws")),
+        "E": bool(fresh and row.get("end_to_end")),
         "C": claim is not None and claim.get("verdict") in ("holds", "fails", "within noise"),
-        "W": bool(recorded.get("weights")),
+        "W": bool(row.get("weights")),
     }
+
+
+def recorded() -> dict[str, dict[str, Any]]:
+    """What benchmarks/status.py found of each system when it ran last."""
+    return _result("status.json") or {}
 
 
 def source_hash(key: str) -> str:

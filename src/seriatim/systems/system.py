@@ -7,7 +7,7 @@ A system's file subclasses `TextSystem` or `ImageSystem` (text_system.py, image_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -47,6 +47,11 @@ class Sampling:
     @property
     def warp(self) -> Warper:
         return Warper(self.temperature, self.top_k, self.top_p, self.min_p, self.typical)
+
+    @property
+    def unfiltered(self) -> Sampling:
+        """The same at temperature 1 and without filters: how sure a model is shows there."""
+        return replace(self, temperature=1.0, top_k=None, top_p=None, min_p=None, typical=None)
 
     @property
     def shapers(self) -> tuple[Shaper, ...]:

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seriatim.decoding.layers import LayerPlan, begun
 from seriatim.interop.export import published_tensors
 from seriatim.interop.peft import WEIGHTS as ADAPTER
 from seriatim.interop.peft import adapter_tensors
 from seriatim.posttraining.lora import LoRA, attach, folded
+from seriatim.posttraining.skipping import skipping_loss
 from seriatim.random import Generator
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.published import Published
+from seriatim.systems.system import evenly
 from seriatim.training.recipe import Recipe
 from seriatim.training.run import WEIGHTS
 
@@ -32,12 +35,14 @@ ADAPTER_ALONE = Recipe(200, batch=8, learning_rate=2e-4, weight_decay=0.0, bf16=
 @dataclass(frozen=True)
 class Tuning:
     """length: the longest text in tokens that is learned at once (None: the model's, at most 1,024); lora: rank of the
-    adapter (None: all weights are trained), lora_alpha and lora_targets: as in `LoRA`."""
+    adapter (None: all weights are trained), lora_alpha and lora_targets: as in `LoRA`; decoder: one that leaves out
+    layers, such as skipdecode+least=4: what the model learns to do without (None: all layers run)."""
 
     length: int | None = None
     lora: int | None = None
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] | None = None
+    decoder: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.lora_targets, str):
@@ -102,3 +107,25 @@ class Tuned(nn.Module):
         """The system as it is used: adapters folded into its weights."""
         folded(self.system.model)
         return self.system.eval().requires_grad_(False)
+
+
+class TunedByLayers(Tuned):
+    """The same for a model that leaves out layers when it decodes: each text has a prompt, of random length or up to
+    the first answer, and what is learned stands behind it, every token with the layers that it will have."""
+
+    def __init__(self, system: LanguageModel, layers: LayerPlan, adapter: LoRA | None = None):
+        super().__init__(system, adapter)
+        self.layers = layers
+        begun(layers, system.model)  # refuses what does not fit
+
+    def forward(self, batch: Mapping[str, Tensor], random: Generator, step: int, steps: int) -> tuple[Tensor, Tensor]:
+        return skipping_loss(self.system.model, batch, begun(self.layers, self.system.model), random)
+
+    def validate(self, examples: Any) -> dict[str, float]:
+        """The loss behind prompts on held-out windows, the same windows and prompts each time."""
+        nats, count = 0.0, 0
+        for n, part in enumerate(evenly(len(examples), self.system.validation_size).split(8)):
+            batch = {k: v.to(self.system.model.device) for k, v in examples.take(part).items()}
+            loss, tokens = self(batch, Generator(n), 0, 1)
+            nats, count = nats + float(loss), count + int(tokens)
+        return {"loss": nats / count}

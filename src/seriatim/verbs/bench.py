@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from seriatim.decoding.filters import Warper
 from seriatim.evaluation.bench import Arm, Prompt, Runs, Written, apart, figures, loops, take_turns
 from seriatim.evaluation.bench_chart import save_bench
 from seriatim.evaluation.cost import DISTURBED, Others, fresh_process, load_average, parameters
+from seriatim.evaluation.forward_cost import ForwardCost, measured
 from seriatim.evaluation.questions import Question, builtin_questions, read_questions
 from seriatim.systems.decoders import decoder_names, named
 from seriatim.systems.generation import Generation
@@ -84,14 +86,16 @@ def bench(
     given, notes = asked(system, _some(questions, system, count), new_tokens, questions is None, _phase(bar, "prompts"))
     written, around = _timed({name: arm(system, name, way) for name in names}, given, runs, seed, bar)
     drawn = _drawn(system, names, given, draws, way, bar)
-    told = _decoders(system, given, written, drawn, way)
+    with _phase(bar, "measuring forwards"):
+        cost = measured(system, _context(given, written[PLAIN]))
+    told = _decoders(system, given, written, drawn, way, cost)
     held, lacking = _memory(source, names, given, way, bar) if memory else ({}, ["peak memory was not asked for"])
     told = {name: {**own, "peak_memory": held.get(name)} for name, own in told.items()}
     result = {
         "model": str(source) if not isinstance(source, System) else source.meta.key, "system": system.meta.key,
         "parameters": size, "dtype": _name(dtype_of(system)), "weights": weights,
         "compiled": compile, "prompts": _told(prompts, given), "new_tokens": new_tokens, "temperature": temperature,
-        "runs": runs, "draws": draws, "seed": seed, "decoders": told, **around,
+        "runs": runs, "draws": draws, "seed": seed, "decoders": told, **around, "forward_cost": asdict(cost),
         "by_prompt": _by_prompt(given, written), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "version": seriatim.__version__, "machine": machine(), "commit": commit(),
     }  # fmt: skip
@@ -162,7 +166,7 @@ def arm(system: LanguageModel, decoder: str, way: Way) -> Arm:
         )
         assert isinstance(made, Generation)
         drafts = int(made.drafted), int(made.accepted)
-        return Written(tuple(made.ids), made.forwards, *drafts, made.seconds, made.first)
+        return Written(tuple(made.ids), made.forwards, *drafts, made.seconds, made.first, made.rows, made.drafting)
 
     return write
 
@@ -264,8 +268,9 @@ def _told(prompts: str | Path, given: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def _decoders(
-    system: LanguageModel, given: Sequence[Prompt], written: dict[str, Runs], drawn: dict[str, Sampled], way: Way
-) -> dict[str, Any]:
+    system: LanguageModel, given: Sequence[Prompt], written: dict[str, Runs], drawn: dict[str, Sampled], way: Way,
+    cost: ForwardCost,
+) -> dict[str, Any]:  # fmt: skip
     """Figures and verdict of each decoder."""
     plain, out = written[PLAIN], {}
     for name, own in written.items():
@@ -273,8 +278,13 @@ def _decoders(
         if name != PLAIN:
             pair = (drawn[name], drawn[PLAIN]) if drawn else None
             said = lossless(system, name, given, own, plain, way.new_tokens, way.temperature, pair)
-        out[name] = {**apart(own, plain, given), "lossless": said}
+        out[name] = {**apart(own, plain, given, cost), "lossless": said}
     return out
+
+
+def _context(given: Sequence[Prompt], plain: Runs) -> int:
+    """Known tokens in the middle of a typical answer."""
+    return round(statistics.median(len(p.ids) + len(runs[0].ids) / 2 for p, runs in zip(given, plain, strict=True)))
 
 
 def _by_prompt(given: Sequence[Prompt], written: dict[str, Runs]) -> list[dict[str, Any]]:

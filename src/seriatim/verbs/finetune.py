@@ -18,10 +18,12 @@ from seriatim.data.conversations import Conversations
 from seriatim.interop.export import describe
 from seriatim.interop.hub import HUB
 from seriatim.interop.peft import CONFIG, adapter_config
+from seriatim.systems.decoders import decoder_of
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.published import Published
+from seriatim.systems.system import Sampling
 from seriatim.systems.text_system import Windows
-from seriatim.systems.tuned import Tuned, Tuning
+from seriatim.systems.tuned import Tuned, TunedByLayers, Tuning
 from seriatim.tokenizers.text import id_stream
 from seriatim.training.checkpoint import save_json
 from seriatim.training.recipe import Recipe
@@ -64,7 +66,7 @@ def begin(
     loaded = data if isinstance(data, Data) else load_data(data, "text", **data_options)
     examples, held_out, notes = sides(system, loaded, tuning.length)
     torch.manual_seed(recipe.seed)
-    learner = Tuned(system, tuning.adapter)
+    learner = learner_of(system, tuning)
     where = origin(base)
     if os.environ.get("RANK", "0") == "0" and not RunFolder(folder).card.exists():
         beside(folder, learner, where)
@@ -77,6 +79,19 @@ def begin(
     passes = recipe.steps * recipe.batch * _share(examples)
     notes += (f"{recipe.steps:,} steps of {recipe.batch} go through the training data {passes:.2g} times",)
     return Begun(learner, replace(loaded, notes=loaded.notes + notes), examples, held_out, recipe, card)
+
+
+def learner_of(system: LanguageModel, tuning: Tuning) -> Tuned:
+    """What is trained of a model. Raises ValueError for a decoder that leaves out no layers."""
+    if tuning.decoder is None:
+        return Tuned(system, tuning.adapter)
+    layers = decoder_of(system, tuning.decoder, Sampling()).target.get("layers")
+    if layers is None:
+        raise ValueError(
+            f"{tuning.decoder} runs all layers, so there is nothing to learn for it: name skipdecode, ffn-skipllm or "
+            "first, with its options"
+        )
+    return TunedByLayers(system, layers, tuning.adapter)
 
 
 def settings_from(settings: Mapping[str, Any], lora: int | None) -> tuple[Tuning, Recipe]:

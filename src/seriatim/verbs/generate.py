@@ -39,7 +39,7 @@ def generate(
         return "".join(stream(system, prompt, length, decoder, seed, **sampling))
     if not isinstance(system, ImageSystem):
         raise ValueError(f"{system.meta.key} generates nothing by itself")
-    return draw(system, labels, count, seed, film, **sampling)
+    return draw(system, labels, count, seed, film, decoder, **sampling)
 
 
 def stream(
@@ -53,9 +53,10 @@ def stream(
 
 def draw(
     system: ImageSystem, labels: Sequence[int] | None, count: int | None, seed: int = 0, film: bool = False,
-    **sampling: Any,
+    decoder: str = "own", **sampling: Any,
 ) -> Pictures:  # fmt: skip
-    """`count` pictures of each label; of every class in turn where no label is given."""
+    """`count` pictures of each label; of every class in turn where no label is given. Raises ValueError for a decoder
+    that does not exist or does not suit."""
     if count is not None and count < 1:
         raise ValueError(f"at least 1 picture can be drawn, got {count}")
     classes = system.config.classes
@@ -65,7 +66,7 @@ def draw(
         wanted = torch.tensor(list(labels or [0])).repeat_interleave(count or 1)
     if int(wanted.min()) < 0 or int(wanted.max()) >= classes:
         raise ValueError(f"labels lie in 0..{classes - 1}, got {int(wanted.min())}..{int(wanted.max())}")
-    return system.draw(wanted, None, sampling_of(system, **sampling), seed, film)
+    return system.draw(wanted, None, sampling_of(system, **sampling), seed, film, decoder)
 
 
 def sampling_of(system: System, **changes: Any) -> Sampling:
@@ -80,7 +81,8 @@ def sampling_of(system: System, **changes: Any) -> Sampling:
 
 
 def save_pictures(pictures: Pictures, folder: Path, classes: Sequence[str] = (), columns: int = 10) -> list[Path]:
-    """samples.png and, where there are frames, film.gif."""
+    """samples.png and, where there are frames, film.gif and order.png: which forward decided each element, the first
+    ones pale, the last ones dark."""
     side = pictures.images.shape[-1]
     look: dict[str, Any] = {"columns": min(columns, len(pictures.images)), "upscale": max(1, 64 // side)}
     if side <= 16:
@@ -92,6 +94,10 @@ def save_pictures(pictures: Pictures, folder: Path, classes: Sequence[str] = (),
         paths.append(
             save_film(pictures.frames, folder / "film.gif", captions=pictures.captions, row_labels=rows, **look)
         )
+    if pictures.decided is not None:
+        look["invert"], look["resample"], look["upscale"] = True, "nearest", max(1, 64 // pictures.decided.shape[-1])
+        share = (pictures.decided - 1) / max(pictures.forwards - 1, 1)
+        paths.append(save_grid(2 * share[:, None] - 1, folder / "order.png", row_labels=rows, **look))
     return paths
 
 

@@ -13,6 +13,8 @@ from seriatim.home import HOME
 from seriatim.interop.hub import HUB, from_hub
 from seriatim.interop.peft import CONFIG as ADAPTER
 from seriatim.interop.peft import base_of, read_adapter
+from seriatim.posttraining.drafting import CARD as DRAFT
+from seriatim.posttraining.drafting import read_card
 from seriatim.posttraining.lora import merge
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.meta import catalogue
@@ -83,6 +85,12 @@ def _base_of(adapter: Path) -> Path:
 def _load(place: Path, dtype: torch.dtype | None) -> System:
     """A model whose own weights stand in a folder or a GGUF file."""
     folder = RunFolder(place)
+    if (place / DRAFT).is_file():
+        card = read_card(place)
+        raise ValueError(
+            f"{place} is a part beside {card['base']['name']}, and no model: decode that by "
+            f"--decoder {card['key']}:{place}"
+        )
     if folder.card.is_file() and not folder.weights.is_file():
         raise ValueError(f"{folder.path} holds no weights yet: its training has not come to its first checkpoint")
     if place.suffix == ".gguf" or (place / "config.json").is_file():

@@ -25,7 +25,7 @@ from seriatim.training.recipe import Recipe
 from seriatim.training.run import RunFolder
 from seriatim.training.trainer import Tick
 from seriatim.training.trainer import train as fit
-from seriatim.verbs import finetune
+from seriatim.verbs import drafting, finetune
 from seriatim.verbs.finetune import Begun, found_again
 from seriatim.verbs.load import load, plain, system_class, where
 
@@ -66,7 +66,9 @@ def train(
 
     from_: train a next-token model further, whatever `load` reads, with its tokenizer, config and chat template; lora:
     the rank of an adapter that is trained in place of its weights. Data are texts, or conversations, of which answers
-    alone count; settings are then those of `Tuning` and of the recipe.
+    alone count; settings are then those of `Tuning` and of the recipe. Where the key is a decoder with a part to train
+    (medusa, hydra, ...), that part is trained beside the frozen model, and settings are the part's own, the recipe's
+    and those of `drafting.Reading`.
 
     Raises ValueError, KeyError, OSError with what is wrong and what to do, FloatingPointError where the loss breaks
     down.
@@ -74,7 +76,11 @@ def train(
     folder = Path(out or f"runs/{key}")
     RunFolder(folder).refuse(resume)
     begun: Begun
-    if from_ is not None:
+    if drafting.is_draft_part(key):
+        if lora is not None or tokenizer is not None:
+            raise ValueError(f"{key} is trained beside a frozen model: there is no adapter and no tokenizer to choose")
+        begun = drafting.begin(key, from_, data, folder, size, settings or {}, bar, **data_options)
+    elif from_ is not None:
         if size is not None or tokenizer is not None:
             raise ValueError(f"size and tokenizer are those of {from_}, and are not chosen anew")
         begun = finetune.begin(key, from_, data, folder, lora, settings or {}, **data_options)
@@ -89,6 +95,8 @@ def train(
             begun.learner, begun.examples, begun.recipe, RunFolder(folder), begun.card, begun.held_out, resume, minutes,
             tick,
         )  # fmt: skip
+    if drafting.is_draft_part(key):
+        drafting.finish(begun, folder, history)
     system = begun.learner if isinstance(begun.learner, System) else begun.learner.finished()
     return Trained(system, begun.data, folder, history)
 

@@ -1,0 +1,59 @@
+"""Trials of decoders, as claims state them: tokens a forward on held-out texts, by a loaded model.
+
+Accepted lengths do not depend on the machine, nor on what else it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from seriatim.data.base import load_data
+from seriatim.evaluation.metrics import LOOPING
+from seriatim.systems.decoders import forget
+
+TEMPERATURE = 0.7
+
+
+def held_out(system: Any, count: int = 16, length: int = 200) -> list[list[int]]:
+    """Stretches of so many tokens from held-out files of the standard library: one of each file, behind its first
+    lines, which are alike; then another of each, ... Raises ValueError where there are not so many."""
+    files = [system.prompt_ids(text) for text in load_data("stdlib", "text").test.documents]
+    found: list[list[int]] = []
+    start = length
+    while len(found) < count:
+        some = [ids[start : start + length] for ids in files if len(ids) >= start + length]
+        if not some:
+            raise ValueError(f"the held-out files have {len(found)} stretches of {length} tokens, not {count}")
+        found += some
+        start += 2 * length
+    return found[:count]
+
+
+def tokens_per_forward(
+    decoder: str, prompts: int = 16, new_tokens: int = 128
+) -> Callable[[Any, int], Mapping[str, Any]]:
+    """How many tokens a decoder writes by one forward, on prompts that it sees one after another and each once; a
+    decoder that learns begins with nothing. Outputs that repeat themselves are easy to draft, and counted apart."""
+
+    def measure(system: Any, seed: int) -> Mapping[str, Any]:
+        forget(system)
+        counts = {False: [0, 0], True: [0, 0]}
+        for n, prompt in enumerate(held_out(system, prompts)):
+            made = system.generate(
+                prompt, decoder, max_new_tokens=new_tokens, temperature=TEMPERATURE, seed=1000 * seed + n
+            )
+            own = counts[_loops(made.ids)]
+            own[0], own[1] = own[0] + len(made.ids), own[1] + made.forwards
+        (tokens, forwards), (looping, looping_forwards) = counts[False], counts[True]
+        return {
+            "tokens_per_forward": tokens / max(forwards, 1), "tokens": tokens, "forwards": forwards,
+            "looping_tokens_per_forward": looping / looping_forwards if looping_forwards else None,
+            "looping_tokens": looping,
+        }  # fmt: skip
+
+    return measure
+
+
+def _loops(ids: Sequence[int]) -> bool:
+    return len(set(ids)) / len(ids) < LOOPING
