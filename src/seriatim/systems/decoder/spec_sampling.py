@@ -14,8 +14,10 @@ from seriatim.decoding.draft import DraftModel
 from seriatim.decoding.verify import Chain, GreedyMatch, Verifier
 from seriatim.laws.decoders import DecoderCase
 from seriatim.laws.drafts import near
+from seriatim.systems.claim import Claim, Trial
 from seriatim.systems.decoders import Ask, Decoding
 from seriatim.systems.meta import Meta
+from seriatim.systems.trials import tokens_per_forward
 
 META = Meta(
     key="spec-sampling",
@@ -51,6 +53,23 @@ def between(ask: Ask, small: Any, verifier: type[Verifier] = Chain) -> Decoding:
         return Decoding(GreedyMatch(ask.stop), DraftModel(small.target(None, ask.sampling.unfiltered), length, "top"))
     draft = small.target(None, ask.sampling)
     return Decoding(verifier(ask.stop), DraftModel(draft, length))
+
+
+CLAIM = Claim(
+    text="With a small draft model at least two tokens come from one forward of the large one.",
+    paper="2 to 3 times faster on T5-XXL with unchanged outputs; here by tokens a forward, which no machine changes",
+    metric="tokens_per_forward",
+    arms={
+        "draft_length 4": Trial("zoo:text-base", tokens_per_forward("spec-sampling:zoo:text-draft")),
+        "draft_length 2": Trial("zoo:text-base", tokens_per_forward("spec-sampling:zoo:text-draft+draft_length=2")),
+        "draft_length 6": Trial("zoo:text-base", tokens_per_forward("spec-sampling:zoo:text-draft+draft_length=6")),
+        "ancestral": Trial("zoo:text-base", tokens_per_forward("ancestral")),
+    },
+    ours="draft_length 4",
+    baseline="ancestral",
+    better="higher",
+    margin=2.0,
+)
 
 
 def case() -> DecoderCase:

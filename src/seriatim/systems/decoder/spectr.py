@@ -17,10 +17,12 @@ from seriatim.decoding.verify import GreedyMatch, KSeq
 from seriatim.laws.case import Limit
 from seriatim.laws.decoders import DecoderCase, alike
 from seriatim.laws.drafts import near
+from seriatim.systems.claim import Claim, Trial
 from seriatim.systems.decoder.spec_sampling import Options as ChainOptions
 from seriatim.systems.decoder.spec_sampling import between as chain_between
 from seriatim.systems.decoders import Ask, Decoding
 from seriatim.systems.meta import Meta
+from seriatim.systems.trials import tokens_per_forward
 
 META = Meta(
     key="spectr",
@@ -59,6 +61,22 @@ def between(ask: Ask, small: Any, verifier: type[KSeq] = KSeq) -> Decoding:
         return Decoding(GreedyMatch(ask.stop), DraftModel(small.target(None, ask.sampling.unfiltered), length, "top"))
     draft = small.target(None, ask.sampling)
     return Decoding(verifier(ask.stop), DraftModel(draft, branching((o.drafts, *[1] * (length - 1)))))
+
+
+def _drafts(count: int) -> Trial:
+    return Trial("zoo:text-base", tokens_per_forward(f"spectr:zoo:text-draft+drafts={count}", prompts=48))
+
+
+CLAIM = Claim(
+    text="Two drafts of four tokens, chosen by K-SEQ, give at least 3% more tokens a forward than one.",
+    paper="1.37 times as fast as speculative sampling with 8 drafts of 8 tokens (PaLM-2 on LM1B)",
+    metric="tokens_per_forward",
+    arms={"one draft": _drafts(1), "two drafts": _drafts(2), "four drafts": _drafts(4)},
+    ours="two drafts",
+    baseline="one draft",
+    better="higher",
+    margin=1.03,
+)
 
 
 def _tried(ask: Ask) -> Decoding:

@@ -20,8 +20,10 @@ from seriatim.laws.case import Limit
 from seriatim.laws.decoders import DecoderCase, alike
 from seriatim.laws.drafts import near
 from seriatim.random import COIN, Random, numbered
+from seriatim.systems.claim import Claim, Trial
 from seriatim.systems.decoders import Ask, Decoding
 from seriatim.systems.meta import Meta
+from seriatim.systems.trials import tokens_per_forward
 
 META = Meta(
     key="tree-verify",
@@ -76,6 +78,26 @@ def shape(nodes: int, depth: int, width: int) -> tuple[int, ...]:
     chance = [ACCEPTED * (1 - ACCEPTED) ** i for i in range(width)]
     room = sum(width**d for d in range(1, depth + 1))
     return likeliest([chance] * depth, min(nodes, room)).parent
+
+
+def _nodes(nodes: int, more: str = "") -> Trial:
+    return Trial("zoo:text-base", tokens_per_forward(f"tree-verify:zoo:text-draft+nodes={nodes}{more}"))
+
+
+CLAIM = Claim(
+    text="A tree of 12 nodes gives more tokens a forward than a chain of 12, and more nodes give more.",
+    paper="trees beat chains of equal cost where the draft is unsure (SpecInfer, Medusa, Sequoia, EAGLE)",
+    metric="tokens_per_forward",
+    arms={
+        "tree of 12": _nodes(12), "chain of 12": _nodes(12, "+depth=12+width=1"),
+        **{f"tree of {nodes}": _nodes(nodes, "+depth=6") for nodes in (1, 4, 8, 16, 32)},
+        "distinct siblings": _nodes(12, "+siblings=distinct"),
+        "independent siblings": _nodes(12, "+siblings=independent"),
+    },
+    ours="tree of 12",
+    baseline="chain of 12",
+    better="higher",
+)  # fmt: skip
 
 
 def _width_of_one() -> Limit:
