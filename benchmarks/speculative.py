@@ -4,8 +4,8 @@
         [--pictures zoo:raster-ar] [--out results/speculative.json]
 
 Prompts are stretches of held-out files of the standard library; outputs that repeat themselves are averaged apart.
-Tokens a forward do not depend on the machine; seconds do, and are marked where it was busy. The cost of a forward over n
-rows is measured in the same run, and says what each arm should gain.
+Tokens a forward do not depend on the machine; seconds do, and are marked where it was busy. The cost of a forward over
+n rows is measured in the same run, and says what each arm should gain.
 
 Pictures beside the figures: tokens, cost and their ratio against the nodes of a tree; one round as a tree; a text with
 its tokens coloured by where they come from; pictures drawn plainly and by windows, and when each element was decided.

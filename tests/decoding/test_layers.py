@@ -191,9 +191,7 @@ def test_an_increasing_schedule_is_refused_and_names_what_is_missing():
     table = torch.tensor([Staircase((1,)).stair(count, DEPTH) for count in (4, 2, 3)]).T
     assert missing_entries(table) == (4, 2)
     assert looked_for_in_vain(table).nonzero().tolist() == [[4, 2, 1]]
-    with pytest.raises(
-        ValueError, match="token 2 behind the prompt goes through layer 4, where the one before"
-    ):
+    with pytest.raises(ValueError, match="token 2 behind the prompt goes through layer 4, where the one before"):
         Staircase((4, 2, 3)).begin(DEPTH)
 
 

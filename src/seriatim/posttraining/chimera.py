@@ -81,9 +81,10 @@ class FusedOutput(Output):
     def _read(self, x: Float[Tensor, "*rest k w"], first: int) -> Float[Tensor, "*rest k n"]:
         k, states = x.shape[-2], self.states
         if not self.own:
-            return super().forward(torch.einsum("...kw,kdw->...kd", x, self.mix[first : first + k].to(x.dtype)))
-        each = x.unflatten(-1, (states, -1)).flatten(-3, -2)
-        return super().forward(each, first * states).unflatten(-2, (k, states)).sum(-2)
+            each = zip(x.unbind(-2), self.mix[first : first + k].to(x.dtype), strict=True)
+            return super().forward(torch.stack([F.linear(y, mix) for y, mix in each], -2))
+        apart = x.unflatten(-1, (states, -1)).flatten(-3, -2)
+        return super().forward(apart, first * states).unflatten(-2, (k, states)).sum(-2)
 
 
 class Chimera(AheadHeads):
