@@ -14,6 +14,7 @@ draft tree of each kind. And the time of a search beside that of a forward, whic
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -159,17 +160,19 @@ def draw_filling(steps: Mapping[str, Sequence[int]], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for (name, given), colour in zip(steps.items(), (INK, "#8fa3bf", ACCENT, "#e0a030"), strict=False):
-        place, rate, first = [], [], 0
+        place, rate, written = [], [], 0
         window: list[int] = []
         for n in given:
             window.append(n)
-            first += n
+            written += n
             while sum(window) - window[0] >= MOVING:
                 window.pop(0)
-            place.append(first)
-            rate.append(sum(window) / len(window))
+            if written >= MOVING // 5:  # of fewer it says nothing
+                place.append(written)
+                rate.append(sum(window) / len(window))
         axes.plot(place, rate, color=colour, label=f"{name}: {sum(given) / len(given):.2f} in all")
-    axes.set(xlabel="tokens written", ylabel=f"tokens a forward, over the last {MOVING}", xlim=(0, FIRST))
+    longest = min(max(sum(given) for given in steps.values()), FIRST)
+    axes.set(xlabel="tokens written", ylabel=f"tokens a forward, over the last {MOVING}", xlim=(0, longest))
     axes.axhline(1.0, color="#808080", linewidth=0.8, linestyle=":")
     axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -215,12 +218,18 @@ def _draw_tree(axes: Any, system: LanguageModel, guess: Guess, tokens: Sequence[
         if n >= 0:
             above = where[parent[n]]
             axes.plot((above[0], x), (above[1], y), color=colour, linewidth=1.8 if n in kept else 0.7, zorder=1)
-        word = repr(system.tokenizer.decode([root if n < 0 else value[n]]))[1:-1] or " "
+        word = _shown(system.tokenizer.decode([root if n < 0 else value[n]]))
         box = {"boxstyle": "round,pad=0.3", "facecolor": "#fbe9e4" if n in kept else PALE, "edgecolor": colour}
-        axes.text(x, y, word.replace(" ", "\u2423"), ha="center", va="center", fontsize=9, family="monospace", bbox=box)
+        axes.text(x, y, word, ha="center", va="center", fontsize=9, family="monospace", bbox=box)
     axes.set_xlim(-0.5, max(x for x, _ in where.values()) + 0.5)
     axes.set_ylim(min(height.values()) - 0.7, 0.7)
     axes.axis("off")
+
+
+def _shown(text: str) -> str:
+    """A token as one short word: spaces are marked, many of them counted."""
+    text = re.sub(" {4,}", lambda run: f"\u2423{len(run[0])}", repr(text)[1:-1] or " ")
+    return text.replace(" ", "\u2423")
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def reference(model: Transformer, x: Tensor, plan: Plan, vector=None, memory=Non
             if vector is not None:
                 per_slot = vector[b] if vector.dim() == 3 else vector[b].expand(len(xs), -1)
                 ada = [(w["ada"] @ torch.nn.functional.silu(v) + w["ada_bias"]).reshape(6, -1) for v in per_slot]
-            h = [norm_of(c, t, w["norm1"], w["norm1_bias"]) for t in xs]
+            h = [norm_of(c, t, w["norm1"], w["norm1_bias"]) if i or c.first_norm else t for t in xs]
             h = [t if a is None else t * (1 + a[1]) + a[0] for t, a in zip(h, ada, strict=True)]
             brought = attended(c, w, h, seen, coord[b if len(coord) > 1 else 0])
             after = []
@@ -154,7 +154,7 @@ def reference(model: Transformer, x: Tensor, plan: Plan, vector=None, memory=Non
                 after.append(t)
             xs = [t if ran[s] else old for s, (t, old) in enumerate(zip(after, xs, strict=True))]
         weight, bias = (None if p is None else p.detach() for p in (model.norm, model.norm_bias))
-        last = torch.stack([norm_of(c, t, weight, bias) for t in xs])
+        last = torch.stack([norm_of(c, t, weight, bias) if c.last_norm else t for t in xs])
         if vector is not None:
             per_slot = vector[b] if vector.dim() == 3 else vector[b].expand(len(xs), -1)
             shift, scale = (torch.nn.functional.silu(per_slot) @ model.ada.detach().T + model.ada_bias.detach()).chunk(
@@ -179,6 +179,8 @@ VARIANTS = {
     "normalised queries and keys": replace(BASE, qk_norm="rms", rope=RoPE(50.0), kv_heads=2, eps=0.1),
     "unit queries and keys": replace(BASE, qk_norm="l2", kv_heads=2),
     "unit queries and keys, rotary": replace(BASE, qk_norm="l2", rope=RoPE(50.0)),
+    "no norm in front": replace(BASE, first_norm=False),
+    "no norm behind": replace(BASE, last_norm=False, norm="layer"),
 }
 
 
@@ -473,6 +475,16 @@ def test_inputs_that_do_not_fit_are_refused():
         model(x, replace(plan, layers=torch.ones(3, SLOTS, dtype=torch.bool)))
     with pytest.raises(OrderError, match="layers of kind 'near', the plan has views all"):
         Transformer(replace(BASE, kinds=("near",)))(x, plan)
+
+
+def test_norms_that_are_left_out_have_no_weights_and_none_are_with_a_vector():
+    bare = Transformer(replace(BASE, first_norm=False, last_norm=False, norm="layer"))
+    names = set(dict(bare.named_parameters()))
+    assert not names & {"norm", "norm_bias", "layers.0.norm1", "layers.0.norm1_bias"}
+    assert {"layers.1.norm1", "layers.1.norm1_bias", "layers.0.norm2"} <= names
+    for wrong in ({"first_norm": False}, {"last_norm": False}):
+        with pytest.raises(ValueError, match="drives all norms"):
+            replace(BASE, vector=4, **wrong)
 
 
 def test_positions_beyond_the_table_are_named():

@@ -75,3 +75,15 @@ def written(
             pass
     value = canvas.value["token"].tolist()
     return [v[: len(row) + new] for v, row in zip(value, rows, strict=True)], met.laws, sampled
+
+
+def layers_called(made: NextToken, monkeypatch: Any) -> list[int]:
+    """Notes the layers that are computed from now on, one after another."""
+    called, layer = [], made.model.backbone._layer
+
+    def spy(i: int, *args: Any) -> Tensor:
+        called.append(i)
+        return layer(i, *args)
+
+    monkeypatch.setattr(made.model.backbone, "_layer", spy)
+    return called

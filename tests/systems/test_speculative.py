@@ -293,6 +293,8 @@ def test_an_encoder_decoder_is_drafted_for_by_one_that_reads_the_same_prompts(an
     ours = system.generate(prompts, f"{key}:{folder}", temperature=0, max_new_tokens=24, stop=[])
     assert [g.ids for g in ours] == [g.ids for g in plain]
     assert sum(g.accepted for g in ours) > 5
+    twice = system.generate(prompts, f"{key}:{folder}", n=2, temperature=0, max_new_tokens=24, stop=[])
+    assert [g.ids for g in twice] == [g.ids for g in plain for _ in range(2)]
 
 
 def test_models_of_two_kinds_do_not_draft_for_each_other(answering, system, small):

@@ -279,7 +279,7 @@ def losses_ahead(
     there = torch.arange(1, n - 1, device=x.device)[:, None] >= ahead  # by the place that is read out, from the first
     weight = (there * decay ** ahead.to(x.dtype)).expand(b, -1, -1).flatten(0, 1)
     label, taught = output.labels(ids[:, 2:]).flatten(), None if h is None else h[:, 1:-1].flatten(0, 1)
-    own = [p for p in output.parameters() if p.requires_grad]
+    own = [p for p in output.parameters() if p.requires_grad and torch.is_grad_enabled()]
     total, told = _Read.apply(aligned.flatten(0, 1), output, label, weight, taught, *own)
     count = (weight * (label >= 0)[:, None]).sum()
     figures: dict[str, float] = {}
