@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from seriatim.decoding.feature_draft import Pass, chain
 from seriatim.decoding.growth import Choices, likeliest
-from seriatim.initial import drawn
 from seriatim.posttraining.drafting import Base, DraftConfig, Output, losses_ahead
 from seriatim.posttraining.heads import AheadHeads
-from seriatim.posttraining.layers import llama_layer
+from seriatim.posttraining.layers import llama_layer, to_states
 from seriatim.random import Generator
 
 
@@ -42,7 +41,7 @@ class ChimeraConfig(DraftConfig):
     fused: bool = True
     hidden: int | None = None
     distill: bool = False
-    feature: float = 0.0
+    feature: float = 0.1
     decay: float = 1.0
 
     def __post_init__(self) -> None:
@@ -90,8 +89,8 @@ class FusedOutput(Output):
 class Chimera(AheadHeads):
     """Trigram encoder, one decoder layer without a norm behind it, and heads.
 
-    The encoder is a residual block x + SiLU(W x + b) over the vectors of three tokens and a map to one, which begins as
-    the vector of the last; the layer begins by handing it on.
+    The encoder is a residual block x + SiLU(W x + b) over the vectors of three tokens, which begins as the identity,
+    and a map to one; the layer begins by handing that on.
     """
 
     key, Config = "chimera", ChimeraConfig
@@ -103,7 +102,7 @@ class Chimera(AheadHeads):
         self.output = FusedOutput(config, base, 1 if config.shared else config.heads, 1 + config.fused)
         self.block = nn.Parameter(torch.zeros(g * d, g * d, device=device))
         self.block_bias = nn.Parameter(torch.zeros(g * d, device=device))
-        self.narrow = nn.Parameter(torch.cat([drawn(d, (g - 1) * d), torch.eye(d)], 1).to(device))
+        self.narrow = nn.Parameter(to_states(base, g))
         self.layer = llama_layer(base, hidden=config.hidden)
 
     def looks_at(self, place: Int[Tensor, "*n"]) -> Int[Tensor, "*n g"]:

@@ -166,18 +166,24 @@ def _check(table: TrigramTable, path: str | Path) -> None:
 
 # ---- the claim -------------------------------------------------------------------------------------------------------
 
+
+def _trial(decoder: str) -> Trial:
+    """On many short texts: what is easy to draft differs more from text to text than from decoder to decoder."""
+    return Trial("zoo:text-base", tokens_per_forward(decoder, prompts=96, new_tokens=96))
+
+
 CLAIM = Claim(
     text="A table of tri-grams that adapts to the text gives more tokens a forward than the same table as it is.",
     paper="up to 2.5 times as fast as plain decoding; the acceptance rate rises while the table adapts (section 4)",
     metric="tokens_per_forward",
     arms={
-        "adapts": Trial("zoo:text-base", tokens_per_forward("aded:stdlib")),
-        "static": Trial("zoo:text-base", tokens_per_forward("aded:stdlib+bonus=0")),
-        "first token's value": Trial("zoo:text-base", tokens_per_forward("aded:stdlib+value=first")),
-        "best first": Trial("zoo:text-base", tokens_per_forward("aded:stdlib+search=best-first")),
-        "static beam": Trial("zoo:text-base", tokens_per_forward("aded:stdlib+search=beam+bonus=0")),
-        "hot": Trial("zoo:text-base", tokens_per_forward("aded:stdlib+hot=true")),
-        "no table": Trial("zoo:text-base", tokens_per_forward("aded")),
+        "adapts": _trial("aded:stdlib"),
+        "static": _trial("aded:stdlib+bonus=0"),
+        "first token's value": _trial("aded:stdlib+value=first"),
+        "best first": _trial("aded:stdlib+search=best-first"),
+        "static beam": _trial("aded:stdlib+search=beam+bonus=0"),
+        "hot": _trial("aded:stdlib+hot=true"),
+        "no table": _trial("aded"),
     },
     ours="adapts",
     baseline="static",

@@ -11,7 +11,7 @@ released generation takes the likeliest token behind an accepted draft, and is n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from seriatim.decoding.feature_draft import FeatureDraft
@@ -22,6 +22,7 @@ from seriatim.decoding.verify import Walk
 from seriatim.heads.dist import Greedy
 from seriatim.laws.decoders import DecoderCase
 from seriatim.laws.drafts import WrongBonus, untrained
+from seriatim.posttraining import drafting
 from seriatim.posttraining.chimera import Chimera, ChimeraConfig
 from seriatim.systems.claim import Arm, Claim
 from seriatim.systems.decoders import Ask, Decoding
@@ -40,6 +41,7 @@ META = Meta(
 )
 EXAMPLE = "chimera:zoo"
 Part, Config = Chimera, ChimeraConfig
+RECIPE = replace(drafting.RECIPE, learning_rate=3e-3)
 
 
 @dataclass(frozen=True)
