@@ -11,7 +11,7 @@ from PIL import Image
 from seriatim.cli.main import main
 from seriatim.decoding.draft import NGram
 from seriatim.decoding.verify import Verifier
-from seriatim.evaluation.bench import Prompt
+from seriatim.evaluation.bench import Prompt, take_turns
 from seriatim.interop.chat import ChatTemplate
 from seriatim.systems import decoders, language_model
 from seriatim.systems.text.next_token import Config, NextToken
@@ -106,6 +106,19 @@ def test_figures_fit_together_and_to_what_generation_says(system, prompts):
     assert plain["ratio"] == plain["mean_accepted_length"] == 1 and plain["lossless"]["verdict"] == "baseline"
     assert drafted["ratio"] == pytest.approx(drafted["tokens_per_second"] / plain["tokens_per_second"])
     assert drafted["forwards"] < plain["forwards"] and drafted["lossless"]["verdict"] == "holds"
+
+
+@pytest.mark.parametrize("runs", (1, 3))
+def test_no_run_profits_from_what_a_decoder_learned_of_the_same_prompts(system, prompts, runs, monkeypatch):
+    def forwards(name: str) -> list[int]:
+        decoders.forget(system)
+        return [system.generate(text, name, max_new_tokens=24, temperature=0).forwards for text in TEXTS]
+
+    hot, cold, met = forwards("token-recycling"), forwards("token-recycling+hot=false"), []
+    assert hot[0] == cold[0] and sum(hot) < sum(cold)
+    monkeypatch.setattr(verb, "take_turns", lambda *given: met.append(take_turns(*given)) or met[0])
+    bench(system, ["token-recycling"], prompts, new_tokens=24, runs=runs, memory=False)
+    assert [[w.forwards for w in each] for each in met[0]["token-recycling"]] == [[n] * runs for n in hot]
 
 
 def test_a_model_that_repeats_itself_is_told_apart(prompts):

@@ -30,7 +30,7 @@ from seriatim.factorization.line import run
 from seriatim.model import Rows
 from seriatim.plan import Plan
 from seriatim.random import Random
-from seriatim.view import INF, View
+from seriatim.view import INF, View, tree
 
 Embed = Callable[[Tensor], Tensor]  # ids -> the vectors that the target reads
 
@@ -269,8 +269,7 @@ class Branches:
         self.estimate, self.depth = front.estimate, 1
         self._before = front.before
         self._x: Float[Tensor, "b s d"] | None = None  # what stands in the slots of all nodes that were expanded
-        self._sees = torch.zeros(0, 0, dtype=torch.bool)  # which of these nodes each of them stands below, or is
-        self._offset: list[int] = []  # how far behind the last known pair each of them stands
+        self._grown: Grown = ()
 
     def first(self) -> Choices:
         """What is likely behind the last known tokens."""
@@ -278,36 +277,45 @@ class Branches:
 
     def expand(self, token: Int[Tensor, "b k"], rows: Sequence[int]) -> Choices:
         """As `growth.Expand` says."""
-        part, where = self.part, torch.tensor(rows)
+        part, where, slots = self.part, torch.tensor(rows), len(self.part.places)
         tokens = token[..., None]
         if self._before.shape[2]:
             tokens = torch.cat([self._before[:, where], tokens], 2)
             self._before = tokens[..., 1:]
         x = part.enter(self.estimate[:, where], self.embed(tokens))
         self._x = x if self._x is None else torch.cat([self._x, x], 1)
-        f = part.layer(self._x, self._plan(where), self.cache)
-        slots = len(part.places)
-        self.estimate = f[:, slots - 1 :: slots][:, -len(rows) :]
+        self._grown = (*self._grown, tuple(rows))
+        f = part.layer(self._x, self._plan(), self.cache)
+        self.estimate = f[:, f.shape[1] - len(rows) * slots + slots - 1 :: slots]
         self.depth += 1
         return part.choices(self.estimate, self.front.last, self.depth, self.width)
 
-    def _plan(self, rows: Int[Tensor, "k"]) -> Pass:
-        """One more depth, of which each node stands below one of the last."""
-        old, k, part = len(self._offset), len(rows), self.part
-        before = self._offset.count(self.depth - 2)  # nodes of the depth above
-        above = self._sees[rows + (old - before)] if old else torch.zeros(k, 0, dtype=torch.bool)
-        self._sees = torch.cat([F.pad(self._sees, (0, k)), torch.cat([above, torch.eye(k, dtype=torch.bool)], 1)])
-        self._offset += [self.depth - 1] * k
-        offset, sees = torch.tensor(self._offset), self._sees
-        slots = len(part.places)
-        if slots > 1:
-            offset = (offset[:, None] + torch.tensor(part.places)).flatten()
-            sees = sees.repeat_interleave(slots, 0).repeat_interleave(slots, 1)
-        seen, place = self.front.seen, self.front.place
-        size, columns = len(offset), self.cache.columns
+    def _plan(self) -> Pass:
+        """All nodes that were expanded, behind what is known."""
+        sees, offset = _branching(self._grown, self.part.places)
+        seen, place, size, columns = self.front.seen, self.front.place, len(offset), self.cache.columns
         if seen is None:
             assert isinstance(place, int)
             mask = F.pad(sees, (columns, 0), value=True)[None, None] if size > 1 else None
             return Pass(size, mask, (place + 1, offset))
         both = torch.cat([seen[:, None].expand(-1, size, -1), sees.expand(len(seen), -1, -1)], 2)
         return Pass(size, both[:, None], coord=place + 1 + offset)
+
+
+Grown = tuple[tuple[int, ...], ...]  # for each depth, behind which of the nodes of the depth above its nodes stand
+
+
+@lru_cache(maxsize=1024)
+def _branching(grown: Grown, places: tuple[int, ...]) -> tuple[Bool[Tensor, "s s"], Int[Tensor, "s"]]:
+    """Which slots of the nodes of a tree see which others of these (those of nodes on the way to them, and their own),
+    and how far behind the first depth they stand. Trees of few shapes come again and again."""
+    with torch.inference_mode(False):  # they outlive the loop that first asks for them
+        first, parent = 0, list[int]()  # first: of the depth above
+        for level, rows in enumerate(grown):
+            start = len(parent)
+            parent += [first + r if level else -1 for r in rows]
+            first = start
+        depth = torch.tensor([level for level, rows in enumerate(grown) for _ in rows])
+        sees = tree(parent).mask()[0]
+        offset = depth[:, None] + torch.tensor(places)
+        return sees.repeat_interleave(len(places), 0).repeat_interleave(len(places), 1), offset.flatten()

@@ -54,14 +54,16 @@ Runs = list[list[Written]]  # by prompt, then by run
 
 
 def take_turns(
-    arms: Mapping[str, Arm], prompts: Sequence[Prompt], runs: int, seed: int, tell: Callable[[int, int], None]
-) -> dict[str, Runs]:
+    arms: Mapping[str, Arm], prompts: Sequence[Prompt], runs: int, seed: int, tell: Callable[[int, int], None],
+    begin: Callable[[], None] = lambda: None,
+) -> dict[str, Runs]:  # fmt: skip
     """Each prompt by each arm in random order, and all of that `runs` times. tell: called with how many are done, and
-    of how many."""
+    of how many; begin: called before each run, so that no arm profits from what it has seen of the same prompts."""
     order = random.Random(seed)
     written: dict[str, Runs] = {name: [[] for _ in prompts] for name in arms}
     done, total = 0, runs * len(prompts) * len(arms)
     for _ in range(runs):
+        begin()
         for n, prompt in enumerate(prompts):
             for name in order.sample(list(arms), len(arms)):
                 written[name][n].append(arms[name](prompt))

@@ -21,7 +21,7 @@ from seriatim.evaluation.bench_chart import save_bench
 from seriatim.evaluation.cost import DISTURBED, Others, fresh_process, load_average, parameters
 from seriatim.evaluation.forward_cost import ForwardCost, measured
 from seriatim.evaluation.questions import Question, builtin_questions, read_questions
-from seriatim.systems.decoders import decoder_names, named
+from seriatim.systems.decoders import decoder_names, forget, named
 from seriatim.systems.generation import Generation
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.system import System, evenly
@@ -84,7 +84,8 @@ def bench(
     size = parameters(system.model)  # of integers none are counted
     made_ready(system, way)
     given, notes = asked(system, _some(questions, system, count), new_tokens, questions is None, _phase(bar, "prompts"))
-    written, around = _timed({name: arm(system, name, way) for name in names}, given, runs, seed, bar)
+    arms = {name: arm(system, name, way) for name in names}
+    written, around = _timed(arms, given, runs, seed, lambda: forget(system), bar)
     drawn = _drawn(system, names, given, draws, way, bar)
     with _phase(bar, "measuring forwards"):
         cost = measured(system, _context(given, written[PLAIN]))
@@ -175,10 +176,10 @@ def arm(system: LanguageModel, decoder: str, way: Way) -> Arm:
 
 
 def _timed(
-    arms: dict[str, Arm], given: Sequence[Prompt], runs: int, seed: int, bar: Bar | None
+    arms: dict[str, Arm], given: Sequence[Prompt], runs: int, seed: int, begin: Callable[[], None], bar: Bar | None
 ) -> tuple[dict[str, Runs], dict[str, Any]]:
     """What was written, and what else the machine did meanwhile. Before that, each arm writes for the longest prompt
-    and the first."""
+    and the first; what it learns of texts is forgotten at the `begin` of each run."""
     with _phase(bar, "warming up") as tell:
         longest = max(given, key=lambda p: len(p.ids))
         warming = [(write, prompt) for prompt in (longest, given[0]) for write in arms.values()]
@@ -188,7 +189,7 @@ def _timed(
             tell(n, len(warming))
     others = Others()
     with _phase(bar, "decoding") as tell:
-        written = take_turns(arms, given, runs, seed, tell)
+        written = take_turns(arms, given, runs, seed, tell, begin)
     used, load = others.share(), load_average()
     disturbed = None if used is None else used > DISTURBED or load > torch.get_num_threads() + 0.5
     around = {"load_average": load, "others": used, "disturbed": disturbed, "warm_up_seconds": seconds}

@@ -21,6 +21,7 @@ import seriatim
 from seriatim.data.base import DEFAULT, Data, load_data
 from seriatim.decoding.loop import decode
 from seriatim.evaluation.cost import parameters
+from seriatim.evaluation.draft_trees import Watched, save_trees, some_trees
 from seriatim.evaluation.pictures import save_curve, write_beside
 from seriatim.home import HOME
 from seriatim.posttraining.drafting import CARD, RECIPE, Base, card_of
@@ -185,7 +186,7 @@ def finish(begun: Begun, folder: Path, history: list[dict[str, float]]) -> None:
 
 def show_part(key: str, system: Any, folder: Path, history: list[dict[str, float]]) -> dict[str, Any]:
     """Write what there is to see of a trained part: accuracy by distance, the loss, a text coloured by what was
-    drafted. The figures, as in summary.json."""
+    drafted, and some of the drafts. The figures, as in summary.json."""
     last = history[-1]
     figures: dict[str, Any] = {k.removeprefix("held_out_"): v for k, v in last.items() if k.startswith("held_out_")}
     save_curve({"training": [h["loss"] for h in history]}, folder / "loss.png", y_label="nats per token", smooth=20)
@@ -198,7 +199,11 @@ def show_part(key: str, system: Any, folder: Path, history: list[dict[str, float
         )  # fmt: skip
     module = load_module(key)
     way = module.decoder(Ask(system, Sampling(temperature=0), system.stop, str(folder), module.Options()))
-    figures |= coloured(system, way, PROMPT, folder / "drafted.html")
+    watched = None if way.proposer is None else Watched(way.proposer)
+    figures |= coloured(system, replace(way, proposer=watched), PROMPT, folder / "drafted.html")
+    if watched is not None and watched.drafts:
+        title, decode_one = f"{key}: what was drafted, and (dark) what stood", lambda i: system.tokenizer.decode([i])
+        save_trees(some_trees(watched.drafts), decode_one, folder / "trees.png", title)
     save_json(figures, folder / "summary.json")
     return figures
 

@@ -188,6 +188,8 @@ CLAIM = Claim(
     ours="adapts",
     baseline="static",
     better="higher",
+    seeds=(10, 11),  # prompts that no setting was tried on
+    spread_seeds=(10, 11, 12, 13, 14),
 )
 
 
