@@ -5,6 +5,7 @@ import json
 import pytest
 
 from seriatim.cli.main import main
+from seriatim.systems.meta import catalogue
 
 
 def test_list_as_json_has_a_row_for_each_system(capsys):
@@ -12,6 +13,16 @@ def test_list_as_json_has_a_row_for_each_system(capsys):
     rows = json.loads(capsys.readouterr().out)
     assert {"next-token", "raster-ar", "var"} <= {row["key"] for row in rows}
     assert all({"key", "title", "family", "modality", "paper", "likelihood"} <= row.keys() for row in rows)
+
+
+@pytest.mark.parametrize("columns", (60, 80, 200))
+def test_a_list_has_one_line_a_system_however_narrow_the_terminal(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    for key in catalogue():
+        assert sum(line.split()[:1] == [key] for line in lines) == 1
 
 
 def test_laws_of_one_system_hold_and_are_printed(capsys):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from seriatim.systems.meta import card_of, catalogue, status_of
 
+COLUMNS = ("key", "modality", "likelihood")
 MARKS = {True: "[green]✓[/]", False: "[dim]–[/]"}
 
 
@@ -24,14 +27,19 @@ def show_list(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return 0
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("key", "family", "modality", "likelihood", "L", "E", "C", "W", "what it is"):
-        table.add_column(column, overflow="fold")
-    for r in rows:
-        marks = [MARKS[r[letter]] for letter in "LECW"]
-        table.add_row(r["key"], r["family"], r["modality"], r["likelihood"], *marks, r["summary"])
     console = Console()
-    console.print(table)
+    wide = {column: max(len(column), *(len(r[column]) for r in rows)) + 2 for column in COLUMNS}
+    room = console.width - sum(wide.values()) - len("  L  E  C  W  ")
+    told = "summary" if room > 60 else "title"
+    head = "".join(f"{column:{wide[column]}}" for column in COLUMNS)
+    console.print(f"[bold]  {head}L  E  C  W  what it is[/]", highlight=False)
+    for family, own in groupby(sorted(rows, key=itemgetter("family")), itemgetter("family")):
+        console.print(f"[bold cyan]{family}[/]")
+        for r in own:
+            words = "".join(f"{r[column]:{wide[column]}}" for column in COLUMNS)
+            marks = "  ".join(MARKS[r[letter]] for letter in "LECW")
+            text = r[told] if len(r[told]) <= room else f"{r[told][: max(room - 1, 0)]}…"
+            console.print(f"  {words}{marks}  {escape(text)}", highlight=False, soft_wrap=True)
     console.print(
         "[dim]L the laws hold · E runs from end to end · C its claim was measured · W published weights load[/]",
         highlight=False,
