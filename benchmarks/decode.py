@@ -36,7 +36,7 @@ SIZES = {
     "110m": {"width": 768, "depth": 12, "heads": 12, "kv": 12, "hidden": 2048, "vocab": 32000},
     "1b": {"width": 2048, "depth": 16, "heads": 32, "kv": 8, "hidden": 8192, "vocab": 128256},
 }
-ARMS = ("hugging face", "eager", "compiled", "int8", "int8 compiled", "int4", "int4 compiled")
+ARMS = ("hugging face", "eager", "compiled", "packed", "int8", "int8 compiled", "int4", "int4 compiled")
 # times Hugging Face's bf16: the best of our bf16, and of our int8
 GATES = {
     "bf16": {"6m": 2.7, "30m": 2.0, "110m": 1.4, "smollm2": 1.4, "1b": 1.05},
@@ -79,6 +79,7 @@ def folder_of(size: str) -> Path:
 def worker(arm: str, place: str) -> None:
     """Answer requests on standard input, one JSON object a line, until it ends."""
     answer = (_hugging_face if arm == "hugging face" else _llama if arm.startswith("llama") else _ours)(arm, place)
+    print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         task = json.loads(line)
         if task["new"] == 0:
@@ -102,7 +103,7 @@ def _ours(arm: str, place: str):
     import seriatim
 
     torch.set_num_threads(THREADS)
-    weights = arm.split()[0] if arm.startswith("int") else None
+    weights = arm.split()[0] if arm.startswith(("int", "packed")) else None
     model = seriatim.load(place, dtype=torch.bfloat16, weights=weights)
     if arm.endswith("compiled"):
         model.model.compile_decoding()
@@ -149,16 +150,21 @@ def _llama(arm: str, place: str):
 
 
 class Arm:
-    """The parent's end of a worker."""
+    """The parent's end of a worker, which has loaded its model when this is made: one loads after the other."""
 
     def __init__(self, name: str, place: Path, python: str = sys.executable):
         command = [python, __file__, "--worker", name, str(place)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._read()
 
     def ask(self, rows: Any, new: int) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"rows": rows, "new": new}) + "\n")
         self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"an arm ended: {' '.join(map(str, self.process.args))}")
@@ -262,11 +268,11 @@ def gates(size: str, figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
         return max(figures[n][key] for n in names if n in figures)
 
     out: dict[str, dict[str, Any]] = {}
-    for kind, names in (("bf16", ("eager", "compiled")), ("int8", ("int8", "int8 compiled"))):
+    for kind, names in (("bf16", ("eager", "compiled", "packed")), ("int8", ("int8", "int8 compiled"))):
         if size in GATES[kind]:
             out[kind] = {"is": best("decode ratio", *names), "least": GATES[kind][size]}
     if size in GATES["batch"]:
-        out["batch of 8"] = {"is": best("batch ratio", "eager", "compiled"), "least": GATES["batch"][size]}
+        out["batch of 8"] = {"is": best("batch ratio", "eager", "compiled", "packed"), "least": GATES["batch"][size]}
     if size in GATES["int8"]:
         four, eight = best("decode ratio", "int4", "int4 compiled"), best("decode ratio", "int8", "int8 compiled")
         out["int4 over int8"] = {"is": round(four / eight, 2), "least": 1.0}

@@ -1,11 +1,11 @@
-"""Weights as integers: products, the nearest matrices, and models that keep them."""
+"""Weights as integers, or laid out for the processor: products, the nearest matrices, and models that keep them."""
 
 import pytest
 import torch
 
 from seriatim.backbones.hybrid import Hybrid, HybridConfig
 from seriatim.backbones.mamba import Mamba, MambaConfig
-from seriatim.backbones.quantize import FORMATS, GROUP, Int4, Int8, linear, quantize
+from seriatim.backbones.quantize import GROUP, Int4, Int8, Packed, linear, quantize
 from seriatim.canvas import Canvas
 from seriatim.systems.text.next_token import Config, NextToken
 from seriatim.tokenizers.text import ByteTokenizer
@@ -21,7 +21,7 @@ def matrix(rows: int = 48, columns: int = 64, dtype=torch.float32):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-@pytest.mark.parametrize("kind", FORMATS.values())
+@pytest.mark.parametrize("kind", (Int8, Int4))
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_products_are_those_of_the_nearest_matrix(kind, rows):
     w, x = matrix(), matrix(rows, 64) / 8
@@ -32,6 +32,36 @@ def test_products_are_those_of_the_nearest_matrix(kind, rows):
     torch.testing.assert_close(linear(x, kept, None), x @ exact.T, rtol=1e-4, atol=1e-4)
     bias = torch.arange(48.0)
     torch.testing.assert_close(linear(x, kept, bias), x @ exact.T + bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="a processor without bfloat16")
+@pytest.mark.parametrize("rows", [1, 2, 8, 13, 64])
+def test_packed_products_are_those_of_the_matrix_itself(rows):
+    w, x, bias = matrix(48, 72, torch.bfloat16), matrix(rows, 72, torch.bfloat16), matrix(1, 48, torch.bfloat16)[0]
+    for given in (x, matrix(72, rows, torch.bfloat16).T, x[:, None], torch.stack([x, x])[:, -1:]):
+        exact = given.float() @ w.float().T
+        for b, expected in ((None, exact), (bias, exact + bias.float())):
+            said = linear(given, Packed.of(w), b)
+            assert said.shape == expected.shape and said.dtype == torch.bfloat16
+            assert ((said.float() - expected).abs() <= 0.004 * expected.abs() + 0.004).all()
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="a processor without bfloat16")
+def test_a_packed_model_writes_what_the_model_writes():
+    torch.manual_seed(0)
+    made = NextToken(Config(length=64, width=64, depth=2, heads=2)).bfloat16().eval().requires_grad_(False)
+    ids = torch.tensor([letters(PROMPT * 4)])
+    before, text = made.logits(ids), made.generate(PROMPT, "prompt-lookup", temperature=0, max_new_tokens=30).ids
+    quantize(made.model, "packed")
+    with pytest.raises(ValueError, match="not compiled"):
+        made.model.compile_decoding()
+    assert (made.logits(ids) - before).abs().max() < 0.02 * before.abs().max()
+    assert made.generate(PROMPT, "prompt-lookup", temperature=0, max_new_tokens=30).ids == text
+
+
+def test_only_bfloat16_is_packed():
+    with pytest.raises(ValueError, match="bfloat16"):
+        Packed.of(matrix())
 
 
 @pytest.mark.parametrize("columns", [72, 80, 88])
@@ -50,7 +80,7 @@ def test_rows_of_zeros_stay_zeros():
         assert kind.of(w).times(matrix(2, 64))[:, 3].abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ("int8", "int4"))
 def test_a_quantised_model_is_near_the_model_and_decodes_as_it_scores(name):
     torch.manual_seed(0)
     plain = NextToken(Config(length=64, width=64, depth=2, heads=2)).eval().requires_grad_(False)
@@ -67,7 +97,7 @@ def test_a_quantised_model_is_near_the_model_and_decodes_as_it_scores(name):
 
 
 def test_formats_and_models_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match="int8 or int4"):
+    with pytest.raises(ValueError, match="packed, int8, int4"):
         quantize(torch.nn.Linear(4, 4), "int3")
     with pytest.raises(ValueError, match="no layers"):
         quantize(torch.nn.Linear(4, 4), "int8")
@@ -79,7 +109,7 @@ MIXER = MambaConfig(64, 2, head_dim=16, state=16)
 
 
 @pytest.mark.parametrize("backbone", ["mamba", "hybrid"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ("int8", "int4"))
 def test_layers_that_keep_states_are_quantised_too(backbone, name):
     from seriatim.decoding.loop import generate
     from seriatim.decoding.target import Target

@@ -200,7 +200,7 @@ def test_a_part_is_read_once_and_again_when_its_files_change(base, tmp_path, mon
 
 
 @pytest.mark.parametrize(("key", "changes", "message"), [
-    ("hydra", {"from_": None}, "drafts for a model that there is already: say which"),
+    ("hydra", {"from_": None}, "is trained beside a model that there is already: say which"),
     ("hydra", {"lora": 4}, "no adapter and no tokenizer to choose"),
     ("hydra", {"tokenizer": "bytes"}, "no adapter and no tokenizer to choose"),
     ("hydra", {"size": "plsu"}, "hydra comes in plain, plus, not in 'plsu'"),
@@ -219,7 +219,7 @@ def test_mistaken_trainings_are_refused_before_anything_is_computed(key, changes
 
 
 def test_bases_that_nothing_drafts_for_are_refused(tmp_path, texts):
-    with pytest.raises(ValueError, match="drafts for next-token models"):
+    with pytest.raises(ValueError, match="is trained beside next-token models"):
         train("medusa", texts, from_="zoo:var", out=tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         train("medusa", texts, from_=tmp_path / "nothing", out=tmp_path / "run")
@@ -247,7 +247,7 @@ def test_heads_of_another_base_are_refused_on_the_command_line(trained, tmp_path
     other = write_chat_model(tmp_path / "other", dtype=torch.bfloat16, initializer_range=0.3)
     assert main(["generate", str(other), "--prompt", "a", "--decoder", f"hydra:{trained}"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "was trained for" in said and "a draft part fits the base it was trained for" in said
+    assert "was trained for" in said and "a part fits the base it was trained for" in said
 
 
 def test_a_part_is_not_taken_for_a_model(trained):

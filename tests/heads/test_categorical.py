@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seriatim.decoding.filters import Warper
 from seriatim.heads.categorical import CategoricalHead
@@ -94,6 +95,22 @@ def test_a_tied_head_reads_with_the_table_itself():
     head, h = CategoricalHead(6, 5, tied=table), logits(2, 3, 6)
     assert head.weight is table
     close(head.logits(h), h @ table.T)
+
+
+def test_reading_one_slot_of_many_is_one_product_of_matrices():
+    """torch takes a slice of slots for a batch of matrices, for which it copies the whole weight."""
+    head, called = CategoricalHead(8, 500).double().requires_grad_(False), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            called.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    for h in (logits(1, 40, 8), logits(3, 40, 8)):
+        with torch.no_grad(), Watch():
+            said = head.logits(h[:, -1:])
+        close(said, h[:, -1:] @ head.weight.T)
+    assert called.count("aten.mm.default") == 2 and not any("bmm" in op for op in called)
 
 
 def test_each_role_reads_with_a_matrix_of_its_own():

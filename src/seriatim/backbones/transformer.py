@@ -21,7 +21,7 @@ from seriatim.backbones.cache import KVCache
 from seriatim.backbones.feedforward import activate, mixture
 from seriatim.backbones.layer import Layer, TransformerConfig, Weights
 from seriatim.backbones.norm import normalise, rms_norm
-from seriatim.backbones.quantize import linear
+from seriatim.backbones.quantize import linear, refuse_packed
 from seriatim.backbones.relative import with_distances
 from seriatim.backbones.rope import RotaryTable, rotate
 from seriatim.backbones.route import Route
@@ -163,7 +163,9 @@ class Transformer(nn.Module):
 
     def compile_decoding(self) -> None:
         """Compile the step of one slot a row: one graph for all layers of a kind, so that it takes seconds. Layers that
-        route to experts, are conditioned, or differ in their norms stay as they are."""
+        route to experts, are conditioned, or differ in their norms stay as they are. Raises ValueError where weights
+        are packed."""
+        refuse_packed(self)
         c = self.config
         if c.experts is None and c.memory is None and c.vector is None and c.first_norm:
             self._compiled_layer = compiled(self._layer)

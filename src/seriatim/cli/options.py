@@ -147,7 +147,11 @@ def _formats(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="number format (default: as it is)"
     )
-    command.add_argument("--weights", choices=("int8", "int4"), help="keep matrices as integers: less to read, faster")
+    command.add_argument(
+        "--weights",
+        choices=("packed", "int8", "int4"),
+        help="keep matrices laid out for this processor (bfloat16), or as integers: faster",
+    )
     command.add_argument("--compile", action="store_true", help="compile steps: seconds at first, then up to 3x faster")
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from seriatim.backbones.quantize import Quantizable, linear
+from seriatim.backbones.quantize import Quantizable, linear, refuse_packed
 from seriatim.canvas import Canvas
 from seriatim.compiling import compiled
 from seriatim.heads.dist import Categorical
@@ -57,11 +57,13 @@ class CategoricalHead(Quantizable):
         return x
 
     def _said(self, h: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-        x = linear(h, weight, bias)
+        rows = h.flatten(0, -2)  # of a slice of slots torch makes a product of batches, which copies the whole weight
+        x = linear(rows, weight, bias).view(*h.shape[:-1], -1)
         return x if self.softcap is None else torch.tanh(x / self.softcap) * self.softcap
 
     def compile_decoding(self) -> None:
-        """Compile the logits."""
+        """Compile the logits. Raises ValueError where weights are packed."""
+        refuse_packed(self)
         self._compiled_logits = compiled(self._said)
 
     def limited(self, ids: Int[Tensor, "n"] | None = None) -> CategoricalHead:

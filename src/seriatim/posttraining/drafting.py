@@ -306,6 +306,11 @@ class Part(nn.Module):
         super().__init__()
         self.config = config
 
+    @classmethod
+    def made_by(cls) -> str:
+        """What a user calls to train one."""
+        return f"seriatim train {cls.key} --base MODEL"
+
     def read_from(self, base: Base) -> None:
         """Take what is the base's own, as it is now."""
 
@@ -430,8 +435,8 @@ def load_part(folder: str | Path, base: Base, kind: type[P]) -> P:
     of = card["base"]
     if not base.is_of(card):
         raise ValueError(
-            f"{folder} was trained for {of['name']} ({of['fingerprint']}), and this model is {base}: a draft part fits "
-            f"the base it was trained for; train one for it by seriatim train {kind.key} --base"
+            f"{folder} was trained for {of['name']} ({of['fingerprint']}), and this model is {base}: a part fits the "
+            f"base it was trained for; {kind.made_by()} trains one for it"
         )
     try:
         part = kind(config_of(kind, card["config"]), base)

@@ -48,6 +48,10 @@ class Judge(Part):
         self.weight = nn.Parameter(torch.zeros(base.width, device=base.device))
         self.bias = nn.Parameter(torch.zeros((), device=base.device))
 
+    @classmethod
+    def made_by(cls) -> str:
+        return "seriatim.posttraining.judge.train_judge"
+
     def forward(self, h: Float[Tensor, "*rest d"]) -> Float[Tensor, "*rest"]:
         """The logit of j."""
         wide = torch.promote_types(h.dtype, torch.float32)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from seriatim.interop.draft_heads import load_published_heads, published_heads
-from seriatim.posttraining.drafting import CARD, WEIGHTS, Base, P, load_part, read_card
+from seriatim.posttraining.drafting import CARD, WEIGHTS, Base, P, Part, load_part, read_card
 from seriatim.systems.decoders import KEPT, Ask
 from seriatim.systems.trials import tokens_per_forward
 
@@ -21,13 +21,13 @@ def draft_part(ask: Ask, kind: type[P], pickled: bool = False) -> tuple[P, Base]
     if ask.source is None:
         raise ValueError(
             f"name the folder of what was trained behind the decoder, as in {kind.key}:runs/{kind.key}, or "
-            f"{kind.key}:zoo for what ships with the model; seriatim train {kind.key} --base MODEL trains it"
+            f"{kind.key}:zoo for what ships with the model; {kind.made_by()} trains it"
         )
-    folder = _shipped(base, kind.key) if ask.source == "zoo" else Path(ask.source).expanduser()
+    folder = _shipped(base, kind) if ask.source == "zoo" else Path(ask.source).expanduser()
     file = folder / WEIGHTS if (folder / CARD).is_file() else published_heads(folder, kind.key)
     if file is None or not file.is_file():
         raise FileNotFoundError(
-            f"there is no trained {kind.key} in {folder}: give a folder that seriatim train {kind.key} wrote (with "
+            f"there is no trained {kind.key} in {folder}: give a folder that {kind.made_by()} wrote (with "
             f"{CARD} and {WEIGHTS}), or {kind.key}:zoo"
         )
     kept = KEPT.setdefault(ask.system.model, {})
@@ -38,17 +38,17 @@ def draft_part(ask: Ask, kind: type[P], pickled: bool = False) -> tuple[P, Base]
     return kept[key], base
 
 
-def _shipped(base: Base, key: str) -> Path:
+def _shipped(base: Base, kind: type[Part]) -> Path:
     """The folder of the zoo with a part for this very base. Raises FileNotFoundError that says for which there are."""
     from seriatim.verbs.load import ZOO
 
-    cards = {p.parent: read_card(p.parent) for root in ZOO for p in sorted(root.glob(f"*/draft-{key}/{CARD}"))}
+    cards = {p.parent: read_card(p.parent) for root in ZOO for p in sorted(root.glob(f"*/draft-{kind.key}/{CARD}"))}
     for folder, card in cards.items():
         if base.is_of(card):
             return folder
     there = ", ".join(dict.fromkeys(card["base"]["name"] for card in cards.values())) or "no model yet"
     raise FileNotFoundError(
-        f"the zoo has {key} for {there}, and this model is {base}: train one by seriatim train {key} --base MODEL"
+        f"the zoo has {kind.key} for {there}, and this model is {base}: {kind.made_by()} trains one"
     )
 
 

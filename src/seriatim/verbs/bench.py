@@ -144,8 +144,6 @@ def opened(source: str | Path | System, way: Way) -> LanguageModel:
         system = load(source, dtype)
     if not isinstance(system, LanguageModel) or not system.model.factorization.draftable:
         raise ValueError(f"{system.meta.key} is no next-token language model, and only decoders of these are compared")
-    if dtype is not None and dtype_of(system) != dtype:
-        system.model.to(dtype)
     return system
 
 

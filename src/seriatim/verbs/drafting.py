@@ -118,10 +118,10 @@ def settings_from(key: str, size: str | None, settings: Mapping[str, Any]) -> tu
 
 def _base(key: str, from_: str | Path | None) -> Base:
     if from_ is None:
-        raise ValueError(f"{key} drafts for a model that there is already: say which (--base MODEL)")
+        raise ValueError(f"{key} is trained beside a model that there is already: say which (--base MODEL)")
     system = load(from_)
     if not isinstance(system, LanguageModel) or not system.model.factorization.draftable:
-        raise ValueError(f"{from_} is {system.meta.key}: {key} drafts for next-token models")
+        raise ValueError(f"{from_} is {system.meta.key}, and {key} is trained beside next-token models")
     if isinstance(system, EncoderDecoder):
         raise ValueError(
             f"{from_} ({system.meta.key}) answers to an encoder's input, which this training does not feed"

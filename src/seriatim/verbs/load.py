@@ -36,10 +36,10 @@ def load(
     (config.json and safetensors), its name on the Hugging Face hub (`owner/name`), or an adapter's folder, which names
     its base.
 
-    dtype: the number format of a published model (None: as stored); adapter: the folder or name of a LoRA adapter in
-    PEFT's format, which is folded into the weights; weights: keep matrices as "int8" or "int4" (`quantize`). Raises
-    ValueError, OSError that says what is wrong: nothing there, a checkpoint cut short or of another system, an adapter
-    of another model, no network.
+    dtype: the number format of a language model (None: as stored); adapter: the folder or name of a LoRA adapter in
+    PEFT's format, which is folded into the weights; weights: keep matrices as "int8" or "int4", or "packed" for
+    this processor (`quantize`). Raises ValueError, OSError that says what is wrong: nothing there, a checkpoint cut
+    short or of another system, an adapter of another model, no network.
     """
     adapters = [] if adapter is None else [_found(adapter)]
     place = _found(source)
@@ -49,6 +49,8 @@ def load(
         adapters.append(place)
         place = _base_of(place)
     system = _load(place, dtype)
+    if dtype is not None and isinstance(system, LanguageModel):
+        system.model.to(dtype)  # a published one is in it already
     for folder in reversed(adapters):
         if not isinstance(system, LanguageModel):
             raise ValueError(f"{folder} is an adapter of a language model, and {place} is {system.meta.key}")
