@@ -7,6 +7,7 @@ of a system are the mask of its smallest instance, drawn here, and files named K
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -19,12 +20,11 @@ from seriatim.systems.decoders import example_of
 from seriatim.systems.meta import Meta, card_of, catalogue, load, recorded, status_of
 
 IMAGES = Path(__file__).parent / "images"
+RESULTS = Path(__file__).parents[1] / "results"
 SHOWN = {
     "L": "the laws hold", "E": "runs from end to end", "C": "its claim was measured", "W": "published weights load",
 }  # fmt: skip
 ORDERLESS = ("tokenizer", "decoder")  # families that have no order of their own
-TABLE = "<!-- table of systems -->"  # where systems.md wants it
-REQUESTS = "<!-- table of requests -->"  # where accelerating.md wants it
 
 
 # ---- one page --------------------------------------------------------------------------------------------------------
@@ -214,6 +214,26 @@ def requests() -> str:
     return table(("decoder", *columns), rows)
 
 
+def speeds() -> str:
+    """How fast language models generate here, beside `transformers` and llama.cpp."""
+    measured = json.loads((RESULTS / "decode_speed.json").read_text(encoding="utf-8"))
+    sizes = {name: part["arms"] for name, part in measured.items() if isinstance(part, dict) and "arms" in part}
+    arms = list(dict.fromkeys(arm for own in sizes.values() for arm in own))
+    rows = [
+        (arm, *(f"{own[arm]['decode ratio']:.2f}" if arm in own else "" for own in sizes.values())) for arm in arms
+    ]
+    rate = [f"{own['hugging face']['decode tokens/s']:g} tokens/s" for own in sizes.values()]
+    prefill = [f"{max(f['prefill ratio'] for f in own.values()):.2f}" for own in sizes.values()]
+    return table(("", *sizes), [("hugging face, bf16", *rate), *rows[1:], ("best prefill of 512", *prefill)])
+
+
+TABLES = {  # what a page writes where it wants one
+    "<!-- table of systems -->": overview,
+    "<!-- table of requests -->": requests,
+    "<!-- table of decoding speed -->": speeds,
+}
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; bars inside cells are escaped, except in code."""
     safe = [[re.sub(r"(`[^`]*`)|\|", lambda m: m[1] or r"\|", cell) for cell in row] for row in rows]
@@ -240,7 +260,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Put the table where a page asks for it."""
-    if REQUESTS in markdown:
-        markdown = markdown.replace(REQUESTS, requests())
-    return markdown.replace(TABLE, overview()) if TABLE in markdown else markdown
+    """Put tables where a page asks for them."""
+    for mark, made in TABLES.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, made())
+    return markdown
