@@ -219,9 +219,7 @@ def speeds() -> str:
     measured = json.loads((RESULTS / "decode_speed.json").read_text(encoding="utf-8"))
     sizes = {name: part["arms"] for name, part in measured.items() if isinstance(part, dict) and "arms" in part}
     arms = list(dict.fromkeys(arm for own in sizes.values() for arm in own))
-    rows = [
-        (arm, *(f"{own[arm]['decode ratio']:.2f}" if arm in own else "" for own in sizes.values())) for arm in arms
-    ]
+    rows = [(arm, *(f"{own[arm]['decode ratio']:.2f}" if arm in own else "" for own in sizes.values())) for arm in arms]
     rate = [f"{own['hugging face']['decode tokens/s']:g} tokens/s" for own in sizes.values()]
     prefill = [f"{max(f['prefill ratio'] for f in own.values()):.2f}" for own in sizes.values()]
     return table(("", *sizes), [("hugging face, bf16", *rate), *rows[1:], ("best prefill of 512", *prefill)])
