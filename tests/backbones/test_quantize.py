@@ -5,7 +5,7 @@ import torch
 
 from seriatim.backbones.hybrid import Hybrid, HybridConfig
 from seriatim.backbones.mamba import Mamba, MambaConfig
-from seriatim.backbones.quantize import GROUP, Int4, Int8, Packed, linear, quantize
+from seriatim.backbones.quantize import GROUP, Int4, Int8, Packed, linear, packs, quantize
 from seriatim.canvas import Canvas
 from seriatim.systems.text.next_token import Config, NextToken
 from seriatim.tokenizers.text import ByteTokenizer
@@ -34,7 +34,7 @@ def test_products_are_those_of_the_nearest_matrix(kind, rows):
     torch.testing.assert_close(linear(x, kept, bias), x @ exact.T + bias, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="a processor without bfloat16")
+@pytest.mark.skipif(not packs(), reason="a processor without bfloat16")
 @pytest.mark.parametrize("rows", [1, 2, 8, 13, 64])
 def test_packed_products_are_those_of_the_matrix_itself(rows):
     w, x, bias = matrix(48, 72, torch.bfloat16), matrix(rows, 72, torch.bfloat16), matrix(1, 48, torch.bfloat16)[0]
@@ -46,7 +46,7 @@ def test_packed_products_are_those_of_the_matrix_itself(rows):
             assert ((said.float() - expected).abs() <= 0.004 * expected.abs() + 0.004).all()
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="a processor without bfloat16")
+@pytest.mark.skipif(not packs(), reason="a processor without bfloat16")
 def test_a_packed_model_writes_what_the_model_writes():
     torch.manual_seed(0)
     made = NextToken(Config(length=64, width=64, depth=2, heads=2)).bfloat16().eval().requires_grad_(False)

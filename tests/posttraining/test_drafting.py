@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seriatim.backbones.quantize import quantize
+from seriatim.backbones.quantize import packs, quantize
 from seriatim.laws.case import randomise
 from seriatim.posttraining import drafting
 from seriatim.posttraining.drafting import Base, DraftLearner, load_part, losses_ahead, save_part
@@ -76,14 +76,16 @@ def test_a_fingerprint_tells_models_apart_and_number_formats_together():
     assert Base(made).exact_fingerprint != Base(system().float()).exact_fingerprint
 
 
-@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("weights", [None, "int8", *(["packed"] if packs() else [])])
 def test_a_limited_head_says_of_its_ids_what_the_whole_one_says(weights):
-    made = system(softcap=5.0).float()
+    made, kind = system(softcap=5.0).float(), torch.bfloat16 if weights == "packed" else torch.float32
+    made.model.to(kind)
     if weights:
         quantize(made.model, weights)
+        assert Base(made).fingerprint == Base(system().float()).fingerprint
     head, ids = made.model.heads["token"], torch.tensor([3, 20, 7])
-    h = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(head.limited(ids).logits(h), head.logits(h)[..., ids], atol=1e-6)
+    h = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(0)).to(kind)
+    assert torch.allclose(head.limited(ids).logits(h), head.logits(h)[..., ids], atol=1e-6, rtol=torch.finfo(kind).eps)
     assert torch.equal(head.limited().logits(h), head.logits(h))
     assert float(head.logits(h).abs().max()) > 1.0
 

@@ -75,7 +75,9 @@ class CategoricalHead(Quantizable):
             made = CategoricalHead(self.width, self.vocab if ids is None else len(ids), softcap=self.softcap)
         made._formats = dict(self._formats)
         made._parameters = {n: p if p is None or ids is None else _frozen(p[ids]) for n, p in self._parameters.items()}
-        made._buffers = {n: b if ids is None else b[ids] for n, b in self._buffers.items()}  # type: ignore[index]
+        made._buffers = dict(self._buffers)
+        if ids is not None and self._formats:
+            made._buffers = {f"weight_{i}": part for i, part in enumerate(self.quantized()["weight"].rows(ids))}
         return made
 
     def dist(self, h: Float[Tensor, "b m d"], reads: Reads | None, canvas: Canvas) -> Categorical:

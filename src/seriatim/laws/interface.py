@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from seriatim.backbones.quantize import quantize
+from seriatim.backbones.quantize import packs, quantize
 from seriatim.evaluation.lossless import allowed, divergences
 from seriatim.laws.case import randomise
 from seriatim.laws.decoders import DecoderCase
@@ -161,6 +161,11 @@ def int8(key: str) -> None:
     _rounded(Asked(key, torch.bfloat16, "int8"))
 
 
+def packed(key: str) -> None:
+    """Greedy with weights as the processor multiplies them: equal texts, or parted by rounding."""
+    _rounded(Asked(key, torch.bfloat16, "packed"))
+
+
 def _rounded(asked: Asked) -> None:
     ours, theirs = ([g.ids for g in f(PROMPTS, **GREEDY)] for f in (asked.texts, asked.plain))
 
@@ -178,6 +183,8 @@ COLUMNS: dict[str, Callable[[str], None]] = {
     "stop ids": stop_ids, "penalties": penalties, "filters": filters, "logprobs": logprobs, "bf16": bfloat16,
     "int8": int8,
 }  # fmt: skip
+if packs():
+    COLUMNS["packed"] = packed
 REQUIRED = ("greedy", "batch")  # of all; the others of those that are lossless
 
 

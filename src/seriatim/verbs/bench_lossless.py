@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seriatim.backbones.quantize import Quantizable
+from seriatim.backbones.quantize import is_rounded
 from seriatim.canvas import Canvas
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.loop import Step, decode
@@ -63,7 +63,7 @@ def _greedy(
     new: int,
 ) -> dict[str, Any]:  # fmt: skip
     dtype = dtype_of(system)
-    integers = any(part._formats for part in system.model.modules() if isinstance(part, Quantizable))
+    integers = is_rounded(system.model)
     again = (lambda n, said: _in_one_pass(system, given[n], said)) if integers else None
     found = divergences(ours, plain, lambda n, said: plain_row(system, given[n], len(said), new), dtype, again)
     rule = "equal texts"
