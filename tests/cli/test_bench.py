@@ -17,6 +17,7 @@ from seriatim.systems import decoders, language_model
 from seriatim.systems.text.next_token import Config, NextToken
 from seriatim.tokenizers.text import ByteTokenizer
 from seriatim.verbs import bench as verb
+from seriatim.verbs import bench_lossless
 from seriatim.verbs.bench import bench
 from seriatim.verbs.bench_lossless import plain_row
 
@@ -76,6 +77,7 @@ def reckless(monkeypatch):
 
     monkeypatch.setattr(language_model, "decoder_of", decoder_of)
     monkeypatch.setattr(verb, "named", lambda name: (name, None, {}))
+    monkeypatch.setattr(bench_lossless, "is_relaxed", lambda name: False)
 
 
 # ---- what comes out --------------------------------------------------------------------------------------------------
@@ -106,6 +108,14 @@ def test_figures_fit_together_and_to_what_generation_says(system, prompts):
     assert plain["ratio"] == plain["mean_accepted_length"] == 1 and plain["lossless"]["verdict"] == "baseline"
     assert drafted["ratio"] == pytest.approx(drafted["tokens_per_second"] / plain["tokens_per_second"])
     assert drafted["forwards"] < plain["forwards"] and drafted["lossless"]["verdict"] == "holds"
+
+
+@pytest.mark.parametrize(
+    "spec, relaxed",
+    [("medusa:x", False), ("medusa:x+typical=true", True), ("beam", True), ("token-recycling+nodes=80", False)],
+)
+def test_losslessness_is_claimed_by_card_and_options(spec, relaxed):
+    assert decoders.is_relaxed(spec) == relaxed
 
 
 @pytest.mark.parametrize("runs", (1, 3))

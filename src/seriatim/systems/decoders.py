@@ -126,6 +126,12 @@ def named(spec: str) -> tuple[str, str | None, dict[str, Any]]:
     return key, found["source"] or None, {name: _value(text) for name, _, text in pairs}
 
 
+def is_relaxed(spec: str) -> bool:
+    """Whether a decoder may write something else than plain decoding, by its card or by its options."""
+    key, _, given = named(spec)
+    return catalogue()[key][0].likelihood == "relaxed" or getattr(options_of(key, given), "relaxed", False)
+
+
 def _value(text: str) -> Any:
     plain = {"true": True, "false": False, "none": None}
     if text.lower() in plain:

@@ -20,9 +20,9 @@ from seriatim.evaluation.bench import Prompt, Runs
 from seriatim.evaluation.lossless import DEPTH, ERROR, STEPS, Outcome, allowed, divergences, two_samples
 from seriatim.model import Rows
 from seriatim.random import Random
+from seriatim.systems.decoders import is_relaxed
 from seriatim.systems.encoder_decoder import EncoderDecoder
 from seriatim.systems.language_model import LanguageModel
-from seriatim.systems.meta import catalogue
 from seriatim.systems.system import Sampling, evenly
 
 PROMPTS = 4  # over which draws are spread
@@ -43,8 +43,7 @@ def lossless(
 ) -> dict[str, Any]:  # fmt: skip
     """The verdict on one decoder (holds, fails, not tested, not claimed), the rule, and what was found. new: tokens
     that were asked for; drawn: first tokens by this decoder and by plain decoding, if they were drawn."""
-    card = catalogue().get(name.partition(":")[0].partition("+")[0])
-    if card is not None and card[0].likelihood == "relaxed":
+    if is_relaxed(name):
         return {"verdict": "not claimed", "rule": "it is relaxed on purpose: look at the quality of what it writes"}
     a, b = ([runs[0].ids for runs in side] for side in (ours, plain))
     if temperature == 0:

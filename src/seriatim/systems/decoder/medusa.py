@@ -53,6 +53,11 @@ class Options:
     alpha: float = 0.3
     pickled: bool = False
 
+    @property
+    def relaxed(self) -> bool:
+        """Whether something else may be written than by plain decoding."""
+        return self.typical
+
 
 def decoder(ask: Ask) -> Decoding:
     """Trained heads, sampled and matched."""
