@@ -66,7 +66,7 @@ def add_commands(commands: Any) -> None:
 
 def _compare(commands: Any) -> None:
     compare = commands.add_parser("compare", help="train systems on the same data and budget; one HTML report")
-    compare.add_argument("keys", nargs="+", metavar="KEY")
+    compare.add_argument("keys", nargs="+", metavar="KEY[:TOKENIZER]", help="as in var:zoo:image-msvq mar:runs/kl")
     _data(compare)
     compare.add_argument("--minutes", type=float, default=5.0, help="training time of each (default: 5)")
     compare.add_argument("--size", help="size of each system (default: its first)")

@@ -34,24 +34,29 @@ def compare(
 ) -> Path:
     """Train each system for `minutes` on the same data, judge all alike, write OUT/report.html.
 
-    A run that is there already is gone on with, so an interrupted comparison resumes. Raises ValueError where the
-    systems take different data.
+    keys: of systems, with a tokenizer where one is trained already, as in "var:zoo:image-msvq". A run that is there
+    already is gone on with, so an interrupted comparison resumes. Raises ValueError where the systems take different
+    data.
     """
-    if len(set(keys)) < len(keys):
+    named = [(key, tokenizer or None) for key, _, tokenizer in (asked.partition(":") for asked in keys)]
+    tokenizers = dict(named)
+    if len(tokenizers) < len(keys):
         raise ValueError(f"each system is named once, got {', '.join(keys)}")
-    kinds = {key: modality_of(system_class(key)) for key in keys}
+    kinds = {key: modality_of(system_class(key)) for key in tokenizers}
     if len(set(kinds.values())) > 1:
         raise ValueError(
             "only systems of one modality compare: " + ", ".join(f"{k} is of {m}" for k, m in kinds.items())
         )
-    loaded = load_data(data or system_class(keys[0]).source, kinds[keys[0]], **data_options)
+    first = named[0][0]
+    loaded = load_data(data or system_class(first).source, kinds[first], **data_options)
     command = f"seriatim compare {shlex.join(keys)} --data {shlex.quote(loaded.name)} --minutes {minutes:g}"
     results = []
-    for key in keys:
+    for key, tokenizer in tokenizers.items():
         folder = Path(out) / key
         trained = train(
-            key, loaded, out=folder, size=size, minutes=minutes, resume=True, settings={"seed": seed}, bar=bar
-        )
+            key, loaded, out=folder, size=size, tokenizer=tokenizer, minutes=minutes, resume=True,
+            settings={"seed": seed}, bar=bar,
+        )  # fmt: skip
         said(f"judging {key}")
         results.append(judged(trained, samples, seed, command))
     notes = [
@@ -60,7 +65,7 @@ def compare(
         *loaded.notes,
         f"Made by {command} (version {seriatim.__version__}).",
     ]
-    return write_report(Path(out) / "report.html", f"{' · '.join(keys)} on {loaded.name}", results, notes, "FD-s")
+    return write_report(Path(out) / "report.html", f"{' · '.join(tokenizers)} on {loaded.name}", results, notes, "FD-s")
 
 
 def judged(trained: Trained, samples: int, seed: int, command: str) -> Result:
