@@ -72,9 +72,9 @@ ENTRIES: dict[str, dict[str, Any]] = {
 # Parts that draft for a model of the zoo, each in a folder beside its base: found by --decoder KEY:zoo.
 PARTS: dict[str, dict[str, Any]] = {
     f"text-base/draft-{key}": {
-        "key": key, "data": "stdlib", "from_": "zoo:text-base", "settings": {"steps": 2000, "tokens": 1_000_000},
+        "key": key, "data": "stdlib", "from_": "zoo:text-base", "settings": {"steps": steps, "tokens": 1_000_000},
     }
-    for key in ("medusa", "hydra")
+    for key, steps in {"medusa": 2000, "hydra": 2000, "eagle-2": 1000, "chimera": 400, "hidden-transfer": 400}.items()
 }  # fmt: skip
 
 MADE_APART = ("text-bpe", "features-glyphs")

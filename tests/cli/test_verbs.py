@@ -181,7 +181,7 @@ def test_a_comparison_makes_one_file_that_needs_nothing_else(tmp_path, monkeypat
     monkeypatch.setenv("SERIATIM_HOME", str(tmp_path / "home"))
     torch.set_num_threads(1)
     out = tmp_path / "compare"
-    assert main(["compare", "raster-ar", "var", "--minutes", "0.05", "--samples", "40", "--out", str(out)]) == 0
+    assert main(["compare", "raster-ar:pixels", "var", "--minutes", "0.05", "--samples", "40", "--out", str(out)]) == 0
     page = (out / "report.html").read_text(encoding="utf-8")
     assert (
         "raster-ar" in page

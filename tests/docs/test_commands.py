@@ -48,7 +48,8 @@ def mistakes(command: str, known: set[str]) -> str | None:
         return "its arguments are not taken"
     if rest and not getattr(options, "free", False):
         return f"there are no {rest}"
-    named = getattr(options, "keys", None) or [getattr(options, "key", None)]
+    given = getattr(options, "keys", None) or [getattr(options, "key", None)]
+    named = [None if key is None else key.partition(":")[0] for key in given]
     for key in named:
         if key is not None and key not in known:
             return f"there is no system {key!r}"

@@ -45,7 +45,7 @@ META = Meta(
     likelihood="relaxed",
     summary="A linear judge on the large model's states lets drafted tokens stand that are right in other words.",
 )
-EXAMPLE = "judge-decoding:zoo+draft=zoo:text-draft"
+EXAMPLE = "judge-decoding:runs/judge+draft=zoo:text-draft"
 
 
 @dataclass(frozen=True)
