@@ -18,6 +18,7 @@ from seriatim.canvas import Set
 from seriatim.decoding.loop import decode, generate
 from seriatim.decoding.sample import Select
 from seriatim.decoding.target import Target
+from seriatim.decoding.unmask import Unmask
 from seriatim.factorization.static import AnyOrder
 from seriatim.heads.dist import Categorical
 from seriatim.laws.case import randomise
@@ -307,7 +308,7 @@ def test_blocks_are_decoded_one_after_another_and_share_the_steps(block, steps, 
     """16 tokens after a prompt of 3."""
     one = system(block=block)
     canvas = one.prompted("abc", 16)
-    decider = mdlm.Unmask(steps)
+    decider = Unmask(steps)
     seen = []
     for _ in decode(one.target(None, one.sampling), canvas, decider, random=Keyed(0)):
         seen.append(canvas.known[0, 3:].clone())
@@ -323,7 +324,7 @@ def test_a_text_ends_at_the_end_of_text_and_streams_from_the_front():
     one = system(block=4)
     eos = one.tokenizer.special["eos"]
 
-    class Writes(mdlm.Unmask):
+    class Writes(Unmask):
         """Decides like the system, but writes "x", and <eos> in place 10."""
 
         def decide(self, canvas, guess, rows, random):

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from seriatim.canvas import Canvas
+from seriatim.canvas import Canvas, Set
 from seriatim.conditions.condition import Condition
+from seriatim.factorization.static import Blocks
 from seriatim.model import Model
 from seriatim.random import ORDER, Generator, Key, Random, numbered
 
@@ -79,6 +81,66 @@ class ByRate:
         count = (n * (self.mean + self.deviation * z)).ceil().long()
         count = torch.minimum(count.clamp(min=1), n)
         return fewest(free, count, noise), n / count.clamp(min=1)
+
+
+class MaskedBlocks(Model):
+    """A model of `Blocks(size, "any")`: block after block, the elements of a block in any order (BD3-LM, Arriola et al.
+    2025, arXiv 2503.09573). Its losses are those of one draw of a masking in each block, all blocks in one forward.
+
+    The sum over blocks of their bounds bounds the negative log-likelihood. together: all blocks of a row are masked at
+    the same time, as SDAR trains; else each at its own, and those of a batch spread evenly, which varies less.
+    """
+
+    factorization: Blocks
+
+    def __init__(self, *parts: Any, masking: Masking, judging: Masking | None = None, together: bool = False):
+        super().__init__(*parts)
+        self.masking, self.judging, self.together = masking, judging or masking, together
+
+    def losses(
+        self,
+        canvas: Canvas,
+        condition: Mapping[str, Tensor] | Condition | None = None,
+        drop: Bool[Tensor, "b"] | None = None,
+        strict: bool = False,
+        random: Random | None = None,
+    ) -> Float[Tensor, "b E"]:
+        """As those of `Masked`."""
+        if strict:
+            raise TypeError("one draw of a bound is no likelihood; average `losses` over draws")
+        hidden, weight = self.drawn(canvas, random or Generator())
+        return self.hidden_losses(canvas, hidden, condition, drop, random) * weight
+
+    def drawn(self, canvas: Canvas, random: Random) -> tuple[Bool[Tensor, "b E"], Float[Tensor, "b E"]]:
+        """Which elements are hidden, and the weights of their losses."""
+        (b, n), size = canvas.open.shape, self.factorization.size
+        blocks = -(-n // size)
+        rows, together = torch.arange(b)[:, None], self.together and self.training
+        unit = random.uniform((b, 1 if together else blocks), Key(canvas.row, 0, numbered(ORDER, 0, 1)))
+        noise = random.uniform((b, n), Key(canvas.row, 0, numbered(ORDER)))
+        apart = torch.arange(unit.shape[1]) / blocks  # those of a row lie evenly, and those of a block in all rows
+        unit = (((rows + unit) / b + apart) % 1).expand(b, blocks)
+        free, noise = (F.pad(x, (0, blocks * size - n)).view(b * blocks, size) for x in (canvas.open, noise))
+        masking = self.masking if self.training else self.judging
+        hidden, weight = masking(free, unit.reshape(-1), noise)
+        weight = weight.view(b, blocks, 1).expand(b, blocks, size)
+        return hidden.view(b, -1)[:, :n], weight.reshape(b, -1)[:, :n]
+
+    def hidden_losses(
+        self,
+        canvas: Canvas,
+        hidden: Bool[Tensor, "b E"],
+        condition: Mapping[str, Tensor] | Condition | None = None,
+        drop: Bool[Tensor, "b"] | None = None,
+        random: Random | None = None,
+    ) -> Float[Tensor, "b E"]:
+        """The loss of each hidden element given those shown of its block and all of earlier blocks, in one forward; 0
+        elsewhere."""
+        shown = self.canvas(canvas.value, ~canvas.open, row=canvas.row, layout=canvas.layout)
+        (kind,) = canvas.layout.kinds
+        element = torch.where(canvas.open & ~hidden, torch.arange(canvas.layout.size), -1)
+        shown.apply([Set(canvas.value[kind], element)])
+        return super().losses(shown, condition, drop, random=random)
 
 
 def fewest(free: Bool[Tensor, "b E"], count: Int[Tensor, "b"], noise: Float[Tensor, "b E"]) -> Bool[Tensor, "b E"]:

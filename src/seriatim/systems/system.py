@@ -72,6 +72,7 @@ class System(nn.Module):
     sampling: ClassVar[Sampling] = Sampling()
     schedule: ClassVar[str] = "constant"  # of guidance, in progress
     source: ClassVar[str]  # built-in data it is trained on by default
+    begins_as: ClassVar[str | None] = None  # the system whose weights it may begin with
 
     def __init__(self, config: Any, tokenizer: Any = None):
         super().__init__()
@@ -147,6 +148,21 @@ class System(nn.Module):
     def proposer(self, sampling: Sampling) -> Proposer | None:
         """What is drafted, if anything."""
         return None
+
+
+def begin_as(system: System, base: System) -> None:
+    """Take over the weights of another system of the same shape. What it has none of (a mask's vector) stays as it is,
+    and what only it has (a learned start) is left out. Raises ValueError where shapes differ."""
+    mine, theirs = system.model.state_dict(), base.model.state_dict()
+    shared = {name: x for name, x in theirs.items() if name in mine}
+    other = [
+        f"{n}: {tuple(mine[n].shape)} here, {tuple(x.shape)} there"
+        for n, x in shared.items()
+        if mine[n].shape != x.shape
+    ]
+    if other or not any(name.startswith("backbone.") for name in shared):
+        raise ValueError(f"{system.meta.key} is no model of the same shape as {base.meta.key}: {'; '.join(other[:3])}")
+    system.model.load_state_dict({**mine, **shared})
 
 
 def evenly(count: int, most: int) -> Tensor:

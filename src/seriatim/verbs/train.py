@@ -14,7 +14,7 @@ from seriatim.data.base import Data, load_data
 from seriatim.data.conversations import Conversations
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.meta import catalogue
-from seriatim.systems.system import System, config_from
+from seriatim.systems.system import System, begin_as, config_from
 from seriatim.systems.text_system import TextSystem
 from seriatim.systems.tokenizer_system import TokenizerSystem
 from seriatim.tokenizers.files import load_tokenizer, make_tokenizer, save_tokenizer
@@ -68,7 +68,8 @@ def train(
     the rank of an adapter that is trained in place of its weights. Data are texts, or conversations, of which answers
     alone count; settings are then those of `Tuning` and of the recipe. Where the key is a decoder with a part to train
     (medusa, hydra, ...), that part is trained beside the frozen model, and settings are the part's own, the recipe's
-    and those of `drafting.Reading`.
+    and those of `drafting.Reading`. Where it is a system that begins as another (sdar), that one's weights are taken
+    over.
 
     Raises ValueError, KeyError, OSError with what is wrong and what to do, FloatingPointError where the loss breaks
     down.
@@ -83,7 +84,12 @@ def train(
     elif from_ is not None:
         if size is not None or tokenizer is not None:
             raise ValueError(f"size and tokenizer are those of {from_}, and are not chosen anew")
-        begun = finetune.begin(key, from_, data, folder, lora, settings or {}, **data_options)
+        if system_class(key).begins_as is None:
+            begun = finetune.begin(key, from_, data, folder, lora, settings or {}, **data_options)
+        else:
+            if lora is not None:
+                raise ValueError(f"{key} begins with the weights of {from_} and trains them all: leave out the adapter")
+            begun = _taken_over(key, from_, data, folder, dict(settings or {}), data_options)
     else:
         if lora is not None:
             raise ValueError("an adapter is on a model that there is already: say which (--from)")
@@ -117,12 +123,41 @@ def _fresh(
     own.pop("tokenizer_steps", None)
     config = config_of(cls, own, size, loaded, tokens)
     torch.manual_seed(recipe.seed)
-    system = cls(config, tokens)
+    return _begun(cls(config, tokens), recipe, data, loaded)
+
+
+def _taken_over(
+    key: str, from_: str | Path, data: str | Path | Data | None, folder: Path, settings: dict[str, Any],
+    data_options: Mapping[str, Any],
+) -> Begun:  # fmt: skip
+    """A system that begins with the weights of another, and its data. Raises ValueError where it cannot."""
+    cls, base = system_class(key), load(from_)
+    if base.meta.key != cls.begins_as:
+        raise ValueError(f"{key} begins as a {cls.begins_as} model, and {from_} is {base.meta.key}")
+    recipe = recipe_from(cls, settings, None)
+    loaded = data if isinstance(data, Data) else load_data(data or cls.source, modality_of(cls), **data_options)
+    own = {k: v for k, v in settings.items() if k not in _recipe_fields()}
+    if own.get("length", 0) > base.config.length:
+        raise ValueError(f"{from_} reads {base.config.length} tokens, and a length of {own['length']} is asked for")
+    shared = {f.name: getattr(base.config, f.name) for f in fields(base.config) if hasattr(cls.Config, f.name)}
+    if "length" in own:
+        shared.pop("length")
+    config = config_from(cls, own, None, **shared)
+    torch.manual_seed(recipe.seed)
+    system = cls(config, base.tokenizer)
+    begin_as(system, base)
+    save_json(base.tokenizer.to_json(), folder / "tokenizer.json")
+    begun = _begun(system, recipe, data, loaded)
+    begun.card["from"] = finetune.origin(from_)
+    return begun
+
+
+def _begun(system: System, recipe: Recipe, data: str | Path | Data | None, loaded: Data) -> Begun:
     system.drop, system.classes = recipe.drop, loaded.classes
     examples, held_out = prepared(system, loaded)
     card: dict[str, Any] = {
-        "system": key, "config": plain(config), "recipe": plain(recipe), "data": found_again(data, loaded),
-        "classes": list(loaded.classes), "version": seriatim.__version__,
+        "system": system.meta.key, "config": plain(system.config), "recipe": plain(recipe),
+        "data": found_again(data, loaded), "classes": list(loaded.classes), "version": seriatim.__version__,
     }  # fmt: skip
     return Begun(system, loaded, examples, held_out, recipe, card)
 

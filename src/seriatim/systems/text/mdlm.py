@@ -20,14 +20,11 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
-from seriatim.canvas import DELETED, GIVEN, Canvas, Truncate
-from seriatim.decoding.guess import Guess
-from seriatim.decoding.loop import Decider, Step
+from seriatim.canvas import Canvas
 from seriatim.decoding.sample import Rule, Select
 from seriatim.decoding.target import Target
 from seriatim.embed import TokenEmbed
@@ -35,15 +32,15 @@ from seriatim.factorization.static import AnyOrder
 from seriatim.heads.categorical import CategoricalHead
 from seriatim.laws.case import Case, Limit, Unmasked, randomise
 from seriatim.layout import line
-from seriatim.model import Model, Rows
+from seriatim.model import Model
 from seriatim.objectives.masked import Masked, by_count, by_time
-from seriatim.random import Generator, Random
+from seriatim.random import Generator
 from seriatim.systems.claim import Arm, Claim
+from seriatim.systems.masked_text import MaskedText
 from seriatim.systems.meta import Meta
 from seriatim.systems.system import Sampling, evenly
-from seriatim.systems.text_system import TextSystem, Windows
+from seriatim.systems.text_system import Windows
 from seriatim.training.recipe import Recipe
-from seriatim.view import INF
 
 META = Meta(
     key="mdlm",
@@ -105,43 +102,7 @@ def build(config: Config | None = None) -> Masked:
     return Masked(line(c.length), AnyOrder(), embed, backbone, head, masking=by_time, judging=by_count)
 
 
-@dataclass(frozen=True)
-class Unmask:
-    """Decide unknown elements, those of smallest rank first (a block), some at each step by `Select`.
-
-    `steps` are those of the whole text, shared evenly by its blocks (LLaDA). A row ends at the first of the `stop` ids
-    with nothing unknown before it.
-    """
-
-    steps: int
-    rule: Rule = "confidence"
-    threshold: float | None = None
-    stop: tuple[int, ...] = ()
-
-    def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
-        length = self._ends(canvas)
-        if length is not None:
-            return Step((Truncate(length),))
-        element = torch.as_tensor(rows.element).expand(canvas.batch, -1)
-        rank = canvas.rank.gather(1, element.clamp(min=0)).masked_fill(element < 0, INF)
-        now = torch.where(rank == rank.amin(1, keepdim=True), element, -1)
-        blocks = int(canvas.rank.max()) + 1
-        select = Select(self.rule, max(self.steps // blocks, 1), threshold=self.threshold)
-        return select.decide(canvas, guess, rows._replace(element=now), random)
-
-    def _ends(self, canvas: Canvas) -> Int[Tensor, "b"] | None:
-        """Where each row ends, if any that ends has something behind its end."""
-        if not self.stop:
-            return None
-        size = canvas.layout.size
-        stops = torch.isin(canvas.value["token"].cpu(), torch.tensor(self.stop)) & (canvas.status != GIVEN)
-        stops &= canvas.known.long().cumprod(1).bool()
-        first = torch.where(stops, torch.arange(size), size - 1).amin(1) + 1
-        behind = (torch.arange(size) >= first[:, None]) & (canvas.status != DELETED)
-        return first if bool(behind.any()) else None
-
-
-class MDLM(TextSystem):
+class MDLM(MaskedText):
     """Any token from all that are known."""
 
     meta, Config = META, Config
@@ -201,16 +162,6 @@ class MDLM(TextSystem):
         canvas = Canvas(plain.layout, plain.value, known, rank[None])
         canvas.given_length = known
         return canvas
-
-    def _settled(self, canvas: Canvas, start: int = 0) -> list[int]:
-        ids = super()._settled(canvas, start)
-        ends = [i for i, x in enumerate(ids) if x in self.stop]
-        if ends and (not canvas.done or ends == [len(ids) - 1]):  # what stands behind an end may yet go
-            return ids[: ends[0]]
-        return ids
-
-    def decider(self, sampling: Sampling) -> Decider:
-        return Unmask(sampling.steps or self.model.layout.size, self.config.rule, stop=self.stop)
 
 
 # ---- what the laws run -----------------------------------------------------------------------------------------------
