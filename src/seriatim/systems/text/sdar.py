@@ -48,8 +48,8 @@ META = Meta(
 
 SHORT = {"length": 256, "batch": 8}
 CLAIM = Claim(
-    text="Begun as a next-token model, the bound is at least a fifth lower than begun with fresh weights, after as many "
-    "steps: bits per byte of block diffusion with blocks of 4.",
+    text="Begun as a next-token model, the bound is at least a fifth lower than begun with fresh weights, after as "
+    "many steps: bits per byte of block diffusion with blocks of 4.",
     paper="keeps the quality of the next-token model after 50 B tokens more (Qwen3, of 36 T tokens)",
     metric="bits_per_byte",
     arms={
