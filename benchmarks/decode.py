@@ -78,7 +78,12 @@ def folder_of(size: str) -> Path:
 
 def worker(arm: str, place: str) -> None:
     """Answer requests on standard input, one JSON object a line, until it ends."""
-    answer = (_hugging_face if arm == "hugging face" else _llama if arm.startswith("llama") else _ours)(arm, place)
+    answering((_hugging_face if arm == "hugging face" else _llama if arm.startswith("llama") else _ours)(arm, place))
+
+
+def answering(answer: Any) -> None:
+    """Say that the model is there, then answer until nothing more is asked. answer: from rows of ids and how many
+    tokens to write (0: the perplexity of a text) to what was written."""
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         task = json.loads(line)
@@ -152,8 +157,8 @@ def _llama(arm: str, place: str):
 class Arm:
     """The parent's end of a worker, which has loaded its model when this is made: one loads after the other."""
 
-    def __init__(self, name: str, place: Path, python: str = sys.executable):
-        command = [python, __file__, "--worker", name, str(place)]
+    def __init__(self, name: str, place: Path, python: str = sys.executable, file: str = __file__, decoder: str = ""):
+        command = [python, file, "--worker", name, str(place), *([decoder] if decoder else [])]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._read()
 
