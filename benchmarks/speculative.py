@@ -17,7 +17,7 @@ import argparse
 import html
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,13 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
-from training_free import Watched, draw_trees
+from training_free import Text, draw_trees, written
 
-from seriatim.canvas import Canvas
-from seriatim.decoding.guess import Guess
-from seriatim.decoding.loop import Step
 from seriatim.evaluation.acceptance import best_acceptance, kseq_acceptance, recursive_acceptance
 from seriatim.evaluation.bench import Prompt, apart, loops, take_turns
 from seriatim.evaluation.cost import DISTURBED, Others, load_average
 from seriatim.evaluation.forward_cost import ForwardCost, measured
 from seriatim.evaluation.pictures import ACCENT, INK, save_grid, write_beside
-from seriatim.model import Rows
-from seriatim.random import Random
-from seriatim.systems.decoders import decoder_of
 from seriatim.systems.draft_model import draft_model
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.system import Sampling
@@ -98,42 +92,15 @@ def acceptances(system: LanguageModel, small: LanguageModel, prompts: Sequence[P
     }  # fmt: skip
 
 
-@dataclass
-class Noted(Watched):
-    """Also where each token comes from."""
-
-    origin: list[str] | None = None
-
-    def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
-        step = super().decide(canvas, guess, rows, random)
-        drafted, accepted, count = int(step.drafted), int(step.accepted), self.given[-1]
-        own = "plain" if not drafted else "corrected" if accepted < drafted else "bonus"
-        self.origin = [*(self.origin or []), *["accepted"] * accepted, *[own] * (count - accepted)]
-        return step
-
-
-def one_text(system: LanguageModel, spec: str, prompt: Prompt, way: Way) -> tuple[Noted, list[int]]:
-    """A text, with where its tokens come from."""
-    sampling = Sampling(temperature=way.temperature)
-    decoding = decoder_of(system, spec, sampling)
-    noted = Noted(decoding.decider, [])
-    made = system.generate(
-        list(prompt.ids), replace(decoding, decider=noted), max_new_tokens=way.new_tokens,
-        temperature=way.temperature, seed=way.seed,
-    )  # fmt: skip
-    return noted, made.ids  # type: ignore[union-attr]
-
-
-def colour(system: LanguageModel, prompt: Prompt, noted: Noted, ids: Sequence[int], path: Path) -> None:
+def colour(system: LanguageModel, prompt: Prompt, text: Text, path: Path) -> None:
     """A page: accepted, corrected and bonus tokens, and tokens a forward."""
     marks = [f'<span style="background:{c}">{name}</span>' for name, c in COLOURS.items()]
-    assert noted.origin is not None
     body = "".join(
         f'<span style="background:{COLOURS[kind]}">{html.escape(system.tokenizer.decode([i]))}</span>'
-        for i, kind in zip(ids, noted.origin, strict=False)
+        for i, kind in zip(text.ids, text.steps.origin, strict=False)
     )
     before = html.escape(system.tokenizer.decode(list(prompt.ids))[-LETTERS:])
-    rate = len(ids) / len(noted.given)
+    rate = len(text.ids) / len(text.steps.given)
     page = (
         f"<meta charset=utf-8><title>drafted</title><p>{' '.join(marks)} · {rate:.2f} tokens a forward</p>"
         f'<pre style="line-height:1.5"><span style="color:#8a93a0">{before}</span>{body}</pre>'
@@ -238,9 +205,9 @@ def main() -> int:
     o.out.parent.mkdir(parents=True, exist_ok=True)
     draw_budget(result, o.out.with_name(f"{o.out.stem}_budget.png"))
     name = next(n for n in ("tree of 12", *arms) if n in arms and n != PLAIN)
-    noted, ids = one_text(system, arms[name], prompts[0], way)
-    colour(system, prompts[0], noted, ids, o.out.with_name(f"{o.out.stem}_text.html"))
-    draw_trees(system, {name: noted}, o.out.with_name(f"{o.out.stem}_tree.png"))
+    text = written(system, arms[name], prompts[:1], way)
+    colour(system, prompts[0], text, o.out.with_name(f"{o.out.stem}_text.html"))
+    draw_trees(system, {name: text}, o.out.with_name(f"{o.out.stem}_tree.png"))
     show(result)
     if o.pictures != "none":
         result["windows"] = windows(o.pictures, 12, o.out)

@@ -14,12 +14,11 @@ draft tree of each kind. And the time of a search beside that of a forward, whic
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,7 +32,8 @@ from seriatim.decoding.tree_search import MonteCarlo, beam, best_first, drafting
 from seriatim.decoding.trigrams import Adapted
 from seriatim.evaluation.bench import Prompt, apart, loops, take_turns
 from seriatim.evaluation.cost import DISTURBED, Others, load_average
-from seriatim.evaluation.pictures import ACCENT, INK, PALE, write_beside
+from seriatim.evaluation.draft_trees import Drafted, Watched, save_trees
+from seriatim.evaluation.pictures import ACCENT, INK, write_beside
 from seriatim.model import Rows
 from seriatim.random import Random
 from seriatim.systems.decoder.aded import library_table, read_table
@@ -99,12 +99,12 @@ def searching(system: LanguageModel, table: Path, text: Sequence[int], forward: 
 
 
 @dataclass
-class Watched:
-    """A decider whose steps are noted: how many tokens each gave, and the draft of which most was accepted."""
+class Noted:
+    """A decider whose steps are noted: how many tokens each gave, and where each of them comes from."""
 
     inner: Decider
-    given: list[int]
-    best: tuple[Guess, list[int], int] | None = None  # draft, tokens that were written, the last known token
+    given: list[int] = field(default_factory=list)
+    origin: list[str] = field(default_factory=list)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -112,28 +112,37 @@ class Watched:
 
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
         step = self.inner.decide(canvas, guess, rows, random)
-        tokens = step.edits[0].value[0].tolist()
-        self.given.append(len(tokens))
-        if guess is not None and (self.best is None or len(tokens) > len(self.best[1])):
-            assert canvas.length is not None
-            self.best = guess, tokens, int(canvas.value["token"][0, canvas.length - 1])
+        drafted, accepted, count = int(step.drafted), int(step.accepted), step.edits[0].value.shape[1]
+        own = "plain" if not drafted else "corrected" if accepted < drafted else "bonus"
+        self.given.append(count)
+        self.origin += ["accepted"] * accepted + [own] * (count - accepted)
         return step
 
 
-def filling(system: LanguageModel, spec: str, prompts: Sequence[Prompt], way: Way) -> Watched:
-    """The steps of an arm that begins with nothing, over the first tokens."""
+class Text(NamedTuple):
+    """What was noted while texts were written: steps, drafts, and the ids of the last text."""
+
+    steps: Noted
+    drafts: list[Drafted]
+    ids: list[int]
+
+
+def written(system: LanguageModel, spec: str, prompts: Sequence[Prompt], way: Way, most: int | None = None) -> Text:
+    """Texts one after another by an arm that begins with nothing; as many as make so many tokens."""
     forget(system)
-    sampling, noted = Sampling(temperature=way.temperature), Watched(None, [])  # type: ignore[arg-type]
+    steps, drafts, ids = Noted(None), list[Drafted](), list[int]()  # type: ignore[arg-type]
     for prompt in prompts:
-        decoding = decoder_of(system, spec, sampling)
-        noted.inner = decoding.decider
-        watched = replace(decoding, decider=noted)
-        system.generate(
-            list(prompt.ids), watched, max_new_tokens=way.new_tokens, temperature=way.temperature, seed=way.seed
-        )
-        if sum(noted.given) >= FIRST:
+        decoding = decoder_of(system, spec, Sampling(temperature=way.temperature))
+        steps.inner, watched = decoding.decider, Watched(decoding.proposer)  # type: ignore[arg-type]
+        made: Any = system.generate(
+            list(prompt.ids), replace(decoding, decider=steps, proposer=watched), max_new_tokens=way.new_tokens,
+            temperature=way.temperature, seed=way.seed,
+        )  # fmt: skip
+        ids = made.ids
+        drafts += watched.drafts
+        if most is not None and sum(steps.given) >= most:
             break
-    return noted
+    return Text(steps, drafts, ids)
 
 
 # ---- telling ---------------------------------------------------------------------------------------------------------
@@ -179,57 +188,11 @@ def draw_filling(steps: Mapping[str, Sequence[int]], path: Path) -> None:
     write_beside(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
-def draw_trees(system: LanguageModel, steps: Mapping[str, Watched], path: Path) -> None:
-    """Of each arm the draft of which most was accepted."""
-    shown = {name: own.best for name, own in steps.items() if own.best is not None}
-    figure = Figure(figsize=(6.2 * len(shown), 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (name, (guess, tokens, root)) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(),
-                                                   strict=True):  # fmt: skip
-        _draw_tree(axes, system, guess, tokens, root)
-        axes.set_title(f"{name}: {len(tokens)} tokens by one forward", fontsize=11)
-    write_beside(path, lambda file: figure.savefig(file, format="png", dpi=150))
-
-
-def _draw_tree(axes: Any, system: LanguageModel, guess: Guess, tokens: Sequence[int], root: int) -> None:
-    value, parent, below, depth = guess.value[0].tolist(), guess.parents(), guess.children(), guess.depths()
-    kept, node = {-1}, -1
-    for token in tokens:
-        node = next((c for c in below[node] if value[c] == token), None)  # type: ignore[assignment]
-        if node is None:
-            break
-        kept.add(node)
-    height: dict[int, float] = {}
-    leaves = 0
-
-    def place(node: int) -> float:
-        nonlocal leaves
-        children = [c for c in below[node] if value[c] >= 0]
-        if children:
-            height[node] = statistics.fmean(place(c) for c in children)
-        else:
-            height[node], leaves = -leaves, leaves + 1
-        return height[node]
-
-    place(-1)
-    where = {n: (0 if n < 0 else depth[n], y) for n, y in height.items()}
-    for n, (x, y) in where.items():
-        colour = ACCENT if n in kept else "#8a93a0"
-        if n >= 0:
-            above = where[parent[n]]
-            axes.plot((above[0], x), (above[1], y), color=colour, linewidth=1.8 if n in kept else 0.7, zorder=1)
-        word = _shown(system.tokenizer.decode([root if n < 0 else value[n]]))
-        box = {"boxstyle": "round,pad=0.3", "facecolor": "#fbe9e4" if n in kept else PALE, "edgecolor": colour}
-        axes.text(x, y, word, ha="center", va="center", fontsize=9, family="monospace", bbox=box)
-    axes.set_xlim(-0.5, max(x for x, _ in where.values()) + 0.5)
-    axes.set_ylim(min(height.values()) - 0.7, 0.7)
-    axes.axis("off")
-
-
-def _shown(text: str) -> str:
-    """A token as one short word: spaces are marked, many of them counted."""
-    text = re.sub(" {4,}", lambda run: f"\u2423{len(run[0])}", repr(text)[1:-1] or " ")
-    return text.replace(" ", "\u2423")
+def draw_trees(system: LanguageModel, texts: Mapping[str, Text], path: Path) -> None:
+    """Of each arm the draft of which most stood."""
+    best = {name: max(text.drafts, key=lambda d: len(d.stood)) for name, text in texts.items() if text.drafts}
+    title = " · ".join(f"{name}: {len(draft.stood) + 1} tokens by one forward" for name, draft in best.items())
+    save_trees(list(best.values()), lambda i: system.tokenizer.decode([i]), path, title)
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
@@ -265,17 +228,17 @@ def main() -> int:
     plain = result["arms"][PLAIN]
     text = system.prompt_ids(load_data("stdlib", "text").test.documents[0])[:FIRST]
     result["searches"] = searching(system, table, text, plain["seconds"] / plain["forwards"])
-    steps = {key: filling(system, arms[key], prompts, way) for key in FILLING if key in arms}
-    result["filling"] = {key: own.given for key, own in steps.items()}
+    texts = {key: written(system, arms[key], prompts, way, FIRST) for key in FILLING if key in arms}
+    result["filling"] = {key: own.steps.given for key, own in texts.items()}
     about = {"model": name, "dtype": o.dtype, "prompts": o.prompts, "prompt_tokens": o.prompt_tokens,
              "new_tokens": o.new_tokens, "temperature": o.temperature, "seed": o.seed, "threads": o.threads,
              "table_bytes": table.stat().st_size, "machine": machine(), "commit": commit()}  # fmt: skip
     o.out.parent.mkdir(parents=True, exist_ok=True)
     save_json({**about, **result}, o.out)
     show(result)
-    if steps:
-        draw_filling({key: own.given for key, own in steps.items()}, o.out.with_name(f"{o.out.stem}_filling.png"))
-        draw_trees(system, {k: v for k, v in steps.items() if k in ("recycling 12 hot", "aded mcts")},
+    if texts:
+        draw_filling(result["filling"], o.out.with_name(f"{o.out.stem}_filling.png"))
+        draw_trees(system, {k: v for k, v in texts.items() if k in ("recycling 12 hot", "aded mcts")},
                    o.out.with_name(f"{o.out.stem}_trees.png"))  # fmt: skip
     return 0
 
