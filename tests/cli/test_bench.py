@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
+from seriatim.cli.benching import figures_table, groups_table
 from seriatim.cli.main import main
 from seriatim.decoding.draft import NGram
 from seriatim.decoding.verify import Verifier
@@ -221,6 +224,18 @@ def test_the_command_prints_one_object_and_leaves_files(run, prompts, tmp_path, 
 
 
 @pytest.mark.slow
+def test_a_narrow_terminal_cuts_no_figures(system, prompts):
+    told = bench(system, ["prompt-lookup"], prompts, new_tokens=8, runs=1, memory=False)
+    own = told["decoders"]
+    own["hydra:/home/somebody/models/heads/hydra-of-my-model+nodes=24"] = own.pop("prompt-lookup")
+    said = StringIO()
+    Console(width=80, file=said).print(figures_table(told), groups_table(told))
+    assert "…" not in said.getvalue()
+    figures = own.popitem()[1]
+    for key, form in (("tokens_per_second", ".1f"), ("ratio", ".2f"), ("forwards", ",")):
+        assert f" {figures[key]:{form}} " in said.getvalue()
+
+
 def test_memory_is_that_of_a_fresh_process(run, prompts):
     told = bench(run, ["ancestral"], prompts, new_tokens=8, runs=1)
     assert 50e6 < told["decoders"]["ancestral"]["peak_memory"] < 5e9

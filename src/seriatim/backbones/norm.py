@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-SMALL = 4096  # numbers; up to here the passes of a kernel cost more than the numbers
+SMALL = 12_288  # numbers; up to here the passes of a kernel cost more than the numbers
 
 
 def rms_norm(x: Float[Tensor, "*rest d"], weight: Float[Tensor, "d"] | None, eps: float) -> Float[Tensor, "*rest d"]:

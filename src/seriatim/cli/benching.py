@@ -66,8 +66,10 @@ def figures_table(result: dict[str, Any]) -> Table:
     """A row a decoder, and another where some of the outputs loop."""
     table = _table()
     titles = ("tokens/s", "ratio", "tokens/\nforward", "forwards", "first\ntoken", "distinct\ntokens", "peak\nmemory")
-    for title in ("decoder", "outputs", *titles):
-        table.add_column(title, justify="left" if title in ("decoder", "outputs") else "right", no_wrap=True)
+    table.add_column("decoder", overflow="fold")  # which may name a folder: it alone gives way
+    table.add_column("outputs", no_wrap=True)
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
     for name, own in result["decoders"].items():
         memory = "–" if own["peak_memory"] is None else bytes_text(own["peak_memory"])
         table.add_row(name, *_cells(own["outputs"], own), memory)
@@ -93,7 +95,7 @@ def groups_table(result: dict[str, Any]) -> Table:
     table = _table()
     table.add_column("ratio (tokens/forward)")
     for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     for group in result["decoders"][names[0]]["groups"]:
         parts = [result["decoders"][name]["groups"][group] for name in names]
         table.add_row(group, *(f"{p['ratio']:.2f} ({p['mean_accepted_length']:.2f})" for p in parts))
