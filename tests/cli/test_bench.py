@@ -227,7 +227,7 @@ def test_the_command_prints_one_object_and_leaves_files(run, prompts, tmp_path, 
 def test_a_narrow_terminal_cuts_no_figures(system, prompts):
     told = bench(system, ["prompt-lookup"], prompts, new_tokens=8, runs=1, memory=False)
     own = told["decoders"]
-    own["hydra:/home/somebody/models/heads/hydra-of-my-model+nodes=24"] = own.pop("prompt-lookup")
+    own["hydra:models/of-mine/heads/with-a-long-name/hydra+nodes=24"] = own.pop("prompt-lookup")
     said = StringIO()
     Console(width=80, file=said).print(figures_table(told), groups_table(told))
     assert "…" not in said.getvalue()

@@ -57,7 +57,7 @@ class CategoricalHead(Quantizable):
         return x
 
     def _said(self, h: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-        rows = h.flatten(0, -2)  # of a slice of slots torch makes a product of batches, which copies the whole weight
+        rows = h.reshape(-1, h.shape[-1])  # a slice of slots would be a product of batches, which copies the weight
         x = linear(rows, weight, bias).view(*h.shape[:-1], -1)
         return x if self.softcap is None else torch.tanh(x / self.softcap) * self.softcap
 
