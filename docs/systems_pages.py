@@ -216,7 +216,7 @@ def requests() -> str:
 
 def speeds() -> str:
     """How fast language models generate here, beside `transformers` and llama.cpp."""
-    measured = json.loads((RESULTS / "decode_speed.json").read_text(encoding="utf-8"))
+    measured = _measured("decode_speed")
     sizes = {name: part["arms"] for name, part in measured.items() if isinstance(part, dict) and "arms" in part}
     arms = list(dict.fromkeys(arm for own in sizes.values() for arm in own))
     rows = [(arm, *(f"{own[arm]['decode ratio']:.2f}" if arm in own else "" for own in sizes.values())) for arm in arms]
@@ -225,10 +225,34 @@ def speeds() -> str:
     return table(("", *sizes), [("hugging face, bf16", *rate), *rows[1:], ("best prefill of 512", *prefill)])
 
 
+def _measured(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def drafting() -> str:
+    """What decoders gain on SmolLM2, greedily and at a temperature."""
+    both = [_measured(f"bench_smollm2_{name}")["decoders"] for name in ("greedy", "temperature07")]
+    rows = []
+    for name in both[0]:
+        cells = (f"{own[name][k]:.2f}" for own in both for k in ("ratio", "mean_accepted_length"))
+        rows.append((f"`{name.partition(':')[0]}`", *cells))
+    return table(("decoder", "greedy", "tokens a forward", "temperature 0.7", "tokens a forward"), rows)
+
+
+def assisted() -> str:
+    """Drafting beside Hugging Face's."""
+    pairs = {name: part["arms"] for name, part in _measured("assisted").items() if isinstance(part, dict)}
+    arms = list(dict.fromkeys(arm for own in pairs.values() for arm in own))
+    cells = ([own[arm]["varied tokens/s"] if arm in own else "" for own in pairs.values()] for arm in arms)
+    return table(("", *pairs), [(arm, *map(str, row)) for arm, row in zip(arms, cells, strict=True)])
+
+
 TABLES = {  # what a page writes where it wants one
     "<!-- table of systems -->": overview,
     "<!-- table of requests -->": requests,
     "<!-- table of decoding speed -->": speeds,
+    "<!-- table of drafting -->": drafting,
+    "<!-- table of assisted generation -->": assisted,
 }
 
 

@@ -214,7 +214,7 @@ def test_an_adapter_is_trained_on_an_adapter(adapter_run, talks, tmp_path):
         (["train", "next-token", "--from", "{base}", "--data", "{talks}", "--length", "999"], "takes 160 tokens"),
         (["train", "next-token", "--from", "{base}", "--data", "{talks}", "--lora", "99"], "no smaller than the"),
         (["train", "next-token", "--from", "{base}", "--data", "{talks}", "--out", "{adapter}"], "holds a training"),
-        (["train", "next-token", "--data", "{talks}"], "holds conversations: they train a model that converses"),
+        (["train", "next-token", "--data", "{talks}"], "holds conversations: they train a next-token model further"),
     ],
 )
 def test_mistakes_are_answered_with_what_to_do(

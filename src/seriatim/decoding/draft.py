@@ -50,9 +50,7 @@ class Drafting:
             _same_ids(self.draft, target, canvas.layout.kinds[0])
             self._canvas, self._row = canvas, canvas.row
             asked = self.draft.conditions[0].rows
-            if (
-                asked is not None and asked != canvas.batch and canvas.batch % asked == 0
-            ):  # several texts of each prompt
+            if asked not in (None, canvas.batch) and canvas.batch % asked == 0:  # several texts of each prompt
                 self.draft.select(torch.arange(asked).repeat_interleave(canvas.batch // asked), asked)
             self.draft.prefill(canvas)
         self._follow(canvas, moved(self._row, canvas.row))

@@ -83,66 +83,6 @@ class ByRate:
         return fewest(free, count, noise), n / count.clamp(min=1)
 
 
-class MaskedBlocks(Model):
-    """A model of `Blocks(size, "any")`: block after block, the elements of a block in any order (BD3-LM, Arriola et al.
-    2025, arXiv 2503.09573). Its losses are those of one draw of a masking in each block, all blocks in one forward.
-
-    The sum over blocks of their bounds bounds the negative log-likelihood. together: all blocks of a row are masked at
-    the same time, as SDAR trains; else each at its own, and those of a batch spread evenly, which varies less.
-    """
-
-    factorization: Blocks
-
-    def __init__(self, *parts: Any, masking: Masking, judging: Masking | None = None, together: bool = False):
-        super().__init__(*parts)
-        self.masking, self.judging, self.together = masking, judging or masking, together
-
-    def losses(
-        self,
-        canvas: Canvas,
-        condition: Mapping[str, Tensor] | Condition | None = None,
-        drop: Bool[Tensor, "b"] | None = None,
-        strict: bool = False,
-        random: Random | None = None,
-    ) -> Float[Tensor, "b E"]:
-        """As those of `Masked`."""
-        if strict:
-            raise TypeError("one draw of a bound is no likelihood; average `losses` over draws")
-        hidden, weight = self.drawn(canvas, random or Generator())
-        return self.hidden_losses(canvas, hidden, condition, drop, random) * weight
-
-    def drawn(self, canvas: Canvas, random: Random) -> tuple[Bool[Tensor, "b E"], Float[Tensor, "b E"]]:
-        """Which elements are hidden, and the weights of their losses."""
-        (b, n), size = canvas.open.shape, self.factorization.size
-        blocks = -(-n // size)
-        rows, together = torch.arange(b)[:, None], self.together and self.training
-        unit = random.uniform((b, 1 if together else blocks), Key(canvas.row, 0, numbered(ORDER, 0, 1)))
-        noise = random.uniform((b, n), Key(canvas.row, 0, numbered(ORDER)))
-        apart = torch.arange(unit.shape[1]) / blocks  # those of a row lie evenly, and those of a block in all rows
-        unit = (((rows + unit) / b + apart) % 1).expand(b, blocks)
-        free, noise = (F.pad(x, (0, blocks * size - n)).view(b * blocks, size) for x in (canvas.open, noise))
-        masking = self.masking if self.training else self.judging
-        hidden, weight = masking(free, unit.reshape(-1), noise)
-        weight = weight.view(b, blocks, 1).expand(b, blocks, size)
-        return hidden.view(b, -1)[:, :n], weight.reshape(b, -1)[:, :n]
-
-    def hidden_losses(
-        self,
-        canvas: Canvas,
-        hidden: Bool[Tensor, "b E"],
-        condition: Mapping[str, Tensor] | Condition | None = None,
-        drop: Bool[Tensor, "b"] | None = None,
-        random: Random | None = None,
-    ) -> Float[Tensor, "b E"]:
-        """The loss of each hidden element given those shown of its block and all of earlier blocks, in one forward; 0
-        elsewhere."""
-        shown = self.canvas(canvas.value, ~canvas.open, row=canvas.row, layout=canvas.layout)
-        (kind,) = canvas.layout.kinds
-        element = torch.where(canvas.open & ~hidden, torch.arange(canvas.layout.size), -1)
-        shown.apply([Set(canvas.value[kind], element)])
-        return super().losses(shown, condition, drop, random=random)
-
-
 def fewest(free: Bool[Tensor, "b E"], count: Int[Tensor, "b"], noise: Float[Tensor, "b E"]) -> Bool[Tensor, "b E"]:
     """`count` of the free elements of each row, those of smallest noise: every set equally likely."""
     order = noise.masked_fill(~free, math.inf).argsort(1).argsort(1)
@@ -174,13 +114,18 @@ class Masked(Model):
         if strict:
             raise TypeError("one draw of a bound is no likelihood; average `losses` over draws")
         random = random or Generator()
+        hidden, weight = self.drawn(canvas, random)
+        losses = self.hidden_losses(canvas, hidden, condition, drop, random)
+        return losses * weight.to(losses)
+
+    def drawn(self, canvas: Canvas, random: Random) -> tuple[Bool[Tensor, "b E"], Float[Tensor, "b #E"]]:
+        """Which elements are hidden, and the weights of their losses."""
         free, rows = canvas.open, torch.arange(canvas.batch)
         unit = random.uniform((canvas.batch, 1), Key(canvas.row, 0, numbered(ORDER, 0, 1)))[:, 0]
         noise = random.uniform(free.shape, Key(canvas.row, 0, numbered(ORDER)))
         masking = self.masking if self.training else self.judging
         hidden, weight = masking(free, (rows + unit) / canvas.batch, noise)
-        losses = self.hidden_losses(canvas, hidden, condition, drop, random)
-        return losses * weight.to(losses)[:, None]
+        return hidden, weight[:, None]
 
     def hidden_losses(
         self,
@@ -211,3 +156,49 @@ class Masked(Model):
         loss = self.heads[kind].loss(h[row, slot][:, None], None, value, *noise)[:, 0]  # type: ignore[operator]
         out = torch.zeros(hidden.shape, dtype=loss.dtype, device=loss.device)
         return out.index_put((row.to(loss.device), element.to(loss.device)), loss)
+
+
+class MaskedBlocks(Masked):
+    """A model of `Blocks(size, "any")`: block after block, the elements of a block in any order (BD3-LM, Arriola et al.
+    2025, arXiv 2503.09573). Each block is masked by a draw of its own, and all are read in one forward.
+
+    The sum over blocks of their bounds bounds the negative log-likelihood. together: all blocks of a row are masked at
+    the same time, as SDAR trains; else each at its own, and those of a batch spread evenly, which varies less.
+    """
+
+    factorization: Blocks
+
+    def __init__(self, *parts: Any, masking: Masking, judging: Masking | None = None, together: bool = False):
+        super().__init__(*parts, masking=masking, judging=judging)
+        self.together = together
+
+    def drawn(self, canvas: Canvas, random: Random) -> tuple[Bool[Tensor, "b E"], Float[Tensor, "b E"]]:
+        """As of `Masked`, block by block."""
+        (b, n), size = canvas.open.shape, self.factorization.size
+        blocks = -(-n // size)
+        rows, together = torch.arange(b)[:, None], self.together and self.training
+        unit = random.uniform((b, 1 if together else blocks), Key(canvas.row, 0, numbered(ORDER, 0, 1)))
+        noise = random.uniform((b, n), Key(canvas.row, 0, numbered(ORDER)))
+        apart = torch.arange(unit.shape[1]) / blocks  # those of a row lie evenly, and those of a block in all rows
+        unit = (((rows + unit) / b + apart) % 1).expand(b, blocks)
+        free, noise = (F.pad(x, (0, blocks * size - n)).view(b * blocks, size) for x in (canvas.open, noise))
+        masking = self.masking if self.training else self.judging
+        hidden, weight = masking(free, unit.reshape(-1), noise)
+        weight = weight.view(b, blocks, 1).expand(b, blocks, size)
+        return hidden.view(b, -1)[:, :n], weight.reshape(b, -1)[:, :n]
+
+    def hidden_losses(
+        self,
+        canvas: Canvas,
+        hidden: Bool[Tensor, "b E"],
+        condition: Mapping[str, Tensor] | Condition | None = None,
+        drop: Bool[Tensor, "b"] | None = None,
+        random: Random | None = None,
+    ) -> Float[Tensor, "b E"]:
+        """The loss of each hidden element given those shown of its block and all of earlier blocks, in one forward; 0
+        elsewhere."""
+        shown = self.canvas(canvas.value, ~canvas.open, row=canvas.row, layout=canvas.layout)
+        (kind,) = canvas.layout.kinds
+        element = torch.where(canvas.open & ~hidden, torch.arange(canvas.layout.size), -1)
+        shown.apply([Set(canvas.value[kind], element)])
+        return Model.losses(self, shown, condition, drop, random=random)

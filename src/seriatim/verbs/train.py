@@ -68,32 +68,29 @@ def train(
     the rank of an adapter that is trained in place of its weights. Data are texts, or conversations, of which answers
     alone count; settings are then those of `Tuning` and of the recipe. Where the key is a decoder with a part to train
     (medusa, hydra, ...), that part is trained beside the frozen model, and settings are the part's own, the recipe's
-    and those of `drafting.Reading`. Where it is a system that begins as another (sdar), that one's weights are taken
-    over.
+    and those of `drafting.Reading`. A system that begins as another (sdar) takes over its weights.
 
     Raises ValueError, KeyError, OSError with what is wrong and what to do, FloatingPointError where the loss breaks
     down.
     """
     folder = Path(out or f"runs/{key}")
     RunFolder(folder).refuse(resume)
-    begun: Begun
+    own = dict(settings or {})
     if drafting.is_draft_part(key):
         if lora is not None or tokenizer is not None:
             raise ValueError(f"{key} is trained beside a frozen model: there is no adapter and no tokenizer to choose")
-        begun = drafting.begin(key, from_, data, folder, size, settings or {}, bar, **data_options)
+        begun = drafting.begin(key, from_, data, folder, size, own, bar, **data_options)
     elif from_ is not None:
         if size is not None or tokenizer is not None:
             raise ValueError(f"size and tokenizer are those of {from_}, and are not chosen anew")
-        if system_class(key).begins_as is None:
-            begun = finetune.begin(key, from_, data, folder, lora, settings or {}, **data_options)
+        if system_class(key).begins_as is not None:
+            begun = _taken_over(key, from_, data, folder, lora, own, data_options)
         else:
-            if lora is not None:
-                raise ValueError(f"{key} begins with the weights of {from_} and trains them all: leave out the adapter")
-            begun = _taken_over(key, from_, data, folder, dict(settings or {}), data_options)
+            begun = finetune.begin(key, from_, data, folder, lora, own, **data_options)
     else:
         if lora is not None:
             raise ValueError("an adapter is on a model that there is already: say which (--from)")
-        begun = _fresh(key, data, folder, size, tokenizer, resume, dict(settings or {}), bar, data_options)
+        begun = _fresh(key, data, folder, size, tokenizer, resume, own, bar, data_options)
     if minutes is not None:
         begun.card["minutes"] = minutes
     with _shown(bar, key, Board(folder) if tensorboard else None) as tick:
@@ -114,9 +111,7 @@ def _fresh(
     """A system with fresh weights, and its data."""
     cls = system_class(key)
     recipe = recipe_from(cls, settings, size)
-    loaded = data if isinstance(data, Data) else load_data(data or cls.source, modality_of(cls), **data_options)
-    if isinstance(loaded.train, Conversations):
-        raise ValueError(f"{loaded.name} holds conversations: they train a model that converses further (--from)")
+    loaded = _loaded(cls, data, data_options)
     torch.manual_seed(recipe.seed)
     tokens = tokenizer_for(cls, loaded, tokenizer, folder, resume, settings, recipe.seed, bar)
     own = {k: v for k, v in settings.items() if k not in _recipe_fields()}
@@ -127,15 +122,16 @@ def _fresh(
 
 
 def _taken_over(
-    key: str, from_: str | Path, data: str | Path | Data | None, folder: Path, settings: dict[str, Any],
-    data_options: Mapping[str, Any],
+    key: str, from_: str | Path, data: str | Path | Data | None, folder: Path, lora: int | None,
+    settings: dict[str, Any], data_options: Mapping[str, Any],
 ) -> Begun:  # fmt: skip
     """A system that begins with the weights of another, and its data. Raises ValueError where it cannot."""
+    if lora is not None:
+        raise ValueError(f"{key} begins with the weights of {from_} and trains them all: leave out the adapter")
     cls, base = system_class(key), load(from_)
     if base.meta.key != cls.begins_as:
         raise ValueError(f"{key} begins as a {cls.begins_as} model, and {from_} is {base.meta.key}")
-    recipe = recipe_from(cls, settings, None)
-    loaded = data if isinstance(data, Data) else load_data(data or cls.source, modality_of(cls), **data_options)
+    recipe, loaded = recipe_from(cls, settings, None), _loaded(cls, data, data_options)
     own = {k: v for k, v in settings.items() if k not in _recipe_fields()}
     if own.get("length", 0) > base.config.length:
         raise ValueError(f"{from_} reads {base.config.length} tokens, and a length of {own['length']} is asked for")
@@ -150,6 +146,14 @@ def _taken_over(
     begun = _begun(system, recipe, data, loaded)
     begun.card["from"] = finetune.origin(from_)
     return begun
+
+
+def _loaded(cls: type[System], data: str | Path | Data | None, data_options: Mapping[str, Any]) -> Data:
+    """The data of a system. Raises ValueError for those that it does not train on."""
+    loaded = data if isinstance(data, Data) else load_data(data or cls.source, modality_of(cls), **data_options)
+    if isinstance(loaded.train, Conversations):
+        raise ValueError(f"{loaded.name} holds conversations: they train a next-token model further (--from)")
+    return loaded
 
 
 def _begun(system: System, recipe: Recipe, data: str | Path | Data | None, loaded: Data) -> Begun:
