@@ -163,9 +163,13 @@ def test_another_system_or_shape_is_refused(book, tmp_path):
     train("mdlm", book, out=out, settings={**SMALL, "length": 32, "steps": 1, "batch": 2})
     with pytest.raises(ValueError, match="begins as a next-token model"):
         train("sdar", book, from_=out, out=tmp_path / "run")
-    wide = next_token.NextToken(next_token.Config(length=32, width=32, depth=1, heads=2))
-    with pytest.raises(ValueError, match="no model of the same shape"):
-        begin_as(sdar.SDAR(sdar.Config(length=32, width=16, depth=1, heads=2)), wide)
+    base = next_token.NextToken(next_token.Config(length=32, width=32, depth=1, heads=2))
+    for other in ({"width": 16, "depth": 1}, {"width": 32, "depth": 2}):
+        made = sdar.SDAR(sdar.Config(length=32, heads=2, **other))
+        before = {n: x.clone() for n, x in made.model.state_dict().items()}
+        with pytest.raises(ValueError, match="no model of the same shape"):
+            begin_as(made, base)
+        assert all(torch.equal(before[n], x) for n, x in made.model.state_dict().items())
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------

@@ -155,12 +155,11 @@ def begin_as(system: System, base: System) -> None:
     and what only it has (a learned start) is left out. Raises ValueError where shapes differ."""
     mine, theirs = system.model.state_dict(), base.model.state_dict()
     shared = {name: x for name, x in theirs.items() if name in mine}
-    other = [
-        f"{n}: {tuple(mine[n].shape)} here, {tuple(x.shape)} there"
-        for n, x in shared.items()
-        if mine[n].shape != x.shape
-    ]
-    if other or not any(name.startswith("backbone.") for name in shared):
+    other = [f"there is no {n}" for n in mine if n not in theirs and not n.startswith("embed.")]
+    for n, x in shared.items():
+        if mine[n].shape != x.shape:
+            other.append(f"{n}: {tuple(mine[n].shape)} here, {tuple(x.shape)} there")
+    if other:
         raise ValueError(f"{system.meta.key} is no model of the same shape as {base.meta.key}: {'; '.join(other[:3])}")
     system.model.load_state_dict({**mine, **shared})
 
