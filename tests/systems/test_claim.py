@@ -5,7 +5,7 @@ import json
 import pytest
 
 from seriatim.cli.main import main
-from seriatim.systems.claim import Arm, Claim
+from seriatim.systems.claim import Arm, Claim, Trial
 from seriatim.verbs import claim as verb
 
 
@@ -39,6 +39,12 @@ def test_the_rule_says_metric_direction_and_seeds():
         "the mean loss of new is lower than that of old divided by 2, by more than three standard deviations of "
         "old over 5 seeds"
     )
+
+
+def test_arms_that_the_verdict_does_not_need_may_have_fewer_seeds():
+    arms = dict.fromkeys(("ours", "theirs", "ablation"), Trial("m", lambda system, seed: {}))
+    claim = Claim("", "", "loss", arms, "ours", "theirs", seeds=(0, 1), spread_seeds=(0, 1, 2), other_seeds=(0,))
+    assert claim.queue() == [("theirs", 0), ("theirs", 1), ("theirs", 2), ("ours", 0), ("ours", 1), ("ablation", 0)]
 
 
 def test_a_queue_is_worked_off_once_and_leaves_a_result(tmp_path, monkeypatch, capsys):

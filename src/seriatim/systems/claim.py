@@ -40,8 +40,9 @@ class Claim:
     """ours against baseline by one metric.
 
     text: what is claimed, in words; paper: the paper's figure; better: which direction of `metric` is better; margin:
-    by which factor ours must be better (below 1: how much of the baseline's quality it must reach); the seeds of the
-    baseline give the spread that counts as noise.
+    by which factor ours must be better (below 1: how much of the baseline's quality it must reach); spread_seeds: of the
+    baseline, whose spread counts as noise; seeds: of ours; other_seeds: of arms that the verdict does not need (None:
+    as ours).
     """
 
     text: str
@@ -54,6 +55,7 @@ class Claim:
     margin: float = 1.0
     seeds: tuple[int, ...] = (0, 1)
     spread_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    other_seeds: tuple[int, ...] | None = None
     data: str | None = None
 
     @property
@@ -68,8 +70,13 @@ class Claim:
 
     def queue(self) -> list[tuple[str, int]]:
         """Arms and seeds, the baseline first."""
-        first = [(self.baseline, s) for s in self.spread_seeds]
-        return first + [(name, s) for name in self.arms if name != self.baseline for s in self.seeds]
+        others = self.seeds if self.other_seeds is None else self.other_seeds
+        return [(self.baseline, s) for s in self.spread_seeds] + [
+            (name, seed)
+            for name in self.arms
+            if name != self.baseline
+            for seed in (self.seeds if name == self.ours else others)
+        ]
 
     def verdict(self, ours: Sequence[float], baseline: Sequence[float]) -> Verdict:
         """By the rule. Raises ValueError where nothing was measured."""

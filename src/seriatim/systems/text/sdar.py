@@ -5,8 +5,8 @@ change. A text is a chain of blocks, each a masked diffusion of its own given al
 2025, arXiv 2503.09573): noisy queries see the queries of their block and the clean tokens before it, all blocks trained
 in one forward over two streams. A mask predicts its own place, with no shift.
 
-Finished blocks stay in the cache, which is exact, as nothing before them is ever looked at again; a block is written
-with the first forward of the next. In a block all tokens that the model is sure of (`threshold`) are decided together
+Finished blocks stay in the cache, which is exact, as they see nothing that comes later; a block is written with the
+first forward of the next. In a block all tokens that the model is sure of (`threshold`) are decided together
 ("dynamic"), or so many at each step (`steps`: "static").
 """
 
