@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from seriatim.decoding.guess import Guess
 from seriatim.decoding.loop import decode
 from seriatim.decoding.target import Target
 from seriatim.decoding.verify import Walk
@@ -36,6 +37,17 @@ def test_nodes_that_stood_are_the_text_behind_the_draft():
             assert draft.parent[node] < 0 or draft.parent[node] in draft.stood
         told = [draft.token[node] for node in sorted(draft.stood)]
         assert told == text[len(draft.before) : len(draft.before) + len(told)]
+
+
+def test_a_draft_of_nothing_is_no_tree():
+    """Hidden transfer has no states to begin with."""
+    system = NextToken(Config(length=40, vocab=3, width=16, depth=1, heads=2), SimpleNamespace(special={}))  # type: ignore[arg-type]
+    canvas = system._begun([[1, 0, 1]], 4)
+    nothing = Guess(torch.zeros(1, 0, dtype=torch.long))
+    watched = Watched(SimpleNamespace(propose=lambda *_: nothing, observe=lambda *_: None))  # type: ignore[arg-type]
+    watched.propose(canvas, Target(system.model), Keyed(0))
+    watched.observe(canvas, None, SimpleNamespace(accepted=0))  # type: ignore[arg-type]
+    assert watched.drafts == []
 
 
 def drafted(*parent: int) -> Drafted:

@@ -48,7 +48,8 @@ class Watched:
     def propose(self, canvas: Canvas, target: Target, random: Random) -> Guess | None:
         guess = self.proposer.propose(canvas, target, random)
         known = canvas.value[canvas.layout.kinds[0]][0, : int(canvas.lengths()[0])]
-        self._open = None if guess is None else (tuple(known.tolist()), guess)
+        # a guess of no nodes only reads along, as before its first states
+        self._open = None if guess is None or not guess.size else (tuple(known.tolist()), guess)
         return guess
 
     def observe(self, canvas: Canvas, rows: Rows, step: Step) -> None:

@@ -39,8 +39,8 @@ class Trial:
 class Claim:
     """ours against baseline by one metric.
 
-    text: what is claimed, in words; paper: the paper's figure; better: which direction of `metric` is better; margin:
-    by which factor ours must be better (below 1: how much of the baseline's quality it must reach); spread_seeds: of the
+    text: what is claimed, in words; paper: the paper's figure; better: the better direction of `metric`; margin: by
+    which factor ours must be better (below 1: how much of the baseline's quality it must reach); spread_seeds: of the
     baseline, whose spread counts as noise; seeds: of ours; other_seeds: of arms that the verdict does not need (None:
     as ours).
     """
