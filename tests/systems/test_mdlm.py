@@ -308,7 +308,7 @@ def test_blocks_are_decoded_one_after_another_and_share_the_steps(block, steps, 
     """16 tokens after a prompt of 3."""
     one = system(block=block)
     canvas = one.prompted("abc", 16)
-    decider = Unmask(steps)
+    decider = Unmask(Select(steps=steps))
     seen = []
     for _ in decode(one.target(None, one.sampling), canvas, decider, random=Keyed(0)):
         seen.append(canvas.known[0, 3:].clone())
@@ -334,9 +334,9 @@ def test_a_text_ends_at_the_end_of_text_and_streams_from_the_front():
                     edit.value = torch.where(edit.element == 10, eos, ord("x"))
             return step
 
-    pieces = list(one.stream("ab", 20, Sampling(), decoding=Decoding(Writes(20, stop=(eos,)))))
+    pieces = list(one.stream("ab", 20, Sampling(), decoding=Decoding(Writes(Select(steps=20), (eos,)))))
     assert "".join(pieces) == "x" * 8 and len(pieces) > 1
-    whole = "".join(one.stream("ab", 20, Sampling(), decoding=Decoding(Writes(20))))
+    whole = "".join(one.stream("ab", 20, Sampling(), decoding=Decoding(Writes(Select(steps=20)))))
     assert len(whole) == 19, "without stop ids nothing ends"
 
 

@@ -27,6 +27,7 @@ class Factorization:
 
     likelihood: Literal["exact", "bound", "none"] = "exact"
     draftable = False  # can a guess be verified in one step?
+    free = False  # does the decoder choose which of the elements that were read a step decides?
 
     def order(self, layout: Layout, random: Random | None = None) -> Int[Tensor, "b E"]:
         """The step that decides each element (given ones: any value)."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
 from seriatim.canvas import Canvas
 from seriatim.decoding.loop import Decider
+from seriatim.decoding.sample import Above, Select
 from seriatim.decoding.unmask import Unmask
 from seriatim.systems.system import Sampling
 from seriatim.systems.text_system import TextSystem
 
 
 class MaskedText(TextSystem):
-    """Decoded by `Unmask`. The config has `rule`, and may have a `threshold`."""
+    """Decoded by `Unmask`. The config has `rule`, and may have a `threshold`; or by any decoder of the family
+    "unmasking"."""
 
     def _settled(self, canvas: Canvas, start: int = 0) -> list[int]:
         ids = super()._settled(canvas, start)
@@ -20,5 +26,22 @@ class MaskedText(TextSystem):
         return ids
 
     def decider(self, sampling: Sampling) -> Decider:
-        threshold = None if sampling.steps else getattr(self.config, "threshold", None)
-        return Unmask(sampling.steps or self.model.layout.size, self.config.rule, threshold, self.stop)
+        sure = None if sampling.steps else getattr(self.config, "threshold", None)
+        commit = None if sure is None else Above(sure)
+        return Unmask(Select(self.config.rule, sampling.steps or self.model.layout.size, commit=commit), self.stop)
+
+    def blocked(self, canvas: Canvas, block: int | Sequence[int]) -> Canvas:
+        size, start = canvas.layout.size, canvas.given_length
+        own = getattr(self.model.factorization, "size", None)
+        if own is not None:
+            if block != own:
+                raise ValueError(f"this model was trained to decide blocks of {own} tokens; leave the block out")
+            return canvas
+        lengths = [block] * -(-(size - start) // block) if isinstance(block, int) and block > 0 else block
+        if isinstance(lengths, int) or min(lengths, default=0) < 1 or sum(lengths) < size - start:
+            raise ValueError(f"blocks hold at least 1 token, and {size - start} in all; got {block}")
+        last = torch.tensor(lengths).cumsum(0)
+        rank = torch.searchsorted(last, (torch.arange(size) - start).clamp(min=0), right=True)
+        new = Canvas(canvas.layout, canvas.value, canvas.known, rank[None], row=canvas.row)
+        new.given_length = start
+        return new

@@ -94,9 +94,11 @@ class TextSystem(System):
         """Pieces of text as they are decided, after the prompt; at most `length` tokens (None: 200, or what
         there is room for). `trace` collects the steps."""
         s = sampling or self.sampling
-        canvas = self.prompted(prompt, length)
-        told = canvas.given_length
         way = decoding or Decoding(self.decider(s), self.proposer(s))
+        canvas = self.prompted(prompt, length)
+        if way.block is not None:
+            canvas = self.blocked(canvas, way.block)
+        told = canvas.given_length
         target, pieces = self.target(None, s, **way.target), Detokenizer(self.tokenizer)
         for step in decode(target, canvas, way.decider, way.proposer, Keyed(seed)):
             if trace is not None:
@@ -118,8 +120,11 @@ class TextSystem(System):
 
     def prompted(self, prompt: str, length: int | None) -> Canvas:
         """A canvas with a prompt given and room for `length` tokens. Raises ValueError where they do not fit."""
-        ids = self.tokenizer.encode(prompt)
-        room = self.model.layout.size
+        return self.begun(self.tokenizer.encode(prompt), length)
+
+    def begun(self, ids: Sequence[int], length: int | None) -> Canvas:
+        """The same for a prompt of ids."""
+        ids, room = list(ids), self.model.layout.size
         length = max(min(200, room - len(ids)), 1) if length is None else length
         if length < 1 or len(ids) + length > room:
             raise ValueError(
@@ -128,6 +133,11 @@ class TextSystem(System):
             )
         value = torch.nn.functional.pad(torch.tensor([ids], dtype=torch.long), (0, length))
         return self.model.canvas({"token": value}, len(ids), layout=line(len(ids) + length))
+
+    def blocked(self, canvas: Canvas, block: int | Sequence[int]) -> Canvas:
+        """The same canvas, decided in blocks of so many tokens, or of these lengths, behind what stands at its
+        beginning. Raises ValueError where that is not the decoder's choice, or blocks do not fit."""
+        raise ValueError(f"{self.meta.key} has no blocks that a decoder may choose")
 
     @property
     def begins(self) -> bool:

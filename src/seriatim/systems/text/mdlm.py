@@ -13,7 +13,7 @@ training a share of the batches has a random length (LLaDA: one in a hundred), f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
 from types import MappingProxyType
@@ -153,15 +153,10 @@ class MDLM(MaskedText):
 
     # ---- generation -------------------------------------------------------------------------------------------------
 
-    def prompted(self, prompt: str, length: int | None) -> Canvas:
+    def begun(self, ids: Sequence[int], length: int | None) -> Canvas:
         """As for all text; what is asked for stands in blocks of `block`, counted from the end of the prompt."""
-        plain = super().prompted(prompt, length)
-        known = plain.given_length
-        length = plain.layout.size - known
-        rank = torch.arange(-known, length).clamp(min=0) // (self.config.block or length)
-        canvas = Canvas(plain.layout, plain.value, known, rank[None])
-        canvas.given_length = known
-        return canvas
+        plain = super().begun(ids, length)
+        return self.blocked(plain, self.config.block or plain.layout.size)
 
 
 # ---- what the laws run -----------------------------------------------------------------------------------------------
