@@ -44,12 +44,18 @@ TEXT = {"data": "stdlib", "tokenizer": "zoo:text-bpe"}
 DRAFT = {"length": 1024, "width": 128, "depth": 2, "heads": 2, "hidden": 384, "tied": True}
 PICTURES = {"data": "glyphs"}
 
-ENTRIES: dict[str, dict[str, Any]] = {
+ENTRIES: dict[str, dict[str, Any]] = {  # fmt: skip
     "text-base": {"key": "next-token", "size": "small", **TEXT, "settings": {"steps": 3000}},
     "image-msvq": {"key": "image-msvq", **PICTURES, "settings": {"steps": 3000}},
     "image-vq": {"key": "image-vq", **PICTURES, "settings": {"steps": 3000}},
     "image-kl": {"key": "image-kl", **PICTURES, "settings": {"steps": 3000}},
     "text-mdlm": {"key": "mdlm", "size": "small", **TEXT, "settings": {"steps": 1200}},
+    "text-block": {
+        "key": "sdar",
+        "data": "stdlib",
+        "from_": "zoo:text-base",
+        "settings": {"length": 512, "batch": 8, "steps": 800},
+    },
     "text-draft": {"key": "next-token", **TEXT, "settings": {**DRAFT, "steps": 3000, "batch": 8, "compile": True}},
     "var": {"key": "var", "size": "small", **PICTURES, "tokenizer": "zoo:image-msvq", "settings": {"steps": 1500}},
     "raster-ar": {
