@@ -44,7 +44,7 @@ TEXT = {"data": "stdlib", "tokenizer": "zoo:text-bpe"}
 DRAFT = {"length": 1024, "width": 128, "depth": 2, "heads": 2, "hidden": 384, "tied": True}
 PICTURES = {"data": "glyphs"}
 
-ENTRIES: dict[str, dict[str, Any]] = {  # fmt: skip
+ENTRIES: dict[str, dict[str, Any]] = {
     "text-base": {"key": "next-token", "size": "small", **TEXT, "settings": {"steps": 3000}},
     "image-msvq": {"key": "image-msvq", **PICTURES, "settings": {"steps": 3000}},
     "image-vq": {"key": "image-vq", **PICTURES, "settings": {"steps": 3000}},
