@@ -54,7 +54,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
         "key": "sdar",
         "data": "stdlib",
         "from_": "zoo:text-base",
-        "settings": {"length": 512, "batch": 8, "steps": 800},
+        "settings": {"window": 256, "batch": 8, "steps": 600},
     },
     "text-draft": {"key": "next-token", **TEXT, "settings": {**DRAFT, "steps": 3000, "batch": 8, "compile": True}},
     "var": {"key": "var", "size": "small", **PICTURES, "tokenizer": "zoo:image-msvq", "settings": {"steps": 1500}},

@@ -15,6 +15,7 @@ from seriatim.objectives.masked import LEAST, by_count, by_time
 from seriatim.random import Generator, Keyed
 from seriatim.systems.system import Sampling, begin_as
 from seriatim.systems.text import mdlm, next_token, sdar
+from seriatim.tokenizers.text import ByteTokenizer
 from seriatim.verbs.load import load
 from seriatim.verbs.train import train
 
@@ -212,3 +213,14 @@ def test_the_rule_is_one_of_selection():
     with pytest.raises(ValueError, match="rule is random, confidence"):
         sdar.Config(rule="luck")
     assert mdlm.MDLM.decider is sdar.SDAR.decider
+
+
+def test_a_window_shorter_than_the_model_takes_is_trained_and_longer_texts_are_written():
+    one = sdar.SDAR(sdar.Config(length=32, window=8, width=16, depth=1, heads=2), ByteTokenizer())
+    examples = one.examples(["abcdefgh" * 20])
+    assert examples.take(torch.arange(2))["token"].shape == (2, 8)
+    total, count = one.train()(examples.take(torch.arange(2)), Generator(0), 0, 1)
+    assert int(count) == 16 and bool(torch.isfinite(total))
+    assert len(list(one.eval().stream("ab", 20))) > 0
+    with pytest.raises(ValueError, match="window up to 32"):
+        sdar.Config(length=32, window=64)

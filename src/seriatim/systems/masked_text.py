@@ -10,8 +10,12 @@ from seriatim.canvas import Canvas
 from seriatim.decoding.loop import Decider
 from seriatim.decoding.sample import Above, Select
 from seriatim.decoding.unmask import Unmask
+from seriatim.layout import line
+from seriatim.random import Generator
 from seriatim.systems.system import Sampling
 from seriatim.systems.text_system import TextSystem
+
+AT_ONCE = 32  # draws of a forward
 
 
 class MaskedText(TextSystem):
@@ -29,6 +33,24 @@ class MaskedText(TextSystem):
         sure = None if sampling.steps else getattr(self.config, "threshold", None)
         commit = None if sure is None else Above(sure)
         return Unmask(Select(self.config.rule, sampling.steps or self.model.layout.size, commit=commit), self.stop)
+
+    @torch.inference_mode()
+    def bound(self, ids: Sequence[int], given: int = 0, draws: int = 128, seed: int = 0) -> float:
+        """An upper bound on the surprise, in nats, of the tokens behind the first `given` ones, by so many draws of
+        what is hidden, whose counts are spread evenly (LLaDA's evaluation). Raises ValueError where there are none, or
+        more than the model takes."""
+        most = self.model.layout.size
+        if not 0 <= given < len(ids) <= most:
+            raise ValueError(f"{given} of {len(ids)} tokens are given: at least one is scored, and {most} fit")
+        was, nats = self.training, 0.0
+        self.eval()
+        for start in range(0, draws, AT_ONCE):
+            rows = min(AT_ONCE, draws - start)
+            value = torch.tensor([list(ids)], device=self.model.device).expand(rows, -1)
+            canvas = self.model.canvas({"token": value}, given, layout=line(len(ids)))
+            nats += float(self.model.losses(canvas, random=Generator(seed + start)).double().sum())
+        self.train(was)
+        return nats / draws
 
     def blocked(self, canvas: Canvas, block: int | Sequence[int]) -> Canvas:
         size, start = canvas.layout.size, canvas.given_length

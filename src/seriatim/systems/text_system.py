@@ -84,7 +84,7 @@ class TextSystem(System):
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         length: int | None = None,
         sampling: Sampling | None = None,
         seed: int = 0,
@@ -118,9 +118,10 @@ class TextSystem(System):
             return canvas.value["token"][0, start : canvas.length].tolist()
         return canvas.read("token")[0][start : int(canvas.lengths()[0])].tolist()
 
-    def prompted(self, prompt: str, length: int | None) -> Canvas:
-        """A canvas with a prompt given and room for `length` tokens. Raises ValueError where they do not fit."""
-        return self.begun(self.tokenizer.encode(prompt), length)
+    def prompted(self, prompt: str | Sequence[int], length: int | None) -> Canvas:
+        """A canvas with a prompt (text, or ids) given and room for `length` tokens. Raises ValueError where they do not
+        fit."""
+        return self.begun(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, length)
 
     def begun(self, ids: Sequence[int], length: int | None) -> Canvas:
         """The same for a prompt of ids."""
