@@ -68,10 +68,10 @@ CLAIM = Claim(
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes, as of a next-token model; `window`: tokens that are trained and scored together (None: `length`), enough of
-    them for a model that knows longer texts already; `block`: tokens that are decided together; `together`: all blocks of a text are
-    masked at one time, as in the paper, or each at its own. How blocks are decoded: `rule` (`Select`), and all whose
-    score exceeds `threshold` at once (for entropy: minus the entropy, in nats)."""
+    """Sizes, as of a next-token model; `window`: tokens that are trained and scored together (None: `length`), enough
+    of them for a model that knows longer texts already; `block`: tokens that are decided together; `together`: all
+    blocks of a text are masked at one time, as in the paper, or each at its own. How blocks are decoded: `rule`
+    (`Select`), and all whose score exceeds `threshold` at once (for entropy: minus the entropy, in nats)."""
 
     length: int = 512
     vocab: int = 272
