@@ -84,7 +84,9 @@ class ContextBigrams(Ahead):
         single = _counts(ids, known, vocab)
         pair = known[:, :-1] & known[:, 1:]
         element = canvas.rank.masked_fill(~canvas.open, canvas.layout.size).argsort(dim=1, stable=True)[:, : blank.size]
-        live = (torch.arange(blank.size) < canvas.open.sum(1, keepdim=True)) & known.any(1, keepdim=True)
+        left = canvas.open.sum(1, keepdim=True)
+        # a row that has one element left takes a plain step, whatever its company does
+        live = (torch.arange(blank.size) < left) & (left > 1) & known.any(1, keepdim=True)
         value, laws = torch.full_like(element, -1), []
         for ahead in range(blank.size):
             here = element[:, ahead, None]

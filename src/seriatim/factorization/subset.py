@@ -39,6 +39,8 @@ class AnySubset(Factorization):
         rank, there = _shared(canvas.rank, canvas.status != DELETED)
         value = torch.where(there, torch.arange(canvas.layout.size), -1)
         read = ragged((rank >= 0) & there)
+        if not read.shape[1]:  # nothing to read: padding
+            read = torch.full((len(read), 1), -1)
         element = torch.cat([value.expand(len(read), -1), read], 1)
         query = torch.arange(element.shape[1])[None] >= value.shape[1]
         slots, view = _labels(canvas, rank, element, query)
