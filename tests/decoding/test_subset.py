@@ -291,6 +291,25 @@ def test_stop_ids_end_a_row_inside_an_accepted_draft(long):
     assert ends > 6
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_with_stop_ids_the_law_is_that_of_sequential_sampling_too(way):
+    model, (decider, proposer) = table(4), WAYS[way]
+
+    def law(make, propose):
+        def run(random, rows):
+            canvas = model.canvas({"token": torch.ones(rows, 4).long()}, 1)
+            decide = make()
+            decide.stop = frozenset({2})
+            generate(Target(model), canvas, decide, propose and propose(), random)
+            return [tuple(row.tolist()) for row in canvas.read("token")]
+
+        return enumerate_rows(run)
+
+    want = law(SampleAll, None)
+    assert any(len(text) < 4 for text in want)
+    assert total_variation(law(lambda: decider(3), lambda: proposer(3)), want) < 1e-12
+
+
 def test_bigrams_are_those_of_what_is_known():
     model = table(8, 4)
     ids = torch.tensor([[0, 1, 0, 2, 0, 0, 3, 0]])

@@ -165,7 +165,9 @@ class InOrder(SampleAll):
         return chances.masked_fill(~live.to(p.device), 0.0)
 
     def _settled(self, canvas: Canvas, value: Int[Tensor, "b n"], element: Int[Tensor, "b n"]) -> Step:
-        return self._stopped(canvas, value, element) if self.stop else Step((Set(value, element),))
+        """What is decided, by name: columns behind it decide nothing."""
+        ended = torch.isin(value, torch.tensor(sorted(self.stop))) & (element >= 0)
+        return self._stopped(canvas, value, element) if bool(ended.any()) else Step((Set(value, element),))
 
     def _keep(self, canvas: Canvas, rows: Rows, count: Int[Tensor, "b"], number: Int[Tensor, "b"]) -> int | Tensor:
         """The slots of what was known, then of the accepted drafts: these stand in front, row by row."""
