@@ -15,15 +15,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 
 from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
+from seriatim.backbones.xlnet import XLNet
 from seriatim.canvas import Canvas
 from seriatim.decoding.loop import Decider, Proposer, Step, decode
 from seriatim.decoding.sample import SampleAll
@@ -33,6 +35,8 @@ from seriatim.embed import TokenEmbed
 from seriatim.factorization.static import Blocks
 from seriatim.factorization.subset import AnySubset
 from seriatim.heads.categorical import CategoricalHead
+from seriatim.interop import xlnet
+from seriatim.interop.tokenizer import PublishedTokenizer, published_tokenizer
 from seriatim.laws.case import Case, Limit, Unmasked, randomise
 from seriatim.layout import line
 from seriatim.model import Model
@@ -204,6 +208,37 @@ def gaps_of(text: str) -> list[str | int]:
     """The known pieces and the gaps of a text in which <gap:12> says that 12 tokens are missing."""
     pieces = GAP.split(text)
     return [int(p) if n % 2 else p for n, p in enumerate(pieces) if p]
+
+
+# ---- published ones --------------------------------------------------------------------------------------------------
+
+
+class Pieces(PublishedTokenizer):
+    """A published tokenizer that adds nothing around a text: pieces of it stand side by side."""
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_templated(text)
+
+
+def published(place: Path, raw: Mapping[str, Any], dtype: torch.dtype | None = None) -> ASARM:
+    """The any-subset model of a folder in XLNet's format (therealgabeguo/ASARM), in `dtype` (None: as stored). It never
+    writes XLNet's <mask>, as its authors decode it. Raises FileNotFoundError, ValueError that says what is missing or
+    not understood."""
+    tokenizer = published_tokenizer(place)
+    if tokenizer is None:
+        raise ValueError(f"{place} has no tokenizer.json: put that of xlnet-base-cased beside the weights")
+    model = xlnet.published(place, raw, dtype)
+    mask, head, backbone = tokenizer.inner.token_to_id("<mask>"), model.heads["token"], model.backbone
+    assert isinstance(head, CategoricalHead) and isinstance(backbone, XLNet)
+    if mask is not None and head.bias is not None:
+        with torch.no_grad():
+            head.bias[mask] = -torch.inf
+    sizes = {name: getattr(backbone.config, name) for name in ("width", "depth", "heads", "hidden")}
+    system = ASARM.__new__(ASARM)
+    nn.Module.__init__(system)
+    system.config, system.model = Config(model.layout.size, head.vocab, **sizes, tied=True), model
+    system.__dict__["tokenizer"] = Pieces(tokenizer.inner)
+    return system.eval().requires_grad_(False)
 
 
 # ---- what it claims --------------------------------------------------------------------------------------------------
