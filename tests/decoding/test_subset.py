@@ -358,7 +358,14 @@ class Twisted(InOrder):
         return super()._chances(p.roll(1, 1), q, drafted, live)
 
 
-@pytest.mark.parametrize("decider", [Believing, Redrawing, lambda: Twisted(sure=1)])
+class Hoarding(InOrder):
+    """Wrong on purpose: the first rejected draft stays in the cache, where the token drawn in its place belongs."""
+
+    def _keep(self, canvas, rows, count, number):
+        return super()._keep(canvas, rows, torch.minimum(count + 1, number), number)
+
+
+@pytest.mark.parametrize("decider", [Believing, Redrawing, lambda: Twisted(sure=1), lambda: Hoarding(sure=1)])
 def test_a_wrong_verifier_changes_the_law(decider):
     model = table(4)
     assert total_variation(decoded(model, KNOWN, decider, lambda: SelfDraft(3)), exact(model, KNOWN)) > 0.01

@@ -178,4 +178,6 @@ def test_the_claim_measures_forwards_likelihood_and_entropy():
     for figures in found.values():
         assert figures["nats_per_token"] > 0
         assert 0 < figures["entropy"] <= math.log(32)
+    with pytest.raises(ValueError, match="other ids"):
+        trial("assd")(system, 0, texts=1)  # of bytes, and the judge reads merged ones
     assert set(as_arm.CLAIM.arms) == {"sequential", "assd", "assd-bigram", "independent"}

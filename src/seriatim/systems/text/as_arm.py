@@ -249,13 +249,15 @@ HIDDEN, TEXTS, JUDGE = 0.9, 24, "zoo:text-base"
 def trial(way: Way) -> Callable[[Any, int], Mapping[str, float]]:
     """Held-out texts of which nine tokens in ten are missing, others for each seed, filled at temperature 1: how many
     tokens a forward decides, and what a next-token model finds in the texts, in nats a token; beside it the entropy of
-    their tokens, since dull texts are likely."""
+    their tokens, since dull texts are likely. Raises ValueError for a model of other ids than that one's."""
 
     def measure(system: Any, seed: int, texts: int = TEXTS, judge: Any = None) -> Mapping[str, float]:
         from seriatim.data.base import load_data
         from seriatim.verbs.load import load
 
         judge = judge or load(JUDGE)
+        if judge.tokenizer.to_json() != system.tokenizer.to_json():
+            raise ValueError(f"{JUDGE} reads other ids than this model: begin with its weights (--from {JUDGE})")
         windows = system.examples(load_data("stdlib", "text").test.documents)
         generator = torch.Generator().manual_seed(seed)
         ids = windows.take(torch.randint(len(windows), (texts,), generator=generator))["token"]
