@@ -56,6 +56,12 @@ ENTRIES: dict[str, dict[str, Any]] = {
         "from_": "zoo:text-base",
         "settings": {"window": 256, "batch": 8, "steps": 600},
     },
+    "text-as-arm": {
+        "key": "as-arm",
+        "data": "stdlib",
+        "from_": "zoo:text-base",
+        "settings": {"length": 128, "batch": 8, "steps": 500, "learning_rate": 1e-3},
+    },
     "text-draft": {"key": "next-token", **TEXT, "settings": {**DRAFT, "steps": 3000, "batch": 8, "compile": True}},
     "var": {"key": "var", "size": "small", **PICTURES, "tokenizer": "zoo:image-msvq", "settings": {"steps": 1500}},
     "raster-ar": {
