@@ -65,11 +65,12 @@ META = Meta(
 # ---- the claim -------------------------------------------------------------------------------------------------------
 
 
-def drafting(trained: Any) -> dict[str, Any]:
+def drafting(trained: Any, prompts: int = 16, new_tokens: int = 128) -> dict[str, Any]:
     """Tokens a forward, and bits per byte of the next-token half, of what was just trained."""
     system = trained.system.eval().requires_grad_(False)
     held_out = system.examples(trained.data.test.documents)
-    return {**tokens_per_forward("own")(system, 0), "bits_per_byte": system.validate(held_out)["bits_per_byte"]}
+    written = tokens_per_forward("own", prompts, new_tokens)(system, 0)
+    return {**written, "bits_per_byte": system.validate(held_out)["bits_per_byte"]}
 
 
 def _arm(**settings: Any) -> Arm:

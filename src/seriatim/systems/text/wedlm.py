@@ -66,10 +66,10 @@ META = Meta(
 
 # ---- the claim -------------------------------------------------------------------------------------------------------
 
-PROMPTS, PROMPT, NEW = 16, 64, 128
+PROMPT = 64  # tokens of a held-out text
 
 
-def streams(trained: Any) -> dict[str, Any]:
+def streams(trained: Any, prompts: int = 16, new_tokens: int = 128) -> dict[str, Any]:
     """How a system of text that was just trained goes on with held-out texts, in its own way: tokens a forward, tokens
     for each slot that was computed for them (cacheability), and nats a token by a next-token model; with its bits per
     byte. The share of distinct tokens tells texts that go round in circles."""
@@ -79,8 +79,8 @@ def streams(trained: Any) -> dict[str, Any]:
     held_out = system.examples(trained.data.test.documents)
     tokens = forwards = slots = 0
     nats, shares = 0.0, []
-    for n, ids in enumerate(held_out.take(evenly(len(held_out), PROMPTS))["token"][:, :PROMPT].tolist()):
-        canvas = system.prompted(system.tokenizer.decode(ids), NEW)
+    for n, ids in enumerate(held_out.take(evenly(len(held_out), prompts))["token"][:, :PROMPT].tolist()):
+        canvas = system.prompted(system.tokenizer.decode(ids), new_tokens)
         given, sampling = canvas.given_length, system.sampling
         for step in decode(system.target(None, sampling), canvas, system.decider(sampling), random=Keyed(n)):
             forwards, slots = forwards + step.forwards, slots + step.slots
