@@ -420,5 +420,6 @@ def test_the_claim_measures_what_was_trained(base, book, tmp_path, monkeypatch):
     figures = tidar.drafting(made, prompts=2, new_tokens=8)
     assert figures["tokens"] == 16 - figures["looping_tokens"]
     assert figures["tokens_per_forward"] >= 1 or not figures["tokens"]
+    assert figures["ratio_tokens_per_forward"] >= 0 and made.system.config.verify == "match"
     assert abs(figures["bits_per_byte"] - evaluate(made.system, book)["bits_per_byte"]) < 0.1
     assert {arm.system for arm in tidar.CLAIM.arms.values() if isinstance(arm, Arm)} == {"tidar"}

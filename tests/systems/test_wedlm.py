@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from seriatim.canvas import Canvas
 from seriatim.cli.main import main
+from seriatim.data.base import load_data
 from seriatim.decoding.loop import decode, generate
-from seriatim.decoding.sample import Select
+from seriatim.decoding.sample import Above, Select
 from seriatim.decoding.target import Target
 from seriatim.decoding.unmask import Unmask
 from seriatim.factorization.beside import Streaming, beside_line
@@ -23,7 +25,7 @@ from seriatim.model import Rows
 from seriatim.plan import MASK, OrderError
 from seriatim.random import Generator, Keyed
 from seriatim.systems.system import Sampling
-from seriatim.systems.text import wedlm
+from seriatim.systems.text import sdar, wedlm
 from seriatim.verbs.evaluate import evaluate
 from seriatim.verbs.load import load
 from seriatim.verbs.train import train
@@ -141,7 +143,9 @@ def test_an_edit_reaches_the_masks_of_later_blocks_and_of_its_own_where_it_is_sh
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decider", [Select("random", 12), Unmask(1, "entropy", -1.0), Unmask(1, "entropy", math.inf)])
+@pytest.mark.parametrize(
+    "decider", [Select("random", 12), Unmask(wedlm.filling(1.0)), Unmask(wedlm.filling(-math.inf))]
+)
 def test_streaming_with_a_cache_is_streaming_without(decider):
     model = tiny(window=5)
     cached, fresh = (
@@ -154,7 +158,7 @@ def test_streaming_with_a_cache_is_streaming_without(decider):
 def test_what_is_kept_equals_a_causal_pass_over_the_finished_text(rule):
     model, n = tiny(window=5), 20
     canvas, target = free(model, n, 2), Target(model)
-    decider = Select("random", n) if rule == "random" else Unmask(1, "entropy", -0.9)
+    decider = Select("random", n) if rule == "random" else Unmask(wedlm.filling(0.9))
     with torch.no_grad():
         steps = list(decode(target, canvas, decider, random=Keyed(1)))
         held = target.cache.length
@@ -229,7 +233,7 @@ def filled(model, canvas, decider, seed=0):
 
 
 @pytest.mark.parametrize(
-    "window, decider", [(1, Unmask(1, "entropy", 9.0)), (2, Unmask(1, "entropy", math.inf, (), 99.0))]
+    "window, decider", [(1, Unmask(wedlm.filling(-9.0))), (2, Unmask(wedlm.filling(-math.inf, 99.0)))]
 )
 def test_short_windows_go_from_left_to_right(window, decider):
     """One token a forward, which computes the last one anew: as its mask it was read, as itself it is remembered."""
@@ -246,7 +250,7 @@ def test_one_token_a_forward_goes_by_entropy_and_distance():
         _, rows = read(model, canvas)
         cost = {e: -float((lp.exp() * lp).sum()) + penalty * (e - min(rows)) for e, lp in rows.items()}
         before = canvas.known[0].clone()
-        next(iter(decode(Target(model), canvas, Unmask(1, "entropy", math.inf, (), penalty), random=Keyed(step))))
+        next(iter(decode(Target(model), canvas, Unmask(wedlm.filling(-math.inf, penalty)), random=Keyed(step))))
         (new,) = (canvas.known[0] & ~before).nonzero()[:, 0].tolist()
         assert new == min(cost, key=cost.get)
         orders.add(new == min(rows))
@@ -264,7 +268,7 @@ def test_all_below_the_threshold_are_filled_or_else_the_least(penalty):
         cost = {e: -float((lp.exp() * lp).sum()) + penalty * (e - min(rows)) for e, lp in rows.items()}
         want = [e for e, c in cost.items() if c < threshold] or [min(cost, key=cost.get)]
         before = canvas.known[0].clone()
-        next(iter(decode(Target(model), canvas, Unmask(1, "entropy", -threshold, (), penalty), random=Keyed(0))))
+        next(iter(decode(Target(model), canvas, Unmask(wedlm.filling(threshold, penalty)), random=Keyed(0))))
         assert (canvas.known[0] & ~before).nonzero()[:, 0].tolist() == want
         many += len(want) > 1
     assert many
@@ -275,7 +279,7 @@ def test_distance_is_taken_off_every_score():
     canvas, rows = free(tiny(vocab=2), 12), Rows(law, element, law.logits, None, law)
     picks = []
     for rule, penalty in itertools.product(("confidence", "margin", "entropy"), (0.0, 1.0)):
-        step = Select(rule, 12, threshold=math.inf, penalty=penalty).decide(canvas, None, rows, Generator(0))
+        step = Select(rule, 12, commit=Above(math.inf), penalty=penalty).decide(canvas, None, rows, Generator(0))
         picks.append(int(step.edits[0].element.max()))
     assert picks[1::2] == [4, 4, 4] and picks[2::2] == [9, 9]
 
@@ -385,10 +389,20 @@ def test_text_is_written_until_it_ends(made):
     assert canvas.done and len(canvas.read("token")[0]) == 9 + 16
     stop = int(canvas.value["token"][0, 14])
     again = one.prompted("The quick", 16)
-    decider = Unmask(1, "entropy", -one.config.threshold, (stop,), one.config.penalty)
+    decider = Unmask(wedlm.filling(one.config.threshold, one.config.penalty), (stop,))
     list(decode(one.target(None, sampling), again, decider, random=Keyed(0)))
     ids = again.read("token")[0].tolist()
     assert ids[-1] == stop and stop not in ids[9:-1]
+
+
+@pytest.mark.parametrize("cls", [wedlm.WeDLM, sdar.SDAR])
+def test_what_is_streamed_is_what_stands_behind_the_prompt(cls):
+    torch.manual_seed(0)
+    one = cls(cls.Config(length=64, **SMALL)).eval()
+    canvas = one.prompted("abcdef", 10)
+    list(decode(one.target(None, one.sampling), canvas, one.decider(one.sampling), random=Keyed(0)))
+    ids = canvas.read("token")[0].tolist()
+    assert "".join(one.stream("abcdef", 10)) == one.tokenizer.decode(ids[6:])
 
 
 def test_a_number_of_steps_is_not_its_choice(made, book, capsys):
@@ -408,3 +422,21 @@ def test_a_number_of_steps_is_not_its_choice(made, book, capsys):
 def test_settings_that_mean_nothing_are_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
         wedlm.Config(**wrong)
+
+
+def test_the_claim_measures_what_was_trained(book):
+    """Weights that know nothing: as many forwards as it says, and no text that anybody expects."""
+    judge = load("zoo:text-base")
+    for key, cls in (("wedlm", wedlm.WeDLM), ("sdar", sdar.SDAR)):
+        torch.manual_seed(0)
+        made = cls(cls.Config(length=64, vocab=4096, block=4, **SMALL), judge.tokenizer)
+        trained = SimpleNamespace(system=made, data=load_data(book, "text"))
+        figures = wedlm.streams(trained, prompts=2, new_tokens=12, start=20)
+        assert figures["tokens"] == 24 and figures["forwards"] == 24  # nothing is sure: one token a forward
+        assert figures["tokens_per_forward"] == 1 and 0 < figures["distinct_share"] <= 1
+        if (
+            key == "wedlm"
+        ):  # a text: its start, each token once as itself, and the window, which may be short at the end
+            assert 12 / (1 + 12 + 12 * 6) <= figures["cacheability"] <= 12 / (1 + 11 + 12 * 6 - 15)
+        assert figures["nats_per_token"] > 7  # chance is 8.3
+    assert {arm.system for arm in wedlm.CLAIM.arms.values()} == {"wedlm", "sdar"}
