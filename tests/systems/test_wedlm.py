@@ -24,6 +24,7 @@ from seriatim.layout import line
 from seriatim.model import Rows
 from seriatim.plan import MASK, OrderError
 from seriatim.random import Generator, Keyed
+from seriatim.systems.decoders import decoder_of
 from seriatim.systems.system import Sampling
 from seriatim.systems.text import sdar, wedlm
 from seriatim.verbs.evaluate import evaluate
@@ -403,6 +404,16 @@ def test_what_is_streamed_is_what_stands_behind_the_prompt(cls):
     list(decode(one.target(None, one.sampling), canvas, one.decider(one.sampling), random=Keyed(0)))
     ids = canvas.read("token")[0].tolist()
     assert "".join(one.stream("abcdef", 10)) == one.tokenizer.decode(ids[6:])
+
+
+@pytest.mark.parametrize("decoder", ["unmask", "fast-dllm"])
+def test_decoders_of_tokens_in_any_order_write_by_its_window(decoder):
+    torch.manual_seed(0)
+    one = wedlm.WeDLM(wedlm.Config(length=64, **SMALL)).eval()
+    steps = []
+    list(one.stream("abcdef", 20, one.sampling, 0, decoder_of(one, decoder, one.sampling), steps))
+    assert sum(int((step.edits[0].element >= 0).sum()) for step in steps) == 20
+    assert all(step.slots <= 7 + one.config.window + 6 for step in steps)
 
 
 def test_a_number_of_steps_is_not_its_choice(made, book, capsys):

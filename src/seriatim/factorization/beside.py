@@ -73,6 +73,7 @@ class Streaming(Factorization):
     """
 
     likelihood = "bound"
+    free = True
 
     def __init__(self, size: int, window: int, prefix: int = 1):
         if size < 1 or window < 1:
