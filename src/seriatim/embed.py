@@ -79,6 +79,10 @@ class SlotEmbed(nn.Module):
         if guess is not None:
             value = torch.cat([value, _drafted(guess)], 1)
         x = self.vectors(value)
+        if plan.masks:
+            if self.mask is None:
+                raise _no_mask(self)
+            x = torch.cat([x, self.mask.to(x.dtype).expand(x.shape[0], plan.masks, -1)], 1)
         if first < 0:
             vectors = self._prefix(prefix, canvas.batch, plan.prefix)
             if vectors.shape[1] != plan.prefix:
@@ -122,8 +126,12 @@ class SlotEmbed(nn.Module):
         if self.mask is not None:
             x = torch.where(masked[..., None], self.mask, x)
         elif bool(masked.any()):
-            raise ValueError(f"slots of this order hold masks, and {type(self).__name__} has no mask: use mask=True")
+            raise _no_mask(self)
         return x.expand(b, -1, -1)
+
+
+def _no_mask(embed: SlotEmbed) -> ValueError:
+    return ValueError(f"slots of this order hold masks, and {type(embed).__name__} has no mask: use mask=True")
 
 
 def _positions(table: Float[Tensor, "n d"], plan: Plan, axis: int) -> Float[Tensor, "b s d"]:

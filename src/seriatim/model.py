@@ -33,7 +33,7 @@ class Rows(NamedTuple):
     hidden: Tensor
     slot: Any = None  # slots that are read: None all, a slice, or (b, m)
     said: Any = None  # the distributions before temperature and filters: how sure the model is
-    spawned: Tensor | None = None  # (b, m, d): the states of slots that began on the way, which `hidden` leaves out
+    spawned: Tensor | None = None  # (b, m, d): states of the slots behind a draft's nodes, which `hidden` leaves out
     guess: Guess | None = None  # the draft that was looked at, if any
 
 
@@ -258,21 +258,31 @@ class Model(nn.Module):
         random: Random | None = None,
     ) -> Float[Tensor, "b E"]:
         """The same by a plan that is at hand: the loss of each element that it reads."""
-        h = self.hidden(plan, canvas, None, condition)
+        return self.losses_at(self.hidden(plan, canvas, None, condition), plan.reads, canvas, strict, random)
+
+    def losses_at(
+        self,
+        h: Float[Tensor, "b s d"],
+        reads: Reads,
+        canvas: Canvas,
+        strict: bool = False,
+        random: Random | None = None,
+    ) -> Float[Tensor, "b E"]:
+        """The same where the slots have been computed: one forward may be read in several orders, each by itself."""
         precision = torch.float64 if h.dtype == torch.float64 else torch.float32
         out = h.new_zeros(canvas.batch, canvas.layout.size, dtype=precision)
-        for kind, part in by_kind(canvas, plan.reads):
+        for kind, part in by_kind(canvas, reads):
             head = self.heads[kind]
             if strict and not getattr(head, "exact", False):
                 raise TypeError(f"{type(head).__name__} has no log_prob, so this model has no likelihood")
-            reads = merge_readers(part)
-            live, element = counted(canvas, reads.element)
+            merged = merge_readers(part)
+            live, element = counted(canvas, merged.element)
             index = canvas.layout.index[element].to(h.device)
             target = canvas.value[kind]
             target = target[torch.arange(canvas.batch, device=target.device)[:, None], index]
             picked = pick_slots(h, part.slot)
-            if reads is not part:
-                loss = -average(head.dist(picked, part, canvas), part, reads).log_prob(target)  # type: ignore[operator]
+            if merged is not part:
+                loss = -average(head.dist(picked, part, canvas), part, merged).log_prob(target)  # type: ignore[operator]
             elif getattr(head, "in_place", False):
                 loss = head.dist(picked, part, canvas).loss(target)  # type: ignore[operator]
             else:

@@ -43,6 +43,19 @@ def last_states(rows: Rows, step: Step) -> Float[Tensor, "b d"]:
     return states[torch.arange(len(states), device=states.device), count - 1]
 
 
+def states_behind(rows: Rows, step: Step, count: int) -> Float[Tensor, "b k d"]:
+    """The states of the `count` slots that stand in the forward behind the last token which stands after a step: what
+    it has spawned, or its block of masks."""
+    assert rows.spawned is not None
+    spawned, keep = rows.spawned.unflatten(1, (count, -1)), step.keep
+    first = rows.hidden.shape[1] - spawned.shape[2]  # the slot before the nodes; of a longer row it is the last known
+    if isinstance(keep, Tensor):
+        which = (keep.amax(1) - first).clamp(min=0).to(spawned.device)
+        return spawned[torch.arange(len(spawned), device=spawned.device), :, which]
+    last = keep - 1 if isinstance(keep, int) else keep[-1]
+    return spawned[:, :, last - first]
+
+
 def last_tokens(canvas: Canvas) -> Int[Tensor, "b"]:
     """The newest known token of each row of a line."""
     value = canvas.value[canvas.layout.kinds[0]]

@@ -33,7 +33,9 @@ class Guess:
     randomness, so each node's law is all on its token). `siblings` says how children of one node were drawn:
     "independent" (with replacement) or "distinct" (without). `spawn`: from the state of the last known element, and
     from that of each node, the states of the elements behind are guessed on the way through the layers, the j-th behind
-    by the j-th of these maps; they are read by who drafts next, and forgotten.
+    by the j-th of these maps; they are read by who drafts next, and forgotten. `masks`: behind the last known element,
+    and behind each node, so many masks stand in a block, which see each other and what that one sees; they, too, are
+    read by who drafts next, and forgotten. A guess asks for one or the other.
     """
 
     value: Int[Tensor, "b n"]
@@ -41,6 +43,7 @@ class Guess:
     q: Categorical | None = None
     siblings: str = "independent"
     spawn: tuple[Transfer, ...] = ()
+    masks: int = 0
 
     @property
     def size(self) -> int:

@@ -117,7 +117,8 @@ class Select:
     where it is), before temperature and filters, which would make all values look certain: as in LLaDA and Fast-dLLM.
     `steps` spreads the elements of a block evenly ("linear", the first steps one more; Nie et al. 2025) or few at first
     ("cosine"; "powers": 1, 2, 4, ... and the rest, whatever `steps` is; EOSER-ASS, 2025); `commit` decides instead as
-    many as the scores allow, and at least one.
+    many as the scores allow, and at least one. `penalty` is taken off a score for every place between an element
+    and the first that was read: near ones go first.
 
     Has no memory: how far a row is follows from what it has decided. Elements of equal rank are a block.
     """
@@ -126,6 +127,7 @@ class Select:
     steps: int = 8
     schedule: Schedule = "linear"
     commit: Commit | None = None
+    penalty: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rule not in ("random", "confidence", "margin", "entropy"):
@@ -168,19 +170,25 @@ class Select:
         live = element >= 0
         if self.rule == "confidence":  # noise is drawn anew: the choice depends on what was drawn
             x = rows.dist.sample(random, Key(canvas.row, element, numbered(VALUE, turn)))
-            score = _categorical(rows.said, self.rule).log_prob(x).exp().cpu()
+            score = self._nearer(_categorical(rows.said, self.rule).log_prob(x).exp().cpu(), element)
             chosen = self._best(score, live, count)
             return Set(x, torch.where(chosen, element, -1)), chosen, score
         if self.rule == "random":
             score = torch.zeros(live.shape)
             chosen = _any(canvas, element, count, turn, random)
         else:
-            score = self._certainty(_categorical(rows.said, self.rule)).cpu()
+            score = self._nearer(self._certainty(_categorical(rows.said, self.rule)).cpu(), element)
             chosen = self._best(score, live, count)
         pick = ragged(chosen)  # only these are drawn: a draw may cost a network
         named = torch.where(pick >= 0, element.gather(1, pick.clamp(min=0)), -1)
         draw = numbered(VALUE, turn) if self.redraws else 0
         return Set(rows.dist.take(pick).sample(random, Key(canvas.row, named, draw)), named), chosen, score
+
+    def _nearer(self, score: Float[Tensor, "b m"], element: Int[Tensor, "b m"]) -> Float[Tensor, "b m"]:
+        """Scores less the penalty of distance."""
+        if not self.penalty:
+            return score
+        return score - self.penalty * (element - torch.where(element < 0, INF, element).amin(1, keepdim=True))
 
     redraws = False  # may an element be decided more than once?
 

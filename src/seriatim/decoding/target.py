@@ -242,9 +242,9 @@ class Target:
         if self.warp is not None:
             dist = self.warp(dist)
         h = h if not self.branches else h[: canvas.batch]
-        if not plan.spawns:
+        if not plan.spawns and not plan.masks:
             return Rows(dist, element, h, slot, said, None, guess)
-        fed = plan.spawns[0].first
+        fed = plan.spawns[0].first if plan.spawns else plan.size - plan.masks
         return Rows(dist, element, h[:, :fed], slot, said, h[:, fed:], guess)
 
     def _shaped(self, dist: Any, canvas: Canvas, guess: Guess | None) -> Any:

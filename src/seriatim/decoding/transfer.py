@@ -14,6 +14,7 @@ from torch import Tensor
 
 from seriatim.canvas import Canvas
 from seriatim.decoding.draft import beside
+from seriatim.decoding.features import states_behind
 from seriatim.decoding.guess import Guess, room
 from seriatim.decoding.heads import MedusaHeads
 from seriatim.decoding.loop import Step
@@ -47,13 +48,4 @@ class TransferredStates(MedusaHeads):
 
     def behind(self, rows: Rows, step: Step) -> Float[Tensor, "b k d"] | None:  # type: ignore[override]
         """The pseudo states that the last token which stands has spawned; None where nothing was."""
-        if rows.spawned is None:
-            return None
-        k, fed, keep = len(self.spawn), rows.hidden.shape[1], step.keep
-        spawned = rows.spawned.unflatten(1, (k, -1))
-        first = fed - spawned.shape[2]  # the slot before the nodes; of a longer row it is the last known one
-        if isinstance(keep, Tensor):
-            which = (keep.amax(1) - first).clamp(min=0).to(spawned.device)
-            return spawned[torch.arange(len(spawned), device=spawned.device), :, which]
-        last = keep - 1 if isinstance(keep, int) else keep[-1]
-        return spawned[:, :, last - first]
+        return None if rows.spawned is None else states_behind(rows, step, len(self.spawn))

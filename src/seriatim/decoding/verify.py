@@ -262,7 +262,7 @@ class Chain(Ratio):
 @lru_cache(maxsize=64)
 def _coins(n: int) -> Int[Tensor, "n"]:
     """The draws that decide on the first node of n depths."""
-    return torch.tensor([numbered(COIN, depth) for depth in range(n)])
+    return torch.tensor([numbered(COIN, depth) for depth in range(n)], dtype=torch.long)
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from seriatim.canvas import DELETED, GIVEN, Canvas
 from seriatim.decoding.guess import Guess, Transfer, depths, spawning
 from seriatim.factorization.base import Factorization
-from seriatim.plan import DERIVED, LEARNED, VALUE, OrderError, Plan, Reads, Slots
+from seriatim.plan import DERIVED, LEARNED, MASK, VALUE, OrderError, Plan, Reads, Slots
 from seriatim.slots import Spawn
 from seriatim.view import INF, View, inclusive, timed, tree
 
@@ -31,21 +31,21 @@ NO_WINDOWS: Mapping[str, int] = {}
 
 
 class LineShape:
-    """What does not depend on where the cache stands: known slots, then the nodes of a draft, then (`spawned`) so many
-    slots that each of them and the last known one spawns. Made once a shape."""
+    """What does not depend on where the cache stands: known slots, then the nodes of a draft, then so many slots for
+    each of them and for the last known one: that these spawn (`spawned`), or `masks`. Made once a shape."""
 
-    def __init__(self, known: int, nodes: int, parent: tuple[int, ...] | None, spawned: int = 0):
+    def __init__(self, known: int, nodes: int, parent: tuple[int, ...] | None, spawned: int = 0, masks: int = 0):
         self.known, self.fed = known, known + nodes
-        self.size, self.spawned = self.fed + spawned * (nodes + 1), spawned
-        self.chain = parent is None and not spawned
+        behind = spawned + masks
+        self.size, self.spawned, self.masks = self.fed + behind * (nodes + 1), spawned, masks * (nodes + 1)
+        self.chain = parent is None and not behind
         self.read = slice(known - 1, self.fed) if self.size > 1 else None
         self.view = inclusive(range(self.size))
         self.depth: Tensor | None = None
         if not self.chain:
-            below = spawning(tuple(range(-1, nodes - 1)) if parent is None else parent, spawned)
-            below = (*range(-1, known - 1), *(known + p for p in below))
-            self.view = tree(below)
-            self.depth = torch.tensor(depths(below)) - 1
+            parents = tuple(range(-1, nodes - 1)) if parent is None else parent
+            self.view, depth = _drafted(parents, spawned, masks, known)
+            self.depth = depth - 1
             self.source = torch.arange(known - 1, self.fed)[None]
         self._tail: Tensor | None = None
 
@@ -83,6 +83,7 @@ class LinePlan(Plan):
         d["size"], d["run"], d["windows"] = shape.size, (base, shape.depth), windows
         if transfers:
             d["spawns"] = _spawns(transfers, shape.fed, shape.source)
+        d["masks"] = shape.masks
 
     shape: LineShape
     base: int
@@ -120,11 +121,13 @@ class LinePlan(Plan):
         source = torch.where(element >= 0, VALUE, LEARNED)
         rank = element  # everything known counts as decided one by one: a draft is checked against its own path
         coord = _within(place, self.prefix, self.elements)
-        if (fed := self.shape.fed) < self.size:  # what was spawned carries what its source does
-            rank = torch.cat([rank[:, :fed], rank[:, self.shape.source[0]].repeat(1, self.shape.spawned)], 1)
+        if (fed := self.shape.fed) < self.size:
             there = torch.arange(self.size)[None] < fed
             element, node = torch.where(there, element, -1), torch.where(there, node, -1)
-            source = torch.where(there, source, DERIVED)
+            source = torch.where(there, source, MASK if self.shape.masks else DERIVED)
+            rank = element
+        if self.shape.spawned:  # what was spawned carries what its source does
+            rank = torch.cat([rank[:, :fed], rank[:, self.shape.source[0]].repeat(1, self.shape.spawned)], 1)
         return Slots(element.clamp(min=-1)[..., None], source, coord[..., None], rank.clamp(min=-1), node.clamp(min=-1))
 
     @cached_property
@@ -254,13 +257,14 @@ class Line(Factorization):
         if length >= layout.size:
             return None
         known = self.prefix + length - cached
-        key = (known, 0) if guess is None else (known, guess.size, guess.parent, len(guess.spawn))
+        key: tuple = (known, 0, None)
+        if guess is not None:
+            key = (known, guess.size, guess.parent, len(guess.spawn), guess.masks)
         shape = self._shapes.get(key)
         if shape is None:
             if known < 1:
                 raise _nothing_new(self.prefix, length, cached)
-            nodes, parent, spawned = (0, None, 0) if guess is None else (guess.size, guess.parent, len(guess.spawn))
-            shape = self._shapes[key] = LineShape(known, nodes, parent, spawned)
+            shape = self._shapes[key] = LineShape(*key)
             if len(self._shapes) > SHAPES:
                 del self._shapes[next(iter(self._shapes))]
         return LinePlan(shape, cached, self.prefix, layout.size, self.windows, () if guess is None else guess.spawn)
@@ -292,32 +296,32 @@ class Line(Factorization):
         place = cached[:, None] + offset
         at, dies, node = place, torch.full_like(place, INF), torch.full_like(place, -1)
         slot = torch.where(alive, known - 1, -1)[:, None]  # the last known slot; then the nodes, each in its column
-        spawned, first = 0, place.shape[1]
+        spawned, masks, first = 0, 0, place.shape[1]
         if guess is not None:
-            spawned, first = len(guess.spawn), first + guess.size
+            spawned, masks, first = len(guess.spawn), guess.masks, first + guess.size
             there = alive[:, None] & (guess.value >= 0).cpu()
             slot = torch.cat([slot, torch.where(there, torch.arange(first - guess.size, first), -1)], 1)
-            below = spawning(guess.parents(), spawned)
-            shape = tree(below)
-            place = torch.cat([place, last - 1 + torch.tensor(depths(below), dtype=torch.long)], 1)
+            shape, depth = _drafted(guess.parents(), spawned, masks)
+            place = torch.cat([place, last - 1 + depth], 1)
             at = torch.cat([at, last + shape.at], 1)
             dies = torch.cat([dies, last + shape.dies], 1)
             node = torch.cat([node, torch.arange(guess.size)[None].expand(batch, -1)], 1)
-            node = F.pad(node, (0, spawned * slot.shape[1]), value=-1)
-            live = torch.cat([live, there, (slot >= 0).repeat(1, spawned)], 1)
+            node = F.pad(node, (0, (spawned + masks) * slot.shape[1]), value=-1)
+            live = torch.cat([live, there, (slot >= 0).repeat(1, spawned + masks)], 1)
         lane = torch.where(live, 0, -1)
         element = torch.where(live & (place >= self.prefix), place - self.prefix, -1)
         source = torch.where(live & (place < self.prefix), LEARNED, VALUE)
-        needs = element
+        coord, beyond = _within(place, self.prefix, size), torch.arange(place.shape[1]) >= first
+        needs = element = element.masked_fill(beyond, -1)
         if spawned:  # what was spawned carries what its source does
             needs = torch.cat([element[:, :first], element.gather(1, slot.clamp(min=0)).repeat(1, spawned)], 1)
-            element, source = element.clone(), source.clone()
-            element[:, first:], source[:, first:] = -1, DERIVED
-        coord = _within(place, self.prefix, size)
+            source = torch.where(beyond, DERIVED, source)
+        if masks:  # one that stands behind the end is seen by its block: it keeps its place
+            source, coord = torch.where(beyond, MASK, source), torch.where(beyond, place, coord)
         slots = Slots(element.clamp(max=size - 1)[..., None], source, coord[..., None], needs, node)
         target = torch.where(slot >= 0, place.gather(1, slot.clamp(min=0)) - self.prefix + 1, -1)
         padded = guess is None and not bool(live.all())
-        chain = guess is None or (guess.parent is None and not spawned)
+        chain = guess is None or (guess.parent is None and not spawned and not masks)
         return _Ragged(
             slots,
             _Same(timed(at, at, dies, lane=lane), self.windows, chain),
@@ -328,7 +332,20 @@ class Line(Factorization):
             prefix=self.prefix,
             windows=self.windows,
             spawns=_spawns(() if guess is None else guess.spawn, first, slot.clamp(min=0)),
+            masks=masks * slot.shape[1],
         )
+
+
+def _drafted(parents: tuple[int, ...], spawned: int, masks: int, known: int = 0) -> tuple[View, Int[Tensor, "s"]]:
+    """Labels and depths (from 1) of a draft and what stands behind its nodes, below a chain of known slots, the last of
+    which is its root. All masks of a block have the labels of its first one."""
+    below = spawning(parents, spawned + masks)
+    below = (*range(-1, known - 1), *(known + p for p in below))
+    view, fed = tree(below), known + len(parents)
+    if masks > 1:
+        index = torch.arange(len(below))
+        view = view.take(torch.where(index < fed, index, fed + (index - fed) % (len(parents) + 1))[None])
+    return view, torch.tensor(depths(below), dtype=torch.long)
 
 
 def _spawns(transfers: Sequence[Transfer], first: int, source: Int[Tensor, "b m"]) -> tuple[Spawn, ...]:

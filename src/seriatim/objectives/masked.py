@@ -197,8 +197,11 @@ class MaskedBlocks(Masked):
     ) -> Float[Tensor, "b E"]:
         """The loss of each hidden element given those shown of its block and all of earlier blocks, in one forward; 0
         elsewhere."""
+        return Model.losses(self, self.shown(canvas, hidden), condition, drop, random=random)
+
+    def shown(self, canvas: Canvas, hidden: Bool[Tensor, "b E"]) -> Canvas:
+        """The sample with all elements decided but the hidden ones."""
         shown = self.canvas(canvas.value, ~canvas.open, row=canvas.row, layout=canvas.layout)
         (kind,) = canvas.layout.kinds
         element = torch.where(canvas.open & ~hidden, torch.arange(canvas.layout.size), -1)
-        shown.apply([Set(canvas.value[kind], element)])
-        return Model.losses(self, shown, condition, drop, random=random)
+        return shown.apply([Set(canvas.value[kind], element)])

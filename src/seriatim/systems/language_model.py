@@ -15,6 +15,7 @@ from seriatim.canvas import Canvas, Truncate
 from seriatim.conditions.condition import Condition
 from seriatim.data.conversations import Conversations
 from seriatim.decoding.loop import Step, decode, select_rows
+from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.shaping import Constraint
 from seriatim.decoding.target import Target
 from seriatim.interop.answers import Answers, answers_of
@@ -150,6 +151,10 @@ class LanguageModel(TextSystem):
 
     # ---- generation -------------------------------------------------------------------------------------------------
 
+    def own(self, sampling: Sampling, stop: tuple[int, ...]) -> Decoding:
+        """How it decodes if no decoder is named: token by token. stop: ids that end a row."""
+        return Decoding(SampleAll(stop))
+
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt] | Int[Tensor, "batch length"],
@@ -189,7 +194,7 @@ class LanguageModel(TextSystem):
             repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
         )  # fmt: skip
-        way = decoder_of(self, "ancestral" if decoder == "own" else decoder, s, ends)
+        way = self.own(s, ends) if decoder == "own" else decoder_of(self, decoder, s, ends)
         target = self.target(None, s, **way.target)
         if grammar is not None:
             target.shapers += (Constraint(grammar.matchers(self.tokenizer, ends, n * len(rows))),)

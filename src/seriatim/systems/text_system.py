@@ -98,7 +98,7 @@ class TextSystem(System):
         canvas = self.prompted(prompt, length)
         if way.block is not None:
             canvas = self.blocked(canvas, way.block)
-        told = canvas.given_length
+        told = int(canvas.lengths()[0])  # the prompt
         target, pieces = self.target(None, s, **way.target), Detokenizer(self.tokenizer)
         for step in decode(target, canvas, way.decider, way.proposer, Keyed(seed)):
             if trace is not None:
