@@ -59,8 +59,8 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "text-as-arm": {
         "key": "as-arm",
         "data": "stdlib",
-        "from_": "zoo:text-base",
-        "settings": {"length": 128, "batch": 8, "steps": 500, "learning_rate": 1e-3},
+        "from_": "zoo:text-draft",
+        "settings": {"length": 256, "batch": 16, "steps": 1500, "learning_rate": 2e-3},
     },
     "text-draft": {"key": "next-token", **TEXT, "settings": {**DRAFT, "steps": 3000, "batch": 8, "compile": True}},
     "var": {"key": "var", "size": "small", **PICTURES, "tokenizer": "zoo:image-msvq", "settings": {"steps": 1500}},
