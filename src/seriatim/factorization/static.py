@@ -164,3 +164,38 @@ class AnyOrder(Factorization):
         slot = torch.where(unknown, (e - int(self.shift)).clamp(min=0), -1)
         nothing = torch.zeros(1, 0, dtype=torch.long)
         return Plan(slots, {"all": view}, Reads(slot, read), rank, layout=layout, kept=nothing)
+
+
+class KnownFirst(AnyOrder):
+    """Any order with causal attention: known elements stand first, in their order, then the masks, in theirs, and each
+    slot sees those that stand before it, whatever its coordinate (WeDLM, Liu et al. 2025, arXiv 2512.22737).
+
+    So the known elements before the first unknown one see nothing that is decided later, and stay in the cache.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def step(self, canvas: Canvas, guess: Guess | None, cached: int | Tensor) -> Plan | None:
+        if canvas.done:
+            return None
+        if guess is not None or not isinstance(cached, int):
+            raise OrderError("rows whose known elements stand first go together and verify no drafts")
+        layout, unknown = canvas.layout, canvas.open
+        known = int((unknown.cumsum(1) == 0).sum(1).min())  # before the first unknown one, in every row
+        if cached > known:
+            raise OrderError(
+                f"element {known} is unknown again, but the cache holds {cached} slots before the first mask"
+            )
+        e = torch.arange(cached, layout.size)[None]
+        hidden = unknown[:, cached:]
+        place = cached + hidden.long().argsort(dim=1, stable=True).argsort(dim=1)
+        view = inclusive(place)
+        gone = canvas.status[:, cached:] == DELETED
+        if bool(gone.any()):
+            view = view.narrow(lane=torch.where(gone, -1, 0))
+        source = torch.where(hidden, MASK, VALUE)
+        slots = Slots(e[..., None], source, layout.coord[cached:][None], torch.full_like(source, -1))
+        read, slot = torch.where(hidden, e, -1), torch.where(hidden, e - cached, -1)
+        rank, kept = torch.where(unknown, 0, -1), torch.arange(known - cached)[None]
+        return Plan(slots, {"all": view}, Reads(slot, read), rank, layout=layout, kept=kept)

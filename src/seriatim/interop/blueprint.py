@@ -17,7 +17,7 @@ from seriatim.conditions.text import TextEncoder
 from seriatim.decoding.sample import Rule
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.line import Line
-from seriatim.factorization.static import AnyOrder, Blocks
+from seriatim.factorization.static import AnyOrder, Blocks, KnownFirst
 from seriatim.heads.categorical import CategoricalHead
 from seriatim.layout import line
 from seriatim.model import Model
@@ -106,14 +106,16 @@ class MaskedBlueprint(Blueprint):
     """A text whose tokens are decided in any order: of all of it, or block after block.
 
     mask: the id whose row of the table stands where a token is unknown; it is never written. shift: tokens are read one
-    slot before their own. block: how many see no later ones (None: everybody sees everybody). ends: ids that end a text
-    whatever the settings say. biased: the head has a bias. How it is decoded where its users say nothing else: `within`
-    parts of so many tokens, which first by `rule`, all above a `threshold` at once (`Unmask`), and by which `sampling`.
+    slot before their own. block: how many see no later ones (None: everybody sees everybody, or, with `causal`, what is
+    known and stands before). ends: ids that end a text whatever the settings say. biased: the head has a bias. How it
+    is decoded where its users say nothing else: `within` parts of so many tokens, which first by `rule`, all above a
+    `threshold` at once (`Unmask`), and by which `sampling`.
     """
 
     mask: int
     shift: bool = False
     block: int | None = None
+    causal: bool = False
     ends: tuple[int, ...] = ()
     biased: bool = False
     within: int | None = None
@@ -127,10 +129,12 @@ class MaskedBlueprint(Blueprint):
         embed = TokenEmbed(self.vocab, c.width, positions=positions, mask=True, start=False, scale=self.scale)
         tied = embed.table if self.tied else None
         head = CategoricalHead(c.width, self.vocab, tied=tied, bias=self.biased, softcap=self.softcap)
-        parts, how = (embed, BACKBONES[type(c)](c), head), {"masking": by_time, "judging": by_count}
+        parts = (embed, BACKBONES[type(c)](c), head)
         if self.block is None:
-            return Masked(line(self.length), AnyOrder(self.shift), *parts, **how)
-        return MaskedBlocks(line(self.length), Blocks(self.block, "any", shift=self.shift), *parts, **how)
+            order = KnownFirst() if self.causal else AnyOrder(self.shift)
+            return Masked(line(self.length), order, *parts, masking=by_time, judging=by_count)
+        blocks = Blocks(self.block, "any", shift=self.shift)
+        return MaskedBlocks(line(self.length), blocks, *parts, masking=by_time, judging=by_count)
 
 
 def masked(plan: Blueprint, where: str, mask: int, **more: Any) -> MaskedBlueprint:

@@ -21,12 +21,13 @@ from seriatim.interop.blueprint import MaskedBlueprint
 from seriatim.interop.chat import ChatTemplate
 from seriatim.interop.export import Publication, published_tensors
 from seriatim.layout import line
-from seriatim.model import Model, pick_slots
+from seriatim.model import pick_slots
 from seriatim.objectives.masked import Masked
+from seriatim.plan import Plan
 from seriatim.random import Keyed
+from seriatim.systems.conversing import Conversing
 from seriatim.systems.decoders import Decoding
 from seriatim.systems.generation import Generation
-from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.masked_text import MaskedText, in_blocks
 from seriatim.systems.meta import Meta
 from seriatim.systems.published import WINDOW
@@ -36,7 +37,7 @@ from seriatim.tokenizers.text import Detokenizer
 LENGTH = 200  # tokens, where nothing else is said
 
 
-class PublishedMasked(MaskedText):
+class PublishedMasked(Conversing, MaskedText):
     """A model that somebody published, which decides masks, in our parts. `config` is its blueprint, `raw` its
     config.json, `settings` its generation_config.json, `chat` its template of conversations (None: it has none).
 
@@ -46,10 +47,9 @@ class PublishedMasked(MaskedText):
 
     config: MaskedBlueprint
     model: Masked
-    chat: ChatTemplate | None
 
     def __init__(
-        self, plan: MaskedBlueprint, model: Model, tokenizer: Any, raw: dict[str, Any], settings: dict[str, Any],
+        self, plan: MaskedBlueprint, model: Masked, tokenizer: Any, raw: dict[str, Any], settings: dict[str, Any],
         chat: ChatTemplate | None = None,
     ):  # fmt: skip
         nn.Module.__init__(self)
@@ -78,9 +78,6 @@ class PublishedMasked(MaskedText):
         tensors = published_tensors(self.model.state_dict(), self.config.parts, self.config.backbone)
         return Publication(self.raw, tensors, self.settings)
 
-    # as of all published language models
-    prompt_of, chat_ids, prompt_ids = LanguageModel.prompt_of, LanguageModel.chat_ids, LanguageModel.prompt_ids
-
     # ---- scoring ----------------------------------------------------------------------------------------------------
 
     def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, None]:
@@ -98,7 +95,7 @@ class PublishedMasked(MaskedText):
         if isinstance(model.factorization, Blocks):
             shown = model.canvas({"token": ids}, layout=layout)
             shown.apply([Set(ids, torch.where(hidden, -1, torch.arange(layout.size)))])
-            plan = model.factorization.packed(shown)
+            plan: Plan | None = model.factorization.packed(shown)
         else:
             shown = model.canvas({"token": ids}, ~hidden, layout=layout)
             plan = model.factorization.step(shown, None, 0)

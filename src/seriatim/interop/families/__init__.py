@@ -15,8 +15,8 @@ FAMILIES = {
     "phi3": "phi3", "olmo2": "olmo2", "gemma2": "gemma", "gemma3_text": "gemma", "gpt2": "gpt2", "gpt_neox": "gpt_neox",
     "mamba2": "mamba2", "bamba": "bamba", "t5": "t5",
     # masks in any order, or block after block
-    "llada": "llada", "Dream": "dream", "sdar": "sdar", "sdar_moe": "sdar", "Fast_dLLM_Qwen": "fast_dllm",
-    "mdlm": "mdlm", "bd3lm": "mdlm",
+    "llada": "llada", "Dream": "dream", "sdar": "sdar", "Fast_dLLM_Qwen": "fast_dllm",
+    "mdlm": "mdlm", "bd3lm": "mdlm", "wedlm": "wedlm",
 }  # fmt: skip
 
 

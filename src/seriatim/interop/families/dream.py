@@ -1,5 +1,5 @@
-"""Dream 7B (Ye et al. 2025, arXiv 2508.15487): Qwen2.5 trained on to decide masks anywhere. Its outputs are a next-token
-model's: a token is read one slot before its own."""
+"""Dream 7B (Ye et al. 2025, arXiv 2508.15487): Qwen2.5 trained on to decide masks anywhere. Its outputs are still those
+of a next-token model: a token is read one slot before its own."""
 
 from seriatim.interop.blueprint import MaskedBlueprint, masked
 from seriatim.interop.families.qwen import read as qwen

@@ -1,5 +1,6 @@
-"""Fast-dLLM v2 (Wu et al. 2025, arXiv 2509.26328): Qwen2.5 trained on to decide blocks of masks. Its outputs are still a
-next-token model's: a token is read one slot before its own, the first of a block at the end of the block before."""
+"""Fast-dLLM v2 (Wu et al. 2025, arXiv 2509.26328): Qwen2.5 trained on to decide blocks of masks. Its outputs are still
+those of a next-token model: a token is read one slot before its own, the first of a block at the end of the one
+before."""
 
 from seriatim.interop.blueprint import MaskedBlueprint, masked
 from seriatim.interop.families.qwen import read as qwen

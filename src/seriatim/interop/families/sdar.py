@@ -1,4 +1,4 @@
-"""SDAR (arXiv 2510.06303), dense and with experts: Qwen3 trained on to decide blocks of masks, read where they stand."""
+"""SDAR, the dense ones (arXiv 2510.06303): Qwen3 trained on to decide blocks of masks, read where they stand."""
 
 from seriatim.interop.blueprint import MaskedBlueprint, masked
 from seriatim.interop.families.qwen import read as qwen
@@ -8,7 +8,7 @@ END_OF_TEXT, END_OF_TURN = 151_643, 151_645
 
 
 def read(f: Fields) -> MaskedBlueprint:
-    f.raw["model_type"] = "qwen3_moe" if f.raw["model_type"] == "sdar_moe" else "qwen3"
+    f.raw["model_type"] = "qwen3"
     f.take("fuse_cross_entropy", "debug")  # of its training
     plan = qwen(f)
     return masked(
