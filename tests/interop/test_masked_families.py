@@ -26,7 +26,7 @@ from seriatim.backbones.rope import RotaryTable
 from seriatim.cli.main import main
 from seriatim.factorization.static import AnyOrder, Blocks, KnownFirst
 from seriatim.interop.blueprint import MaskedBlueprint
-from seriatim.interop.families import blueprint
+from seriatim.interop.families import MASKED, blueprint
 from seriatim.systems.published_masked import PublishedMasked
 from seriatim.verbs.export import export
 from seriatim.verbs.load import load
@@ -63,6 +63,11 @@ def worst(ours: PublishedMasked, case: Any) -> float:
     rows, columns = torch.tensor(case["places"]).T
     got = ours.logits(ids, hidden)[rows, columns][:, case["ids"]]
     return float((got - torch.tensor(case["logits"])).abs().max()) / (1e-4 * case["largest"])
+
+
+def test_every_family_has_a_case():
+    said = {case["config"]["model_type"] for case in CASES.values()}
+    assert said == set(MASKED) | {"gpt2", "llama"}  # which become DiffuGPT and DiffuLLaMA by a mask
 
 
 # ---- what is computed ------------------------------------------------------------------------------------------------
@@ -291,6 +296,28 @@ def test_the_command_line_continues_ids(folder, capsys):
     )
     said = [int(word) for word in capsys.readouterr().out.split()]
     assert said == load(folder("llada")).generate([5, 6, 7], max_new_tokens=8, temperature=0.0).ids
+
+
+def test_texts_and_conversations_are_continued_by_the_folders_own_tokenizer_and_template(tmp_path, capsys):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    case = json.loads(json.dumps(CASES["llada"]))
+    case["tensors"] = {name: [300 if n == VOCAB else n for n in shape] for name, shape in case["tensors"].items()}
+    written(case, tmp_path, vocab_size=300, embedding_size=300)
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator([""], trainers.BpeTrainer(special_tokens=["<eos>"], initial_alphabet=letters))
+    inner.save(str(tmp_path / "tokenizer.json"))
+    template = {"chat_template": "Q: {{ messages[0]['content'] }} A:"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(template), encoding="utf-8")
+    model = load(tmp_path, torch.float32)
+    for asked, flags in (("Hello", []), ("Q: Hello A:", ["--chat"])):
+        made = model.generate(asked, max_new_tokens=12, temperature=0.0)
+        assert made.text == model.tokenizer.decode(made.ids) and len(made.ids) == 12
+        command = ["generate", str(tmp_path), "--prompt", "Hello", "--max-new-tokens", "12", "--temperature", "0"]
+        assert main([*command, "--json", *flags]) == 0
+        assert json.loads(capsys.readouterr().out)["text"] == made.text
 
 
 def test_prompts_that_do_not_fit_are_refused(folder):
