@@ -9,7 +9,7 @@ from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.decoding.filters import Warper
 from seriatim.decoding.loop import generate
-from seriatim.decoding.sample import Select
+from seriatim.decoding.sample import Above, Select
 from seriatim.decoding.target import Target
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.line import Line
@@ -84,13 +84,13 @@ def test_the_cache_changes_nothing(prompts):
     known = torch.arange(8) < torch.tensor(prompts)[:, None]
     met, texts = [], []
     for cached in (True, False):
-        forced, select = Forced(x), Select("confidence", threshold=0.6)
+        forced, select = Forced(x), Select("confidence", commit=Above(0.6))
         canvas = model.canvas({"token": torch.where(known, x, 0)}, known)
         generate(Target(model, cached=cached), canvas, select, random=forced)
         met.append(forced.log_prob)
         canvas = model.canvas({"token": torch.where(known, x, 0)}, known)
         target = Target(model, cached=cached, warp=Warper(temperature=0))
-        texts.append(generate(target, canvas, Select("confidence", threshold=0.6)).value["token"])
+        texts.append(generate(target, canvas, Select("confidence", commit=Above(0.6))).value["token"])
     assert torch.allclose(*met, rtol=0, atol=1e-9) and torch.equal(*texts)
 
 

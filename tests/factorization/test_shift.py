@@ -13,7 +13,7 @@ from seriatim.canvas import Set
 from seriatim.decoding.filters import Warper
 from seriatim.decoding.loop import decode, generate
 from seriatim.decoding.policy import FreeCache
-from seriatim.decoding.sample import Select
+from seriatim.decoding.sample import Above, Select
 from seriatim.decoding.target import Target
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.line import Line
@@ -179,13 +179,13 @@ def test_cached_blocks_equal_recomputation(prompts):
     known = torch.arange(8) < torch.tensor(prompts)[:, None]
     met, texts = [], []
     for cached in (True, False):
-        forced, select = Forced(x), Select("confidence", threshold=0.6)
+        forced, select = Forced(x), Select("confidence", commit=Above(0.6))
         canvas = model.canvas({"token": torch.where(known, x, 0)}, known)
         generate(Target(model, cached=cached), canvas, select, random=forced)
         met.append(forced.log_prob)
         canvas = model.canvas({"token": torch.where(known, x, 0)}, known)
         target = Target(model, cached=cached, warp=Warper(temperature=0))
-        texts.append(generate(target, canvas, Select("confidence", threshold=0.6)).value["token"])
+        texts.append(generate(target, canvas, Select("confidence", commit=Above(0.6))).value["token"])
     assert torch.allclose(*met, rtol=0, atol=1e-9)
     assert torch.equal(*texts)
 
@@ -193,7 +193,7 @@ def test_cached_blocks_equal_recomputation(prompts):
 def test_a_block_costs_one_slot_more_and_the_value_before_it_is_not_remembered():
     model = model_of(Blocks(3, "any", shift=True), 9)
     target, slots, held = Target(model), [], []
-    for step in decode(target, model.blank(1), Select(threshold=1.0), random=Keyed(0)):
+    for step in decode(target, model.blank(1), Select(commit=Above(1.0)), random=Keyed(0)):
         slots.append(step.slots)
         held.append(target.cache.length)
     assert slots == [3, 3, 3, 6, 4, 4, 7, 4, 4]
@@ -221,6 +221,6 @@ def test_a_policy_freezes_no_slot_that_is_read(order):
     for target in (Target(model, cached=False), Target(model, policy=policy)):
         read.clear()
         canvas = model.canvas({"token": ids(1, 8)}, 4)
-        generate(target, canvas, Watched("random", threshold=1.0), random=Keyed(1))
+        generate(target, canvas, Watched("random", commit=Above(1.0)), random=Keyed(1))
         exact = exact or list(read)
         assert read == exact

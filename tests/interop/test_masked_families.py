@@ -290,6 +290,19 @@ def test_a_text_ends_before_an_end_that_nothing_unknown_precedes(folder, name):
     assert ours.generate([5, 6, 7], max_new_tokens=16, temperature=0.0).ids == whole[: ends[0]]
 
 
+@pytest.mark.parametrize("name", ["llada", "dream", "wedlm"])
+def test_other_decoders_of_masks_decode_them(folder, name):
+    """With a cache of what lies outside the block at work, and without it as one token after another would."""
+    ours = load(folder(name), torch.float32)
+    ours.config, ours.settings = replace(ours.config, ends=(), rule="confidence", threshold=None, within=4), {}
+    settings = {"max_new_tokens": 12, "temperature": 0.0}
+    own = ours.generate([5, 6, 7], **settings).ids
+    plain = "fast-dllm+cache=none+block=4+threshold=none"
+    assert ours.generate([5, 6, 7], decoder=plain, **settings).ids == own
+    fast = ours.generate([5, 6, 7], decoder="fast-dllm+block=4+threshold=0.97", **settings)
+    assert len(fast.ids) == 12 and sum(fast.rows) < 15 * fast.forwards
+
+
 def test_the_command_line_continues_ids(folder, capsys):
     assert (
         main(["generate", str(folder("llada")), "--ids", "5,6,7", "--max-new-tokens", "8", "--temperature", "0"]) == 0

@@ -153,10 +153,10 @@ def _beside(a: Int[Tensor, "b n"], b: Int[Tensor, "b m"]) -> Int[Tensor, "b n+m"
 
 
 def _read(plan: Plan) -> Bool[Tensor, "b s"]:
-    """Slots that something is read at: they are computed anew, whatever stands in them."""
+    """Slots that hold a value, and that another element is read at (a shifted order): they are computed anew."""
     slot = plan.reads.slot
     out = torch.zeros(len(slot), plan.size + 1, dtype=torch.bool)
-    return out.scatter(1, torch.where(slot >= 0, slot, plan.size), True)[:, :-1]
+    return out.scatter(1, torch.where(slot >= 0, slot, plan.size), True)[:, :-1] & (plan.slots.source == VALUE)
 
 
 def _elements(plan: Plan) -> Int[Tensor, "s"]:

@@ -26,15 +26,13 @@ from seriatim.objectives.masked import Masked
 from seriatim.plan import Plan
 from seriatim.random import Keyed
 from seriatim.systems.conversing import Conversing
-from seriatim.systems.decoders import Decoding
+from seriatim.systems.decoders import Decoding, decoder_of
 from seriatim.systems.generation import Generation
-from seriatim.systems.masked_text import MaskedText, in_blocks
+from seriatim.systems.masked_text import MaskedText
 from seriatim.systems.meta import Meta
 from seriatim.systems.published import WINDOW
 from seriatim.systems.system import Sampling
 from seriatim.tokenizers.text import Detokenizer
-
-LENGTH = 200  # tokens, where nothing else is said
 
 
 class PublishedMasked(Conversing, MaskedText):
@@ -119,18 +117,19 @@ class PublishedMasked(Conversing, MaskedText):
         self,
         prompt: str | Sequence[int],
         *,
-        max_new_tokens: int = LENGTH,
+        max_new_tokens: int = 200,
         seed: int = 0,
-        decoder: Decoding | None = None,
+        decoder: str | Decoding = "own",
         **sampling: Any,
     ) -> Generation:
-        """Continue a text or its ids; sampling: fields of `Sampling` (temperature, top_p, steps, ...), the model's own
-        where left out."""
+        """Continue a text or its ids by a decoder (`decoder_of`, family "unmasking"); sampling: fields of `Sampling`
+        (temperature, top_p, steps, ...), the model's own where left out."""
         s = Sampling(**{**self.config.sampling, **sampling})
+        way = decoder_of(self, decoder, s, self.stop)
         trace: list[Any] = []
         start = time.perf_counter()
         with torch.inference_mode():
-            ids = [i for piece in self._written(prompt, max_new_tokens, s, seed, decoder, trace) for i in piece]
+            ids = [i for piece in self._written(prompt, max_new_tokens, s, seed, way, trace) for i in piece]
         text = None if self.tokenizer is None else self.tokenizer.decode(ids)
         rows = tuple(step.slots for step in trace)
         return Generation(ids, text, sum(x.forwards for x in trace), 0, 0, time.perf_counter() - start, rows=rows)
@@ -159,11 +158,12 @@ class PublishedMasked(Conversing, MaskedText):
     ) -> Iterator[list[int]]:  # fmt: skip
         """New ids from the front as they are decided, at most `length`."""
         ids = self.prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
-        room = self.model.layout.size - len(ids)
-        length = max(min(LENGTH, room), 1) if length is None else length
-        canvas = self._begun(ids, length)
         way = decoding or Decoding(self.decider(sampling), self.proposer(sampling))
-        target, told, end = self.target(None, sampling, **way.target), len(ids), len(ids) + length
+        canvas = self.begun(ids, length)
+        if way.block is not None:
+            canvas = self.blocked(canvas, way.block)
+        target, told = self.target(None, sampling, **way.target), len(ids)
+        end = canvas.layout.size if length is None else told + length
         for step in decode(target, canvas, way.decider, way.proposer, Keyed(seed)):
             if trace is not None:
                 trace.append(step)
@@ -173,26 +173,21 @@ class PublishedMasked(Conversing, MaskedText):
             if told == end:
                 return
 
-    def prompted(self, prompt: str, length: int | None) -> Canvas:
-        ids = self.prompt_ids(prompt)
-        return self._begun(ids, max(min(LENGTH, self.model.layout.size - len(ids)), 1) if length is None else length)
+    def prompted(self, prompt: str | Sequence[int], length: int | None) -> Canvas:
+        return self.begun(self.prompt_ids(prompt) if isinstance(prompt, str) else prompt, length)
 
-    def _begun(self, ids: Sequence[int], length: int) -> Canvas:
+    def begun(self, ids: Sequence[int], length: int | None) -> Canvas:
         """A canvas with a prompt given and masks for `length` tokens behind it, and, where they stand in blocks, for
         the rest of the last block. Raises ValueError where they do not fit."""
+        plain = super().begun(ids, length)
         known, room, block = len(ids), self.model.layout.size, self.config.block
-        if length < 1 or known + length > room:
-            raise ValueError(
-                f"the prompt takes {known} tokens and {length} are asked for; this model takes {room} in all: shorten "
-                "the prompt or --length"
-            )
         if not known and not self.begins:
             raise ValueError("this model begins no text by itself: give a prompt of at least one token")
-        size = known + length if block is None else min(math.ceil((known + length) / block) * block, room)
-        value = torch.tensor([[*ids, *[0] * (size - known)]], dtype=torch.long)
-        plain = self.model.canvas({"token": value}, known, layout=line(size))
         if block is None:
-            return in_blocks(plain, self.config.within)
+            return self.blocked(plain, self.config.within or plain.layout.size)
+        size = min(math.ceil(plain.layout.size / block) * block, room)
+        value = torch.nn.functional.pad(plain.value["token"], (0, size - plain.layout.size))
+        plain = self.model.canvas({"token": value}, known, layout=line(size))
         place = torch.arange(size)
         inside = place % block
         part = inside // (self.config.within or block)
