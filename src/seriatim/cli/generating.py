@@ -13,6 +13,7 @@ from typing import Any
 from seriatim.interop.grammar import Grammar
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.language_model import Generation, LanguageModel
+from seriatim.systems.published_masked import PublishedMasked
 from seriatim.systems.system import System
 from seriatim.systems.text_system import TextSystem
 from seriatim.verbs.generate import draw, sampling_of, save_pictures, stream
@@ -28,7 +29,7 @@ def run_generate(options: argparse.Namespace) -> int:
 
     system = loaded(options)
     sampling = {name: getattr(options, name) for name in SAMPLING}
-    if options.chat and not isinstance(system, LanguageModel):
+    if options.chat and not isinstance(system, LanguageModel | PublishedMasked):
         raise ValueError(f"{system.meta.key} has no chat template: --chat is for language models that converse")
     with torch.inference_mode():
         if isinstance(system, LanguageModel):
@@ -91,7 +92,7 @@ def _language(system: LanguageModel, options: argparse.Namespace, sampling: dict
     return 0
 
 
-def _given(system: LanguageModel, options: argparse.Namespace) -> list[int]:
+def _given(system: LanguageModel | PublishedMasked, options: argparse.Namespace) -> list[int]:
     """Ids of what was asked: a text to continue, what a user says, or ids."""
     if options.chat:
         if options.ids is not None or not options.prompt:
@@ -117,14 +118,13 @@ def _say(piece: str) -> None:
 
 
 def _text(system: TextSystem, options: argparse.Namespace, sampling: dict[str, Any]) -> int:
+    prompt = _given(system, options) if isinstance(system, PublishedMasked) else options.prompt
     for n in range(options.count or 1):
         trace: list[Any] = []
         start = time.perf_counter()
-        pieces = stream(
-            system, options.prompt, options.length, options.decoder, options.seed + n, trace=trace, **sampling
-        )
+        pieces = stream(system, prompt, options.length, options.decoder, options.seed + n, trace=trace, **sampling)
         if not options.json:
-            sys.stdout.write(options.prompt)
+            sys.stdout.write("" if options.ids is not None or options.chat else options.prompt)
             for piece in pieces:
                 _say(piece)
             print()

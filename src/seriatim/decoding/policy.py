@@ -116,7 +116,7 @@ class Memory:
         columns = torch.arange(element.shape[1]).expand_as(element)
         newest = torch.full((len(element), size + 1), -1)  # column of each element; the last is for padding
         newest = newest.scatter_reduce(1, torch.where(element < 0, size, element), columns, "amax")[:, now]
-        frozen = self.policy.frozen(plan, gather(source, newest), self.start) & (newest >= 0)
+        frozen = self.policy.frozen(plan, gather(source, newest), self.start) & (newest >= 0) & ~_read(plan)
         stay = torch.zeros(len(frozen), element.shape[1] + 1, dtype=torch.bool)
         stay = stay.scatter(1, torch.where(frozen, newest, element.shape[1]).expand(len(frozen), -1), True)[:, :-1]
         keep, present = ragged(stay[:, held:]), (element[:, :held] >= 0).expand(len(stay), -1)
@@ -150,6 +150,13 @@ def _shared(index: Int[Tensor, "b m"]) -> Int[Tensor, "b m"]:
 def _beside(a: Int[Tensor, "b n"], b: Int[Tensor, "b m"]) -> Int[Tensor, "b n+m"]:
     rows = max(len(a), len(b))
     return torch.cat([a.expand(rows, -1), b.expand(rows, -1)], 1)
+
+
+def _read(plan: Plan) -> Bool[Tensor, "b s"]:
+    """Slots that hold a value, and that another element is read at (a shifted order): they are computed anew."""
+    slot = plan.reads.slot
+    out = torch.zeros(len(slot), plan.size + 1, dtype=torch.bool)
+    return out.scatter(1, torch.where(slot >= 0, slot, plan.size), True)[:, :-1] & (plan.slots.source == VALUE)
 
 
 def _elements(plan: Plan) -> Int[Tensor, "s"]:

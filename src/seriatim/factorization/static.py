@@ -53,14 +53,19 @@ class Blocks(Factorization):
     block: exact likelihood as independent elements) or "any" (elements of a block decided in any order by the decoder:
     block diffusion, whose likelihood is a bound). Queries show what of their block is known: given elements, and for
     "any" whatever is decided on the canvas, so that an objective draws its masks by deciding the rest.
+
+    shift: each element is read at the slot before its own, as in models that began as next-token ones (Fast-dLLM v2,
+    Wu et al. 2025): inside a block at the query of the element before, the first of a block at the clean value that
+    ends the block before (the very first at its own). That value so stays out of the cache while its successor's block
+    is at work.
     """
 
-    def __init__(self, size: int, inside: str = "parallel", source: int = MASK):
+    def __init__(self, size: int, inside: str = "parallel", source: int = MASK, shift: bool = False):
         if size < 1 or inside not in ("parallel", "any") or source not in (MASK, NOISE):
             raise ValueError(
                 f"blocks have a positive size and are decided 'parallel' or in 'any' order; got {size}, {inside!r}"
             )
-        self.size, self.inside, self.source = size, inside, source
+        self.size, self.inside, self.source, self.shift = size, inside, source, shift
         self.free = inside == "any"
         self.likelihood = "exact" if inside == "parallel" and source == MASK else "bound"
 
@@ -82,8 +87,12 @@ class Blocks(Factorization):
         source = torch.cat([torch.where(hidden, self.source, VALUE), torch.full_like(rank, VALUE)], 1)
         slots = Slots(both[..., None], source, layout.coord[None].repeat(1, 2, 1), needs)
         view = two_stream(block.repeat(1, 2), query)
-        read = torch.where(hidden, e[None], -1)
-        return Plan(slots, {"all": view}, Reads(read, read), rank, layout=layout)
+        at = e
+        if self.shift:
+            before = (e - 1).clamp(min=0)
+            at = torch.where((e % self.size == 0) & (e > 0), layout.size + before, before)
+        slot, read = torch.where(hidden, at, -1), torch.where(hidden, e, -1)
+        return Plan(slots, {"all": view}, Reads(slot, read), rank, layout=layout)
 
     def due(self, canvas: Canvas) -> Bool[Tensor, "b E"]:
         return super().due(canvas) if self.inside == "parallel" else canvas.open  # what is shown is not read
@@ -98,7 +107,8 @@ class Blocks(Factorization):
         layout, size = canvas.layout, self.size
         unknown = canvas.open
         first = int(unknown.any(0).nonzero()[0, 0]) // size  # the block at work: the first with anything unknown
-        if cached > first * size:
+        before = int(self.shift and first > 0)  # slots of earlier blocks that are read
+        if cached > first * size - before:
             raise OrderError(
                 f"an element of block {first} is unknown again, but the cache holds {cached} slots: blocks that are "
                 "finished stay so (remask within the block at work, or decode without a cache)"
@@ -112,9 +122,10 @@ class Blocks(Factorization):
         block = torch.cat([clean, work])[None] // size
         rank = torch.where(unknown, now, -1)
         read = torch.where(open_, element, -1)[:, len(clean) :]
-        slot = torch.where(read >= 0, torch.arange(len(clean), element.shape[1]), -1)
+        at = (torch.arange(len(clean), element.shape[1]) - int(self.shift)).clamp(min=0)
+        slot = torch.where(read >= 0, at, -1)
         slots = Slots(element[..., None], source, layout.coord[element[0]][None], torch.full_like(source, -1))
-        kept = torch.arange(len(clean))[None]
+        kept = torch.arange(len(clean) - before)[None]
         # one stream will do: no value stands here beside the query of its element
         return Plan(slots, {"all": inclusive(block)}, Reads(slot, read), rank, layout=layout, kept=kept)
 
@@ -123,11 +134,15 @@ class AnyOrder(Factorization):
     """Unknown elements as masks among the known ones, everybody sees everybody: masked generation, any order.
 
     No single pass scores a sample; a forward reads all unknown elements. Its likelihood is a bound (the mean over
-    orders).
+    orders). shift: each element is read at the slot before its own (the first at its own), as in models that began as
+    next-token ones (DiffuLLaMA, Gong et al. 2024, arXiv 2410.17891; Dream).
     """
 
     likelihood = "bound"
     free = True
+
+    def __init__(self, shift: bool = False):
+        self.shift = shift
 
     def order(self, layout: Layout, random: Random | None = None) -> Int[Tensor, "1 E"]:
         return torch.arange(layout.size)[None]
@@ -146,6 +161,41 @@ class AnyOrder(Factorization):
         gone = canvas.status == DELETED
         if bool(gone.any()):
             view = view.narrow(lane=torch.where(gone, -1, 0))
-        slot = torch.where(unknown, e, -1)
+        slot = torch.where(unknown, (e - int(self.shift)).clamp(min=0), -1)
         nothing = torch.zeros(1, 0, dtype=torch.long)
         return Plan(slots, {"all": view}, Reads(slot, read), rank, layout=layout, kept=nothing)
+
+
+class KnownFirst(AnyOrder):
+    """Any order with causal attention: known elements stand first, in their order, then the masks, in theirs, and each
+    slot sees those that stand before it, whatever its coordinate (WeDLM, Liu et al. 2025, arXiv 2512.22737).
+
+    So the known elements before the first unknown one see nothing that is decided later, and stay in the cache.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def step(self, canvas: Canvas, guess: Guess | None, cached: int | Tensor) -> Plan | None:
+        if canvas.done:
+            return None
+        if guess is not None or not isinstance(cached, int):
+            raise OrderError("rows whose known elements stand first go together and verify no drafts")
+        layout, unknown = canvas.layout, canvas.open
+        known = int((unknown.cumsum(1) == 0).sum(1).min())  # before the first unknown one, in every row
+        if cached > known:
+            raise OrderError(
+                f"element {known} is unknown again, but the cache holds {cached} slots before the first mask"
+            )
+        e = torch.arange(cached, layout.size)[None]
+        hidden = unknown[:, cached:]
+        place = cached + hidden.long().argsort(dim=1, stable=True).argsort(dim=1)
+        view = inclusive(place)
+        gone = canvas.status[:, cached:] == DELETED
+        if bool(gone.any()):
+            view = view.narrow(lane=torch.where(gone, -1, 0))
+        source = torch.where(hidden, MASK, VALUE)
+        slots = Slots(e[..., None], source, layout.coord[cached:][None], torch.full_like(source, -1))
+        read, slot = torch.where(hidden, e, -1), torch.where(hidden, e - cached, -1)
+        rank, kept = torch.where(unknown, 0, -1), torch.arange(known - cached)[None]
+        return Plan(slots, {"all": view}, Reads(slot, read), rank, layout=layout, kept=kept)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +14,14 @@ from seriatim.backbones.layer import TransformerConfig
 from seriatim.backbones.mamba import Mamba, MambaConfig
 from seriatim.backbones.transformer import Transformer
 from seriatim.conditions.text import TextEncoder
+from seriatim.decoding.sample import Rule
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.line import Line
+from seriatim.factorization.static import AnyOrder, Blocks, KnownFirst
 from seriatim.heads.categorical import CategoricalHead
 from seriatim.layout import line
 from seriatim.model import Model
+from seriatim.objectives.masked import Masked, MaskedBlocks, by_count, by_time
 
 BACKBONES: dict[type, Callable[[Any], nn.Module]] = {
     TransformerConfig: Transformer,
@@ -29,11 +32,13 @@ UNBOUNDED = 2**20  # the length in tokens of models that have no longest one: mo
 
 
 class Part(NamedTuple):
-    """One of our parameters: from which published tensors, and how (a key of `HOW`)."""
+    """One of our parameters: from which published tensors, and how (a key of `HOW`, or what only its family does);
+    row: it is one row of what they give."""
 
     ours: str
     theirs: tuple[str, ...]
-    how: str = "rows"
+    how: str | How = "rows"
+    row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,55 @@ class EncoderDecoderBlueprint(Blueprint):
         return super().numbers + self.encoder.numbers
 
 
+@dataclass(frozen=True, kw_only=True)
+class MaskedBlueprint(Blueprint):
+    """A text whose tokens are decided in any order: of all of it, or block after block.
+
+    mask: the id whose row of the table stands where a token is unknown; it is never written. shift: tokens are read one
+    slot before their own. block: how many see no later ones (None: everybody sees everybody, or, with `causal`, what is
+    known and stands before). ends: ids that end a text whatever the settings say. biased: the head has a bias. How it
+    is decoded where its users say nothing else: `within` parts of so many tokens, which first by `rule`, all above a
+    `threshold` at once (`Unmask`), and by which `sampling`.
+    """
+
+    mask: int
+    shift: bool = False
+    block: int | None = None
+    causal: bool = False
+    ends: tuple[int, ...] = ()
+    biased: bool = False
+    within: int | None = None
+    rule: Rule = "confidence"
+    threshold: float | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> Model:
+        c = self.backbone
+        positions = () if self.positions is None else (self.positions,)
+        embed = TokenEmbed(self.vocab, c.width, positions=positions, mask=True, start=False, scale=self.scale)
+        tied = embed.table if self.tied else None
+        head = CategoricalHead(c.width, self.vocab, tied=tied, bias=self.biased, softcap=self.softcap)
+        parts = (embed, BACKBONES[type(c)](c), head)
+        if self.block is None:
+            order = KnownFirst() if self.causal else AnyOrder(self.shift)
+            return Masked(line(self.length), order, *parts, masking=by_time, judging=by_count)
+        blocks = Blocks(self.block, "any", shift=self.shift)
+        return MaskedBlocks(line(self.length), blocks, *parts, masking=by_time, judging=by_count)
+
+
+def masked(plan: Blueprint, where: str, mask: int, **more: Any) -> MaskedBlueprint:
+    """The blueprint of a next-token model that was trained on to decide masks. Raises ValueError for what no such model
+    has here."""
+    if not 0 <= mask < plan.vocab:
+        raise ValueError(f"{where}: the mask is id {mask}, and there are {plan.vocab} ids")
+    if plan.windows:
+        raise ValueError(f"{where}: sliding windows of models that unmask are not understood")
+    table = next(part for part in plan.parts if part.ours == "embed.table").theirs
+    same = {f.name: getattr(plan, f.name) for f in fields(plan)}
+    parts = (*plan.parts, Part("embed.mask", table, row=mask))
+    return MaskedBlueprint(**{**same, "parts": parts}, mask=mask, **more)
+
+
 # ---- how tensors are put together, and taken apart again -------------------------------------------------------------
 
 
@@ -131,6 +185,11 @@ def _experts(parts: Sequence[Tensor], c: TransformerConfig) -> Tensor:
 
 def _apart(x: Tensor, names: Sequence[str], c: TransformerConfig) -> Sequence[Tensor]:
     return [part for expert in x for part in expert.chunk(len(names) // len(x))]
+
+
+def how_of(part: Part) -> How:
+    """How the tensors of a part are put together and taken apart."""
+    return HOW[part.how] if isinstance(part.how, str) else part.how
 
 
 HOW: dict[str, How] = {

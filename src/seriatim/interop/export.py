@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from seriatim.backbones.transformer import Transformer
-from seriatim.interop.blueprint import HOW, Part
+from seriatim.interop.blueprint import Part, how_of
 from seriatim.interop.chat import ChatTemplate
 from seriatim.interop.families.llama import NORMS, parts_of
 from seriatim.model import Model
@@ -38,7 +38,12 @@ def published_tensors(ours: Mapping[str, Tensor], parts: tuple[Part, ...], confi
     if gone:
         raise ValueError(f"the weights are quantised ({gone[0]}): give the unquantised model")
     for part in parts:
-        apart = HOW[part.how].apart(ours[part.ours].detach(), part.theirs, config)
+        x = ours[part.ours].detach()
+        if part.row is not None:  # of what another part is
+            (name,) = part.theirs
+            out[name] = out[name].index_copy(0, torch.tensor([part.row], device=x.device), x[None])
+            continue
+        apart = how_of(part).apart(x, part.theirs, config)
         out |= {theirs: x.contiguous() for theirs, x in zip(part.theirs, apart, strict=True)}
     return out
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from seriatim.interop.blueprint import FINE, HOW, Blueprint, Part
+from seriatim.interop.blueprint import FINE, Blueprint, Part, how_of
 from seriatim.model import Model
 
 INDEX = "model.safetensors.index.json"
@@ -148,7 +148,8 @@ def _fill(
     want = getattr(module, name) if not isinstance(module, nn.ParameterList) else module[int(name)]
     theirs = [files[n].get_tensor(n) for n in part.theirs]
     try:
-        ours = HOW[part.how].together(theirs, blueprint.backbone)
+        ours = how_of(part).together(theirs, blueprint.backbone)
+        ours = ours if part.row is None else ours[part.row].clone()
     except RuntimeError:
         ours = None
     if ours is None or ours.shape != want.shape:

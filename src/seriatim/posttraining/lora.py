@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from seriatim.backbones.layer import TransformerConfig
-from seriatim.interop.blueprint import HOW, Part
+from seriatim.interop.blueprint import Part, how_of
 from seriatim.model import Model
 
 ADAPTABLE = ("rows", "columns", "heads")  # how a published matrix became ours; experts share a tensor, and have none
@@ -141,7 +141,7 @@ def _check(factors: Mapping[str, Factors], shapes: Mapping[str, torch.Size], par
 
 def _shapes(weight: Tensor, part: Part, config: TransformerConfig) -> dict[str, torch.Size]:
     """Of the published matrices that one of ours is made of."""
-    return {n: x.shape for n, x in zip(part.theirs, HOW[part.how].apart(weight, part.theirs, config), strict=True)}
+    return {n: x.shape for n, x in zip(part.theirs, how_of(part).apart(weight, part.theirs, config), strict=True)}
 
 
 def _change(
@@ -157,7 +157,7 @@ def _change(
         f = factors[name]
         change = (f.b @ f.a) * f.scale
         changes.append(change.T if part.how == "columns" else change)
-    return HOW[part.how].together(changes, config)
+    return how_of(part).together(changes, config)
 
 
 class LowRank(nn.Module):
@@ -190,7 +190,7 @@ class LowRank(nn.Module):
             rank = self.b[key].shape[1]
             wide.append(F.pad(self.b[key], (at, width - at - rank)))
             at += rank
-        b = wide[0] if self.part.how == "columns" else HOW[self.part.how].together(wide, self.backbone)
+        b = wide[0] if self.part.how == "columns" else how_of(self.part).together(wide, self.backbone)
         return Adapted(self.scale, torch.cat(narrow), b, weight)
 
 

@@ -20,24 +20,22 @@ from seriatim.decoding.shaping import Constraint
 from seriatim.decoding.target import Target
 from seriatim.interop.answers import Answers, answers_of
 from seriatim.interop.blueprint import Part
-from seriatim.interop.chat import ChatTemplate
 from seriatim.interop.export import Publication
 from seriatim.interop.grammar import Grammar
 from seriatim.interop.tokenizer import PublishedTokenizer
 from seriatim.layout import line
 from seriatim.random import Generator, Keyed
+from seriatim.systems.conversing import Conversing
 from seriatim.systems.decoders import Decoding, decoder_of
 from seriatim.systems.generation import Generation, Watch
 from seriatim.systems.system import Sampling, evenly
-from seriatim.systems.text_system import TextSystem
 
 Prompt = str | Sequence[int] | Int[Tensor, " n"]
 
 
-class LanguageModel(TextSystem):
-    """Tokens one after another, each from all before it. `chat`: its template of conversations, if it has one."""
+class LanguageModel(Conversing):
+    """Tokens one after another, each from all before it."""
 
-    chat: ChatTemplate | None = None
     continues = True  # what is generated stands behind the prompt
 
     @property
@@ -120,25 +118,7 @@ class LanguageModel(TextSystem):
         """Log-probability in nats of whole rows; where no learned start stands in front, given their first token."""
         return self.model.log_prob(self.canvas({"token": ids})[0])
 
-    # ---- conversations and other programs ---------------------------------------------------------------------------
-
-    def prompt_of(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """A conversation ([{"role": "user", "content": "Hello"}, ...]) as the text of a prompt, special tokens in it,
-        which the model's answer continues. Raises ValueError where there is no chat template, or it refuses."""
-        if self.chat is None:
-            raise ValueError(
-                f"this {self.meta.key} has no chat template: it was not trained to converse, or its folder lacks "
-                "chat_template.jinja or tokenizer_config.json; give it a text to continue"
-            )
-        return self.chat.render(messages)
-
-    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The same as ids, special tokens as theirs and none added. Raises ValueError as `prompt_of`, and where there
-        is no tokenizer."""
-        if self.tokenizer is None:
-            raise ValueError("this model came without a tokenizer: give ids")
-        prompt = self.prompt_of(messages)  # refuses models that do not converse, whatever their tokenizer
-        return self.tokenizer.encode_templated(prompt)  # type: ignore[attr-defined]
+    # ---- other programs ---------------------------------------------------------------------------
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -234,12 +214,6 @@ class LanguageModel(TextSystem):
         if all(isinstance(x, int) for x in prompt):
             return [list(prompt)], False
         return [self.prompt_ids(x) if isinstance(x, str) else [int(i) for i in x] for x in prompt], True
-
-    def prompt_ids(self, text: str) -> list[int]:
-        """A prompt as ids. Raises ValueError where there is no tokenizer."""
-        if self.tokenizer is None:
-            raise ValueError("this model came without a tokenizer: give ids")
-        return self.tokenizer.encode(text)
 
     def _begun(self, rows: Sequence[Sequence[int]], new: int) -> Canvas:
         """A canvas with the prompts given and room for `new` tokens behind each."""

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from seriatim.interop.blueprint import Blueprint, EncoderDecoderBlueprint, Part
+from seriatim.interop.blueprint import Blueprint, EncoderDecoderBlueprint, MaskedBlueprint, Part
 from seriatim.interop.chat import ChatTemplate, read_template
 from seriatim.interop.export import Publication, published_tensors
 from seriatim.interop.families import blueprint
+from seriatim.interop.families.diffullama import mask_of_gpt2
 from seriatim.interop.fields import read_config
 from seriatim.interop.gguf import GGUF
 from seriatim.interop.tokenizer import published_tokenizer
@@ -21,7 +22,7 @@ from seriatim.interop.weights import as_trained, load_into, opened
 from seriatim.model import Model
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.meta import Meta
-from seriatim.systems.system import Sampling
+from seriatim.systems.system import Sampling, System
 
 WINDOW = 1024  # tokens that are scored together, however long a text the model takes
 
@@ -67,9 +68,9 @@ class Published(LanguageModel):
         return Publication(self.raw, tensors, self.settings)
 
 
-def load_published(place: str | Path, dtype: torch.dtype | None = None) -> Published:
+def load_published(place: str | Path, dtype: torch.dtype | None = None) -> Any:
     """The model of a folder with config.json and safetensors, or of a GGUF file, in evaluation mode, in `dtype` (None:
-    as stored; of a GGUF file, dequantised to float32).
+    as stored; of a GGUF file, dequantised to float32): a `Published`, or a `PublishedMasked` where it decides masks.
 
     Without files of a tokenizer it works on ids. Raises FileNotFoundError, ValueError that says what is missing,
     unexpected or not understood.
@@ -87,15 +88,18 @@ def load_published(place: str | Path, dtype: torch.dtype | None = None) -> Publi
 def _put_together(
     raw: dict[str, Any], files: Mapping[str, Any], tokenizer: Any, settings: dict[str, Any],
     chat: ChatTemplate | None, place: Path, dtype: torch.dtype | None,
-) -> Published:  # fmt: skip
+) -> System:  # fmt: skip
+    raw = mask_of_gpt2(raw, files)
     plan = blueprint(raw, str(place if place.is_file() else place / "config.json"))
     plan = as_trained(plan, files)
     with torch.device("meta"):
         model = plan.build()
     load_into(model, plan, files, place, dtype)
-    kind: type[Published] = Published
+    kind: Any = Published
     if isinstance(plan, EncoderDecoderBlueprint):
         from seriatim.systems.encoder_decoder import EncoderDecoder as kind  # builds on this file
+    elif isinstance(plan, MaskedBlueprint):
+        from seriatim.systems.published_masked import PublishedMasked as kind
     return kind(plan, model, tokenizer, raw, settings, chat).eval().requires_grad_(False)
 
 

@@ -17,6 +17,7 @@ from seriatim.home import HOME
 from seriatim.systems.image_system import ImageSystem, Pictures
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.published import Published
+from seriatim.systems.published_masked import PublishedMasked
 from seriatim.systems.system import Sampling, System, evenly
 from seriatim.systems.text_system import TextSystem
 from seriatim.systems.tokenizer_system import TokenizerSystem
@@ -45,7 +46,7 @@ def evaluate(
     if data is None:
         if isinstance(source, System):
             raise ValueError("say on which data to evaluate: a system in memory does not know")
-        if isinstance(system, Published) and not RunFolder(str(source)).card.is_file():
+        if isinstance(system, Published | PublishedMasked) and not RunFolder(str(source)).card.is_file():
             raise ValueError("say on which data to evaluate a published model: --data")
         data = RunFolder(where(source)).read_card()["data"]
     modality = "text" if isinstance(system, TextSystem) else "image"

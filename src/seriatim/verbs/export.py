@@ -8,6 +8,7 @@ import torch
 
 from seriatim.interop.export import write_published
 from seriatim.systems.language_model import LanguageModel
+from seriatim.systems.published_masked import PublishedMasked
 from seriatim.systems.system import System
 from seriatim.verbs.load import load
 
@@ -23,7 +24,7 @@ def export(source: str | Path | System, out: str | Path, form: str = "hf", dtype
     if form not in FORMATS:
         raise ValueError(f"there is no format {form!r}; there is {', '.join(FORMATS)}")
     system, out = source if isinstance(source, System) else load(source), Path(out)
-    if not isinstance(system, LanguageModel):
+    if not isinstance(system, LanguageModel | PublishedMasked):
         raise ValueError(f"{system.meta.key} has no counterpart in that format: next-token models do")
     what = system.publication()
     if dtype is not None:

@@ -43,12 +43,13 @@ def generate(
 
 
 def stream(
-    system: TextSystem, prompt: str, length: int | None = None, decoder: str = "own", seed: int = 0,
+    system: TextSystem, prompt: str | list[int], length: int | None = None, decoder: str = "own", seed: int = 0,
     trace: list[Any] | None = None, **sampling: Any,
 ) -> Iterator[str]:  # fmt: skip
-    """Pieces of text as they are decided. Raises ValueError for a decoder that does not exist or does not suit."""
+    """Pieces of text as they are decided, behind a text (of models that decide masks, or its ids). Raises
+    ValueError for a decoder that does not exist or does not suit."""
     s = sampling_of(system, **sampling)
-    return system.stream(prompt, length, s, seed, decoder_of(system, decoder, s), trace)
+    return system.stream(prompt, length, s, seed, decoder_of(system, decoder, s), trace)  # type: ignore[arg-type]
 
 
 def draw(

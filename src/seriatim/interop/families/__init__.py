@@ -15,17 +15,23 @@ FAMILIES = {
     "phi3": "phi3", "olmo2": "olmo2", "gemma2": "gemma", "gemma3_text": "gemma", "gpt2": "gpt2", "gpt_neox": "gpt_neox",
     "mamba2": "mamba2", "bamba": "bamba", "t5": "t5",
 }  # fmt: skip
+# the same, of models that decide masks in any order, or block after block
+MASKED = {
+    "llada": "llada", "Dream": "dream", "sdar": "sdar", "Fast_dLLM_Qwen": "fast_dllm", "mdlm": "mdlm", "bd3lm": "mdlm",
+    "wedlm": "wedlm",
+}  # fmt: skip
 
 
 def blueprint(raw: Mapping[str, Any], where: str = "config.json") -> Blueprint:
     """The parts of a published model by its config. Raises ValueError for a family, a key or a size that is not
     understood."""
-    kind = raw.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(f"{where}: models of type {kind!r} are not understood; there are {', '.join(FAMILIES)}")
+    kind, known = raw.get("model_type"), FAMILIES | MASKED
+    if kind not in known:
+        raise ValueError(f"{where}: models of type {kind!r} are not understood; there are {', '.join(known)}")
+    family = "diffullama" if kind in ("llama", "gpt2") and raw.get("mask_token_id") is not None else known[kind]
     fields = Fields(raw, where)
     try:
-        found: Blueprint = importlib.import_module(f"{__name__}.{FAMILIES[kind]}").read(fields)
+        found: Blueprint = importlib.import_module(f"{__name__}.{family}").read(fields)
     except KeyError as error:
         raise ValueError(f"{where} lacks {error}") from None
     except TypeError as error:
