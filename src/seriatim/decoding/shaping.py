@@ -57,6 +57,16 @@ class Penalties:
         return logits
 
 
+@dataclass(frozen=True)
+class Without:
+    """Everything but these ids: ends of text, where a text has to go on."""
+
+    ids: tuple[int, ...]
+
+    def __call__(self, logits: Float[Tensor, "b m v"], canvas: Canvas, guess: Guess | None) -> Float[Tensor, "b m v"]:
+        return logits.index_fill(-1, torch.tensor(self.ids, device=logits.device), -torch.inf)
+
+
 def counts(
     logits: Float[Tensor, "b m v"], canvas: Canvas, guess: Guess | None
 ) -> tuple[Float[Tensor, "b m v"], Float[Tensor, "b m v"]]:

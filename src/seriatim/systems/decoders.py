@@ -37,6 +37,9 @@ class Decoding:
     target: Mapping[str, Any] = field(default_factory=dict)
 
 
+Onlooker = Callable[[Decoding], Decoding]  # takes a way to decode, and gives it back with an eye on it
+
+
 @dataclass(frozen=True)
 class Ask:
     """What a decoder is made for: a next-token model, how it is sampled, ids that end a row, where a draft part is, and

@@ -12,6 +12,8 @@ from seriatim.systems.text_system import TextSystem
 class MaskedText(TextSystem):
     """Decoded by `Unmask`. The config has `rule`, and may have a `threshold`."""
 
+    fills = "known"
+
     def _settled(self, canvas: Canvas, start: int = 0) -> list[int]:
         ids = super()._settled(canvas, start)
         ends = [i for i, x in enumerate(ids) if x in self.stop]

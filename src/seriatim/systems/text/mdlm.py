@@ -36,6 +36,7 @@ from seriatim.model import Model
 from seriatim.objectives.masked import Masked, by_count, by_time
 from seriatim.random import Generator
 from seriatim.systems.claim import Arm, Claim
+from seriatim.systems.infill import Parts
 from seriatim.systems.masked_text import MaskedText
 from seriatim.systems.meta import Meta
 from seriatim.systems.system import Sampling, evenly
@@ -154,13 +155,17 @@ class MDLM(MaskedText):
     # ---- generation -------------------------------------------------------------------------------------------------
 
     def prompted(self, prompt: str, length: int | None) -> Canvas:
-        """As for all text; what is asked for stands in blocks of `block`, counted from the end of the prompt."""
-        plain = super().prompted(prompt, length)
-        known = plain.given_length
-        length = plain.layout.size - known
-        rank = torch.arange(-known, length).clamp(min=0) // (self.config.block or length)
-        canvas = Canvas(plain.layout, plain.value, known, rank[None])
-        canvas.given_length = known
+        return self._in_blocks(super().prompted(prompt, length))
+
+    def gapped(self, parts: Parts) -> Canvas:
+        return self._in_blocks(super().gapped(parts))
+
+    def _in_blocks(self, plain: Canvas) -> Canvas:
+        """The same, what is asked for in blocks of `block`, counted from the first of it."""
+        asked = plain.open
+        rank = (asked.long().cumsum(1) - 1).clamp(min=0) // (self.config.block or plain.layout.size)
+        canvas = Canvas(plain.layout, plain.value, ~asked, rank)
+        canvas.given_length = plain.given_length
         return canvas
 
 

@@ -21,6 +21,7 @@ import torch
 
 from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
+from seriatim.canvas import Canvas
 from seriatim.decoding.sample import Rule, Select
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.static import AnyOrder, Blocks
@@ -30,6 +31,7 @@ from seriatim.layout import line
 from seriatim.model import Model
 from seriatim.objectives.masked import Masked, MaskedBlocks, by_count, by_time
 from seriatim.systems.claim import Arm, Claim
+from seriatim.systems.infill import Parts
 from seriatim.systems.masked_text import MaskedText
 from seriatim.systems.meta import Meta
 from seriatim.systems.system import Sampling
@@ -117,6 +119,20 @@ class SDAR(MaskedText):
     @staticmethod
     def build(config: Any, tokenizer: Any) -> Model:
         return build(config)
+
+    def gapped(self, parts: Parts) -> Canvas:
+        """As of all text. Raises ValueError where a text behind a gap lies in a later block: it would not be seen."""
+        canvas, size = super().gapped(parts), self.config.block
+        block, asked = torch.arange(canvas.layout.size) // size, canvas.open[0]
+        unseen = (~asked & (block > int(block[asked].min()))).nonzero()
+        if len(unseen):
+            raise ValueError(
+                f"{self.meta.key} writes blocks of {size} tokens one after another, and sees nothing behind a block: "
+                f"the gap at token {int(asked.nonzero()[0])} would be filled without regard to the text from token "
+                f"{int(unseen[0])} on. Let the text end in the block of its gap, or take a system that sees all of it, "
+                "such as zoo:text-mdlm"
+            )
+        return canvas
 
 
 # ---- what the laws run -----------------------------------------------------------------------------------------------
