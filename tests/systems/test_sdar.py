@@ -15,6 +15,7 @@ from seriatim.objectives.masked import LEAST, by_count, by_time
 from seriatim.random import Generator, Keyed
 from seriatim.systems.system import Sampling, begin_as
 from seriatim.systems.text import mdlm, next_token, sdar
+from seriatim.tokenizers.text import ByteTokenizer
 from seriatim.verbs.load import load
 from seriatim.verbs.train import train
 
@@ -212,3 +213,11 @@ def test_the_rule_is_one_of_selection():
     with pytest.raises(ValueError, match="rule is random, confidence"):
         sdar.Config(rule="luck")
     assert mdlm.MDLM.decider is sdar.SDAR.decider
+
+
+def test_a_prompt_is_not_streamed_again():
+    torch.manual_seed(0)
+    one = sdar.SDAR(sdar.Config(length=32, **SMALL), ByteTokenizer()).eval()
+    for prompt in ("", "a", "abcde"):
+        text = "".join(one.stream(prompt, 12))
+        assert len(text) <= 12 and not (prompt and text.startswith(prompt))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from seriatim.canvas import Canvas
+from seriatim.canvas import GIVEN, Canvas
 from seriatim.decoding.loop import Decider, decode
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.shaping import Shaper, Without
@@ -98,7 +98,7 @@ class TextSystem(System):
         there is room for). `trace` collects the steps; `watch` looks on (`evaluation.text_film.Recorder`)."""
         s = sampling or self.sampling
         canvas = self.prompted(prompt, length)
-        told, pieces = canvas.given_length, Detokenizer(self.tokenizer)
+        told, pieces = int((canvas.status[0] == GIVEN).sum()), Detokenizer(self.tokenizer)
         way = decoding or Decoding(self.decider(s), self.proposer(s))
         for firm in self._decoded(canvas, way, s, seed, trace, watch):
             ids = self._settled(canvas, told) if firm else []

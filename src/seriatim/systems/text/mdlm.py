@@ -164,9 +164,7 @@ class MDLM(MaskedText):
         """The same, what is asked for in blocks of `block`, counted from the first of it."""
         asked = plain.open
         rank = (asked.long().cumsum(1) - 1).clamp(min=0) // (self.config.block or plain.layout.size)
-        canvas = Canvas(plain.layout, plain.value, ~asked, rank)
-        canvas.given_length = plain.given_length
-        return canvas
+        return Canvas(plain.layout, plain.value, ~asked, rank)
 
 
 # ---- what the laws run -----------------------------------------------------------------------------------------------
