@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -149,3 +150,12 @@ def test_a_browser_shows_each_frame(tmp_path, at, text, said):
     (shown,) = re.findall(r'<div id="text"[^>]*>(.*?)</div>', dom, re.S)
     assert html.unescape(re.sub(r"<[^>]*>", "", shown)) == text
     assert said in html.unescape(dom) and "<img" not in dom
+
+
+def test_the_example_of_the_documentation_makes_a_film(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "decoding.md").read_text(encoding="utf-8")
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "Recorder" in c)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert "Place(element=5, token=" in capsys.readouterr().out
+    assert len(data_of((tmp_path / "film.html").read_text(encoding="utf-8"))["frames"]) == 41

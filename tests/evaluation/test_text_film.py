@@ -10,7 +10,7 @@ import torch
 
 from seriatim.canvas import Set
 from seriatim.decoding.guess import Guess
-from seriatim.decoding.loop import decode
+from seriatim.decoding.loop import Step, decode
 from seriatim.decoding.sample import Remask
 from seriatim.decoding.target import Target
 from seriatim.decoding.verify import Chain, Walk
@@ -180,6 +180,21 @@ def test_a_remasked_place_is_open_again():
     element, k = again[0]
     final = recorder.frames[-1].places[element]
     assert final.frame > k and recorder.frames[k].places[element].by == "open"
+
+
+def test_a_token_that_is_decided_again_counts_anew():
+    """Though it is the same one."""
+
+    class Again:
+        def decide(self, canvas, guess, rows, random):
+            left = canvas.open[0].nonzero()[:1]
+            return Step((Set(torch.full((1, 2), ord("x")), torch.tensor([[2, int(left)]])),))
+
+    one, recorder = masked(), Recorder(ByteTokenizer())
+    list(one.stream("ab", 4, HOT, decoding=Decoding(Again()), watch=recorder))
+    assert [[p.frame for p in f.places[2:]] for f in recorder.frames[1:]] == [
+        [1, 0, 0, 0], [2, 2, 0, 0], [3, 2, 3, 0], [4, 2, 3, 4],
+    ]  # fmt: skip
 
 
 def test_inserted_places_appear_between_others():
