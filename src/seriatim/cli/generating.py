@@ -172,7 +172,8 @@ def _text(system: TextSystem, options: argparse.Namespace, sampling: dict[str, A
             with Screen(console, recorder):
                 for _ in pieces:
                     pass
-            console.print(painted(recorder.frames[-1]), soft_wrap=True)
+            whole = painted(recorder.frames[-1])
+            console.print(whole, soft_wrap=True, end="" if whole.plain.endswith("\n") else "\n")
         else:
             say = _Echo(options.prompt)
             for piece in pieces:
