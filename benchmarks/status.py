@@ -26,7 +26,7 @@ from seriatim.cli.main import main as command
 from seriatim.laws.interface import COLUMNS
 from seriatim.laws.interface import cell as said
 from seriatim.laws.suite import mutant_finding, system_findings
-from seriatim.systems.decoders import example_of
+from seriatim.systems.decoders import FAMILIES, example_of
 from seriatim.systems.meta import catalogue, source_hash
 from seriatim.training.checkpoint import save_json
 
@@ -44,9 +44,9 @@ def laws_hold(key: str, family: str) -> bool | None:
 def runs_from_end_to_end(key: str, family: str) -> bool:
     """A short training on built-in data, with its pictures, and generation from the folder."""
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
-        if family == "decoder":
+        if family in FAMILIES:
             asked = ["--prompt", "def ", "--length", "40", "--decoder", example_of(key)]
-            return command(["generate", "zoo:text-base", *asked]) == 0
+            return command(["generate", "zoo:text-mdlm" if family == "unmasking" else "zoo:text-base", *asked]) == 0
         run = str(Path(place) / "run")
         short = ["--steps", "20", "--tokenizer-steps", "20"] if family == "image" else ["--steps", "20"]
         if command(["train", key, "--out", run, *short]):

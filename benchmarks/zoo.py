@@ -50,6 +50,18 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "image-vq": {"key": "image-vq", **PICTURES, "settings": {"steps": 3000}},
     "image-kl": {"key": "image-kl", **PICTURES, "settings": {"steps": 3000}},
     "text-mdlm": {"key": "mdlm", "size": "small", **TEXT, "settings": {"steps": 1200}},
+    "text-block": {
+        "key": "sdar",
+        "data": "stdlib",
+        "from_": "zoo:text-base",
+        "settings": {"window": 256, "batch": 8, "steps": 600},
+    },
+    "text-as-arm": {
+        "key": "as-arm",
+        "data": "stdlib",
+        "from_": "zoo:text-base",
+        "settings": {"length": 128, "batch": 8, "steps": 500, "learning_rate": 1e-3},
+    },
     "text-draft": {"key": "next-token", **TEXT, "settings": {**DRAFT, "steps": 3000, "batch": 8, "compile": True}},
     "var": {"key": "var", "size": "small", **PICTURES, "tokenizer": "zoo:image-msvq", "settings": {"steps": 1500}},
     "raster-ar": {

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
-from seriatim.systems.decoders import example_of
+from seriatim.systems.decoders import FAMILIES, example_of
 from seriatim.systems.meta import Meta, card_of, catalogue, load, recorded, status_of
 
 IMAGES = Path(__file__).parent / "images"
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 SHOWN = {
     "L": "the laws hold", "E": "runs from end to end", "C": "its claim was measured", "W": "published weights load",
 }  # fmt: skip
-ORDERLESS = ("tokenizer", "decoder")  # families that have no order of their own
+ORDERLESS = ("tokenizer", *FAMILIES)  # families that have no order of their own
 
 
 # ---- one page --------------------------------------------------------------------------------------------------------
@@ -91,10 +91,11 @@ def mask(key: str) -> bytes:
 
 
 def _commands(meta: Meta) -> str:
-    if meta.family == "decoder":
-        spec = example_of(meta.key)
-        lines = [f'seriatim generate zoo:text-base --decoder {spec} --prompt "def "']
-        lines += [f"seriatim bench zoo:text-base --decoders ancestral,{spec}", f"seriatim laws {meta.key} --verbose"]
+    if meta.family in FAMILIES:
+        spec, free = example_of(meta.key), meta.family == "unmasking"
+        lines = [f'seriatim generate zoo:{"text-mdlm" if free else "text-base"} --decoder {spec} --prompt "def "']
+        lines += [] if free else [f"seriatim bench zoo:text-base --decoders ancestral,{spec}"]
+        lines += [f"seriatim laws {meta.key} --verbose"]
         return "```\n" + "\n".join(lines) + "\n```"
     lines = [f"seriatim show {meta.key}", f"seriatim train {meta.key}"]
     if meta.family != "tokenizer":

@@ -10,13 +10,14 @@ import torch
 
 from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
-from seriatim.canvas import Set, Unset
+from seriatim.canvas import Canvas, Set, Unset
 from seriatim.conditions.condition import ClassCondition
 from seriatim.decoding.guidance import Guidance
 from seriatim.decoding.loop import Step, decode, generate, select_rows
-from seriatim.decoding.policy import FreeCache
-from seriatim.decoding.sample import SampleAll, Select
+from seriatim.decoding.policy import FreeCache, OutsideBlock
+from seriatim.decoding.sample import Above, SampleAll, Select
 from seriatim.decoding.target import Target
+from seriatim.decoding.unmask import Unmask, at_work
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.line import Line
 from seriatim.factorization.static import AnyOrder, Blocks
@@ -24,7 +25,7 @@ from seriatim.heads.categorical import CategoricalHead
 from seriatim.laws.case import randomise
 from seriatim.layout import line
 from seriatim.model import Model
-from seriatim.plan import OrderError
+from seriatim.plan import MASK, VALUE, OrderError
 from seriatim.random import Forced, Key, Keyed
 
 VOCAB, WIDTH, LENGTH = 2, 16, 8
@@ -51,7 +52,7 @@ class Recorder(Select):
 
 def run(model, policy, x, known=0, cached=True, threshold=1.0, row=None, **more):
     """Rows met (samples x elements, vocab) when decoding is forced to x, and slots of each forward."""
-    select = Recorder("confidence", threshold=threshold)
+    select = Recorder("confidence", commit=Above(threshold))
     select.met = {}
     target = Target(model, cached=cached, policy=policy, **more)
     canvas = model.canvas({"token": x.clone()}, known, row=row)
@@ -148,9 +149,9 @@ def test_branches_of_guidance_freeze_together():
 def test_rows_that_are_selected_take_what_is_frozen_of_them_along():
     """Where rewritten entries are exact, the rows that go on decode as if they had been alone."""
     model, x = generator(Blocks(2, "any")), text(3)
-    whole = generate(Target(model), model.canvas({"token": x.clone()}, 2), Select(threshold=1.0), random=Keyed(0))
+    whole = generate(Target(model), model.canvas({"token": x.clone()}, 2), Select(commit=Above(1.0)), random=Keyed(0))
     target, canvas = Target(model, policy=FreeCache(2, rewrite=True)), model.canvas({"token": x.clone()}, 2)
-    for turn, _ in enumerate(decode(target, canvas, Select(threshold=1.0), random=Keyed(0))):
+    for turn, _ in enumerate(decode(target, canvas, Select(commit=Above(1.0)), random=Keyed(0))):
         if turn == 2:
             select_rows(target, canvas, torch.tensor([2, 0]))
     assert torch.equal(canvas.value["token"], whole.value["token"][[2, 0]])
@@ -163,7 +164,7 @@ def test_one_target_serves_one_canvas_after_the_other():
     target, told = Target(model, policy=FreeCache(2)), []
     for _ in range(2):
         canvas = model.canvas({"token": text(2)}, 2)
-        slots = [step.slots for step in decode(target, canvas, Select(threshold=1.0), random=Keyed(0))]
+        slots = [step.slots for step in decode(target, canvas, Select(commit=Above(1.0)), random=Keyed(0))]
         told.append((slots, canvas.value["token"].tolist()))
     assert told[0] == told[1]
     assert told[0][0][0] == 8
@@ -187,3 +188,86 @@ def test_a_policy_on_a_state_space_cache_is_refused_when_joined():
     model = Model(line(4), Line(1), TokenEmbed(3, 16), backbone, CategoricalHead(16, 3))
     with pytest.raises(ValueError, match=r"FreeCache needs a cache that can evict and subset; that of Mamba cannot"):
         Target(model, policy=FreeCache(2))
+
+
+# ---- what lies outside the block at work -----------------------------------------------------------------------------
+
+
+def in_blocks(model, policy, x, known, block):
+    """Rows met, and slots of each forward, when blocks behind `known` elements are decided one after another."""
+    select = Recorder("confidence", commit=Above(1.0))
+    select.met = {}
+    plain = model.canvas({"token": x.clone()}, known)
+    rank = torch.where(plain.known, -1, (torch.arange(LENGTH) - known).clamp(min=0) // block)
+    canvas, slots = Canvas(plain.layout, plain.value, plain.known, rank), []
+    for step in decode(Target(model, policy=policy), canvas, Unmask(select), random=Forced(x)):
+        slots.append(step.slots)
+    return torch.stack([select.met[key] for key in sorted(select.met)]), slots
+
+
+@pytest.mark.parametrize("known", [0, 2])
+def test_a_block_is_computed_alone_from_its_second_step_on(known, monkeypatch):
+    """The first step of a block computes everything."""
+    monkeypatch.setattr(Unmask, "decide", only_the_block_at_work)
+    model, x = generator(AnyOrder()), text(2)
+    _, prefix = in_blocks(model, OutsideBlock(3), x, known, 3)
+    _, dual = in_blocks(model, OutsideBlock(3, behind=True), x, known, 3)
+    blocks = [range(i, min(i + 3, LENGTH)) for i in range(known, LENGTH, 3)]
+    assert dual == [LENGTH if i == 0 else len(b) for b in blocks for i in range(len(b))]
+    assert prefix == [LENGTH if i == 0 else LENGTH - b.start for b in blocks for i in range(len(b))]
+
+
+def only_the_block_at_work(self, canvas, guess, rows, random):
+    return self.select.decide(canvas, guess, rows._replace(element=at_work(canvas, rows)), random)
+
+
+def test_blocks_of_lengths_are_those_that_are_given():
+    model, x = generator(AnyOrder()), text(1)
+    source = torch.where(torch.arange(LENGTH) < 5, VALUE, MASK)[None]
+    plan = model.factorization.step(model.canvas({"token": x}, 5), None, 0)
+    past = source.clone()
+    past[0, 4] = MASK  # decided at the last step, in the block of places 2 to 5
+    policy = OutsideBlock((1, 4, 3), behind=True)
+    assert policy.frozen(plan, past, torch.tensor([[1]])).tolist() == [[True] * 2 + [False] * 4 + [True] * 2]
+    assert not policy.frozen(plan, source, torch.tensor([[1]])).any(), "nothing was decided: the block begins"
+    with pytest.raises(ValueError, match="at least 1"):
+        OutsideBlock((2, 0))
+
+
+def test_a_cache_around_blocks_is_exact_where_one_block_is_all_and_drifts_where_it_is_not(monkeypatch):
+    """The more is read as it was, the further; and the first step of each block is exact for its share."""
+    monkeypatch.setattr(Unmask, "decide", only_the_block_at_work)
+    model = generator(AnyOrder())
+    drift = dict.fromkeys(("all", "prefix", "dual"), 0.0)
+    for seed in range(6):
+        x = text(1, seed)
+        for name, policy, block in (
+            ("all", OutsideBlock(8, True), 8), ("prefix", OutsideBlock(2), 2), ("dual", OutsideBlock(2, True), 2),
+        ):  # fmt: skip
+            exact, _ = in_blocks(model, None, x, 0, block)
+            rows, _ = in_blocks(model, policy, x, 0, block)
+            drift[name] += float((rows.exp() - exact.exp()).abs().sum(-1).mean()) / 2 / 6
+    assert drift["all"] < 1e-12
+    assert 1e-4 < drift["prefix"] < drift["dual"] < 0.2
+
+
+def test_rows_that_begin_their_blocks_at_different_steps_are_as_alone(monkeypatch):
+    """Company: a row at the first step of a block beside one in the middle of it."""
+    monkeypatch.setattr(Unmask, "decide", only_the_block_at_work)
+    model, x, policy = generator(AnyOrder()), text(2), OutsideBlock(3, behind=True)
+    known = torch.arange(LENGTH) < torch.tensor([[1], [3]])
+    select = Recorder("confidence", commit=Above(1.0))
+
+    def met(rows):
+        select.met = {}
+        plain = model.canvas({"token": x[rows].clone()}, known[rows], row=torch.tensor(rows))
+        start = plain.known.sum(1, keepdim=True)
+        rank = torch.where(plain.known, -1, (torch.arange(LENGTH) - start).clamp(min=0) // 3)
+        canvas = Canvas(plain.layout, plain.value, plain.known, rank, row=plain.row)
+        for _ in decode(Target(model, policy=policy), canvas, Unmask(select), random=Forced(x[rows])):
+            pass
+        return dict(select.met)
+
+    both, alone = met([0, 1]), {**met([0]), **met([1])}
+    assert both.keys() == alone.keys()
+    assert all(torch.allclose(both[k], alone[k], rtol=0, atol=1e-9) for k in both)

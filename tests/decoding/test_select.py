@@ -12,7 +12,7 @@ from seriatim.canvas import Set, Unset
 from seriatim.decoding.filters import Warper
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.loop import decode, generate
-from seriatim.decoding.sample import Remask, SampleAll, Select, schedule
+from seriatim.decoding.sample import Above, Budget, Factor, Remask, SampleAll, Select, schedule
 from seriatim.decoding.target import Target
 from seriatim.factorization.line import Line
 from seriatim.factorization.static import AnyOrder, Blocks
@@ -153,7 +153,7 @@ def test_the_best_are_decided_first(rule):
 
 @pytest.mark.parametrize(("rule", "threshold"), [("confidence", 0.3), ("margin", 0.2), ("entropy", -1.3)])
 def test_a_threshold_decides_all_above_it(rule, threshold):
-    dist, edit, chosen = first_step(rule, threshold=threshold)
+    dist, edit, chosen = first_step(rule, commit=Above(threshold))
     score = scores_by_hand(rule, dist, edit)
     want = score > threshold
     assert 1 < int(want.sum()) < want.numel()
@@ -163,7 +163,7 @@ def test_a_threshold_decides_all_above_it(rule, threshold):
 @pytest.mark.parametrize("rule", RULES)
 def test_a_threshold_that_none_exceeds_decides_the_best_one(rule):
     model, canvas = masked(6), masked(6).blank(3)
-    made = counts(decode(Target(model), canvas, Select(rule, threshold=2.0), random=Keyed(0)), canvas)
+    made = counts(decode(Target(model), canvas, Select(rule, commit=Above(2.0)), random=Keyed(0)), canvas)
     assert made == [[1, 1, 1]] * 6
 
 
@@ -218,7 +218,7 @@ def test_one_at_random_a_step_is_the_any_order_law(warp):
     want = mean_over_orders(model, [[[e] for e in order] for order in itertools.permutations(range(3))], warp)
     assert abs(sum(want.values()) - 1) < 1e-12
     assert gap(enumerated(model, lambda: Select("random", steps=3), warp), want) < 1e-12
-    assert gap(enumerated(model, lambda: Select("random", threshold=1.0), warp), want) < 1e-12
+    assert gap(enumerated(model, lambda: Select("random", commit=Above(1.0)), warp), want) < 1e-12
 
 
 def test_two_at_random_a_step_are_every_pair_equally_often():
@@ -369,7 +369,7 @@ def test_impossible_selections_are_refused(wrong):
         Select(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"again": -1}, {"threshold": 0.5}, {"rule": "random"}])
+@pytest.mark.parametrize("wrong", [{"again": -1}, {"commit": Above(0.5)}, {"rule": "random"}])
 def test_impossible_remasking_is_refused(wrong):
     with pytest.raises(ValueError, match="remask"):
         Remask(**wrong)
@@ -450,6 +450,66 @@ def test_a_threshold_is_compared_with_the_models_certainty():
     plain = Target(model)
     top = plain.forward(plain.plan(empty := model.blank(1)), empty).dist.probs().amax(-1)[0]
     threshold = float(top.sort().values[4:6].mean())
-    step = next(decode(Target(model, warp=Warper(0)), model.blank(1), Select(threshold=threshold)))
+    step = next(decode(Target(model, warp=Warper(0)), model.blank(1), Select(commit=Above(threshold))))
     decided = {e for e in step.edits[0].element[0].tolist() if e >= 0}
     assert decided == set((top > threshold).nonzero()[:, 0].tolist()) and len(decided) == 4
+
+
+# ---- how many at once ------------------------------------------------------------------------------------------------
+
+
+def test_a_factor_takes_the_most_whose_uncertainty_it_allows():
+    """(n + 1) (1 - confidence of the n-th) < f, from the surest on."""
+    score = torch.tensor([[0.99, 0.9, 0.85, 0.2], [0.99, 0.4, 0.3, -torch.inf], [0.4, 0.1, 0.1, 0.1]])
+    assert Factor(1.0)(score).tolist() == [3, 1, 0]
+    assert Factor(0.1)(score).tolist() == [1, 1, 0]
+
+
+def test_where_a_factor_of_one_allows_it_the_likeliest_values_are_the_likeliest_together():
+    """Over joint laws of three values of two symbols, drawn at random: the bound of Fast-dLLM, which is tight."""
+    g, held = torch.Generator().manual_seed(0), 0
+    for _ in range(3000):
+        joint = torch.rand(2, 2, 2, generator=g) ** 8
+        joint /= joint.sum()
+        margins = [joint.sum([d for d in range(3) if d != i]) for i in range(3)]
+        best, conf = zip(*((int(m.argmax()), float(m.max())) for m in margins), strict=True)
+        score = torch.tensor([sorted(conf, reverse=True)])
+        if int(Factor(1.0)(score)) == 3:
+            held += 1
+            assert joint[best] == joint.max()
+    assert held > 100
+
+
+def test_a_budget_is_spent_on_the_surest_and_bounds_what_they_do_not_know_of_each_other():
+    """The total correlation of those that are taken is at most the sum of their entropies."""
+    score = -torch.tensor([[0.1, 0.2, 0.3, 2.0], [0.5, 0.6, 0.7, torch.inf]])
+    assert Budget(0.65)(score).tolist() == [3, 1]
+    assert Budget(0.05)(score).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("n", "counts"), [
+    (128, [1, 2, 4, 8, 16, 32, 65]), (100, [1, 2, 4, 8, 16, 69]), (1, [1]), (2, [2]), (3, [3]), (4, [1, 3]),
+])  # fmt: skip
+def test_powers_double_at_each_step_and_the_last_takes_the_rest(n, counts):
+    left = (n, *schedule(n, 7, "powers"))
+    assert [a - b for a, b in itertools.pairwise(left)] == counts
+
+
+def test_counts_of_all_schedules_add_up():
+    for n in range(1, 200):
+        left = (n, *schedule(n, 5, "powers"))
+        assert left[-1] == 0 and all(a > b for a, b in itertools.pairwise(left))
+
+
+@pytest.mark.parametrize(("rule", "commit"), [("margin", Factor(1.0)), ("confidence", Budget(1.0))])
+def test_a_way_to_commit_that_does_not_understand_the_rule_is_refused(rule, commit):
+    with pytest.raises(ValueError, match="goes by"):
+        Select(rule, commit=commit)
+
+
+@pytest.mark.parametrize(("rule", "commit"), [("confidence", Factor(1e-9)), ("entropy", Budget(1e-9))])
+def test_at_least_one_is_decided(rule, commit):
+    model = masked()
+    canvas = model.blank(2)
+    made = counts(decode(Target(model), canvas, Select(rule, commit=commit), random=Keyed(0)), canvas)
+    assert made == [[1, 1]] * 12

@@ -11,7 +11,7 @@ import pytest
 
 import seriatim
 from seriatim.systems import meta
-from seriatim.systems.decoders import example_of
+from seriatim.systems.decoders import FAMILIES, example_of
 from seriatim.systems.meta import catalogue
 from seriatim.verbs.generate import generate
 
@@ -32,8 +32,8 @@ def test_a_page_says_what_the_system_is(systems, key):
     text, card = systems.page(key), catalogue()[key][0]
     assert text.startswith(f"# {card.title}\n")
     assert card.summary in text
-    assert ("## Its order" in text) == (card.family not in ("tokenizer", "decoder"))
-    if card.family == "decoder":
+    assert ("## Its order" in text) == (card.family not in ("tokenizer", *FAMILIES))
+    if card.family in FAMILIES:
         assert f"--decoder {example_of(key)}" in text and ("| option | type | default |" in text or key == "ancestral")
     else:
         assert f"seriatim train {key}" in text and "| setting | type | default |" in text

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from seriatim.canvas import Set
+from seriatim.canvas import GIVEN, Set
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.loop import Step, decode
 from seriatim.decoding.sample import Remask
@@ -21,7 +21,7 @@ from seriatim.random import Keyed
 from seriatim.systems.decoders import Decoding
 from seriatim.systems.infill import parted
 from seriatim.systems.system import Sampling
-from seriatim.systems.text import mdlm, next_token, sdar
+from seriatim.systems.text import as_arm, mdlm, next_token, sdar
 from seriatim.tokenizers.text import ByteTokenizer, PairTokenizer, WordTokenizer
 from support.inserting import Inserts
 
@@ -140,6 +140,27 @@ class Draws:
 
     def observe(self, canvas, rows, step):
         self.drafts.append(rows.guess)
+
+
+@pytest.mark.parametrize("way", ["sequential", "assd", "assd-bigram"])
+def test_drafts_in_gaps_are_told_too(way):
+    """Any known tokens, the others verified from left to right: what was drafted, and all chances, by one pass."""
+    made = as_arm.ASARM(as_arm.Config(draft=4, **SMALL), ByteTokenizer()).eval()
+    randomise(made.model)
+    recorder, trace, kept = Recorder(ByteTokenizer()), [], Kept()
+    s = Sampling(temperature=0.7)
+    drafts = made.decoding(s, way, ())
+    list(made.infill("ab<mask:9>cd<mask:6>e", s, 1, drafts, trace, watch=lambda way: recorder(kept(way))))
+    places = [p for p in recorder.frames[-1].places if p.by in ("model", "draft")]
+    assert [p.element for p in places] == [*range(2, 11), *range(13, 19)]
+    assert sum(p.by == "draft" for p in places) == sum(int(step.accepted) for step in trace)
+    assert (way == "assd") == any(p.by == "draft" for p in places) or way == "assd-bigram"
+    assert recorder.frames[-1].forwards == sum(step.forwards for step in trace) <= 15
+    canvas = kept.turns[-1][1]
+    with torch.no_grad():
+        whole = made.model.canvas(canvas.value, canvas.status == GIVEN, layout=canvas.layout)
+        said = (-made.model.losses(whole)).exp()[0]
+    assert [p.chance for p in places] == pytest.approx([float(said[p.element]) for p in places], rel=1e-3)
 
 
 @pytest.mark.parametrize(("decider", "parent"), [(Chain, None), (Walk, None), (Walk, (-1, -1, 0, 0, 1, 3))])

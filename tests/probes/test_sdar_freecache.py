@@ -22,7 +22,7 @@ from seriatim.decoding.filters import Warper
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.loop import Step, decode, generate
 from seriatim.decoding.policy import FreeCache
-from seriatim.decoding.sample import Select
+from seriatim.decoding.sample import Above, Select
 from seriatim.decoding.target import Target
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.line import Line
@@ -89,7 +89,7 @@ BOUND = {1: "decided in any order inside a block", 2: "decided in any order insi
 
 def case(order=None, given=0, rule="confidence"):
     model = randomise(generator(6, order or Blocks(3, "any")))
-    return Case(model, VOCAB, given, decider=lambda: Select(rule, threshold=1.0), exempt=BOUND)
+    return Case(model, VOCAB, given, decider=lambda: Select(rule, commit=Above(1.0)), exempt=BOUND)
 
 
 @pytest.mark.parametrize("given", [0, 2])
@@ -125,7 +125,7 @@ def test_one_element_a_step_at_random_is_the_any_order_law_inside_blocks():
 
     def run(random):
         canvas = model.canvas({"token": torch.tensor([[1, 0, 0, 0]])}, 1)
-        generate(Target(model), canvas, Select("random", threshold=torch.inf), random=random)
+        generate(Target(model), canvas, Select("random", commit=Above(torch.inf)), random=random)
         return tuple(canvas.value["token"][0].tolist())
 
     law = enumerate_law(run)
@@ -227,7 +227,9 @@ def test_a_prompt_that_ends_inside_a_block_is_seen_by_the_rest_of_it(inside):
     assert (rows[0] - rows[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("select", [Select("confidence", threshold=0.6), Select("margin", threshold=1.0)], ids=str)
+@pytest.mark.parametrize(
+    "select", [Select("confidence", commit=Above(0.6)), Select("margin", commit=Above(1.0))], ids=str
+)
 @pytest.mark.parametrize("prompts", [(0, 0), (2, 2), (4, 4), (5, 3), (0, 4)], ids=str)
 def test_cached_blocks_equal_recomputation(select, prompts):
     """Rows with prompts of different lengths, that end inside a block or at its end."""
@@ -252,7 +254,7 @@ def test_a_finished_block_is_written_with_the_first_forward_of_the_next():
     model = randomise(generator(9, Blocks(3, "any")))
     target, canvas = Target(model), model.blank(1)
     slots, held = [], []
-    for step in decode(target, canvas, Select(threshold=1.0), random=Keyed(0)):
+    for step in decode(target, canvas, Select(commit=Above(1.0)), random=Keyed(0)):
         slots.append(step.slots)
         held.append(target.cache.length)
     assert slots == [3, 3, 3, 6, 3, 3, 6, 3, 3]
@@ -262,7 +264,7 @@ def test_a_finished_block_is_written_with_the_first_forward_of_the_next():
 def test_dynamic_selection_at_a_threshold_of_one_is_one_element_a_step():
     model = randomise(generator(6, Blocks(3, "any")))
     strings = []
-    for select in (Select(threshold=1.0), Select(steps=6)):
+    for select in (Select(commit=Above(1.0)), Select(steps=6)):
         canvas = generate(Target(model, warp=Warper(temperature=0)), model.blank(1), select)
         strings.append(canvas.value["token"])
     assert torch.equal(*strings)
@@ -341,7 +343,7 @@ def met(model, policy, known, cached=True, seed=3):
     """What was read of each element when it was decided, one a step and forced to a text; and slots of each forward."""
     forced, x = Forced(text(1, seed)), text(1, seed)
     target, canvas = Target(model, cached=cached, policy=policy), model.canvas({"token": x.clone()}, known)
-    slots = [step.slots for step in decode(target, canvas, Select(threshold=1.0), random=forced)]
+    slots = [step.slots for step in decode(target, canvas, Select(commit=Above(1.0)), random=forced)]
     return torch.stack([forced.met[e] for e in range(known, 8)]), slots
 
 

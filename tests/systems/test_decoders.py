@@ -7,7 +7,7 @@ from seriatim.systems.decoders import Ask, Decoding, decoder_names, decoder_of, 
 from seriatim.systems.meta import catalogue
 from seriatim.systems.system import Sampling
 
-DECODERS = [key for key in decoder_names() if key != "own"]
+DECODERS = decoder_names("decoder")
 
 
 @pytest.mark.parametrize("column", COLUMNS)

@@ -9,7 +9,7 @@ import torch
 
 from seriatim.canvas import GIVEN, Set
 from seriatim.decoding.loop import Step
-from seriatim.decoding.sample import Remask
+from seriatim.decoding.sample import Remask, Select
 from seriatim.decoding.target import Target
 from seriatim.decoding.unmask import Unmask
 from seriatim.heads.dist import Categorical
@@ -111,7 +111,7 @@ class Letters(Unmask):
 def test_gaps_are_filled_and_all_else_stays(text):
     one = masked()
     want = "".join("x" * part.tokens if isinstance(part, Gap) else part for part in parted(text))
-    pieces = list(one.infill(parted(text), Sampling(), decoding=Decoding(Letters(64))))
+    pieces = list(one.infill(parted(text), Sampling(), decoding=Decoding(Letters(Select("confidence", 64)))))
     assert "".join(pieces) == want
 
 
@@ -174,7 +174,9 @@ def test_a_gap_is_decided_in_blocks_like_a_continuation():
 def test_the_same_seed_fills_alike_as_it_continues():
     one = masked()
     filled = "".join(one.infill(parted("abc<mask:12>"), seed=3))
-    assert filled == "abc" + "".join(one.stream("abc", 12, seed=3, decoding=Decoding(Unmask(128))))
+    assert filled == "abc" + "".join(
+        one.stream("abc", 12, seed=3, decoding=Decoding(Unmask(Select("confidence", 128))))
+    )
 
 
 # ---- what is seen of the text behind a gap ---------------------------------------------------------------------------
@@ -267,10 +269,11 @@ def test_a_gap_of_unknown_length_is_filled_by_insertion_and_nothing_else_is():
 # ---- what is streamed ------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_streamed_that_may_be_taken_back():
+@pytest.mark.parametrize("wrapped", [lambda remask: remask, Unmask])
+def test_nothing_is_streamed_that_may_be_taken_back(wrapped):
     """A decider that remasks gives its text out at the end, and as it is then."""
     one, trace, counts = masked(), [], []
-    decider = Remask("confidence", 6, again=3)
+    decider = wrapped(Remask("confidence", 12, again=3))
     for _ in one.stream("ab", 24, Sampling(), decoding=Decoding(decider), trace=trace):
         counts.append(len(trace))
     assert counts == [len(trace)] and any(len(step.edits) > 1 for step in trace)

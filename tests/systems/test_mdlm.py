@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -308,7 +308,7 @@ def test_blocks_are_decoded_one_after_another_and_share_the_steps(block, steps, 
     """16 tokens after a prompt of 3."""
     one = system(block=block)
     canvas = one.prompted("abc", 16)
-    decider = Unmask(steps)
+    decider = Unmask(Select(steps=steps))
     seen = []
     for _ in decode(one.target(None, one.sampling), canvas, decider, random=Keyed(0)):
         seen.append(canvas.known[0, 3:].clone())
@@ -334,9 +334,9 @@ def test_a_text_ends_at_the_end_of_text_and_streams_from_the_front():
                     edit.value = torch.where(edit.element == 10, eos, ord("x"))
             return step
 
-    pieces = list(one.stream("ab", 20, Sampling(), decoding=Decoding(Writes(20, stop=(eos,)))))
+    pieces = list(one.stream("ab", 20, Sampling(), decoding=Decoding(Writes(Select(steps=20), (eos,)))))
     assert "".join(pieces) == "x" * 8 and len(pieces) > 1
-    whole = "".join(one.stream("ab", 20, Sampling(), decoding=Decoding(Writes(20))))
+    whole = "".join(one.stream("ab", 20, Sampling(), decoding=Decoding(Writes(Select(steps=20)))))
     assert len(whole) == 19, "without stop ids nothing ends"
 
 
@@ -359,3 +359,26 @@ def test_impossible_settings_are_refused(wrong):
 def test_the_small_size_is_that_of_the_next_token_base():
     c = mdlm.Config(**mdlm.MDLM.sizes["small"], vocab=4096)
     assert (c.depth, c.width, c.hidden, c.vocab, c.length) == (8, 256, 640, 4096, 1024)
+
+
+def test_a_bound_by_draws_is_that_of_all_orders_in_the_mean():
+    """Of the last two tokens of three, the first given: 2,000 draws, within four standard errors."""
+    one = mdlm.MDLM(mdlm.Config(length=L, vocab=V, width=16, depth=2, heads=2), SimpleNamespace(special={}, vocab=V))
+    one.model = learned()
+    x, known = torch.tensor([[1] * L]), torch.arange(L) < 1
+    canvas, free = one.model.canvas({"token": x}, known), L - 1
+    want, spread = 0.0, []
+    with torch.no_grad():
+        for mask in itertools.product((False, True), repeat=free):
+            hidden = torch.tensor([[False, *mask]])
+            if count := sum(mask):
+                share = 1 / (free * math.comb(free, count))  # of the draws
+                nats = float(one.model.hidden_losses(canvas, hidden).sum()) * free / count
+                want += share * nats
+                spread.append((share, nats))
+    deviation = math.sqrt(sum(s * (n - want) ** 2 for s, n in spread))
+    assert abs(one.bound([1] * L, 1, draws=2000) - want) < 4 * deviation / math.sqrt(2000)
+    assert one.bound([1] * L, 1, draws=64) == one.bound([1] * L, 1, draws=64), "the same draws each time"
+    for ids, given in (([1] * L, L), ([1] * (L + 1), 0), ([], 0)):
+        with pytest.raises(ValueError, match="at least one is scored"):
+            one.bound(ids, given)

@@ -221,3 +221,14 @@ def test_a_prompt_is_not_streamed_again():
     for prompt in ("", "a", "abcde"):
         text = "".join(one.stream(prompt, 12))
         assert len(text) <= 12 and not (prompt and text.startswith(prompt))
+
+
+def test_a_window_shorter_than_the_model_takes_is_trained_and_longer_texts_are_written():
+    one = sdar.SDAR(sdar.Config(length=32, window=8, width=16, depth=1, heads=2), ByteTokenizer())
+    examples = one.examples(["abcdefgh" * 20])
+    assert examples.take(torch.arange(2))["token"].shape == (2, 8)
+    total, count = one.train()(examples.take(torch.arange(2)), Generator(0), 0, 1)
+    assert int(count) == 16 and bool(torch.isfinite(total))
+    assert len(list(one.eval().stream("ab", 20))) > 0
+    with pytest.raises(ValueError, match="window up to 32"):
+        sdar.Config(length=32, window=64)

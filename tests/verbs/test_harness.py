@@ -1,6 +1,7 @@
 """The evaluation harness asks this library's models and its own backend the same, and hears the same."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,3 +110,34 @@ def test_a_local_task_has_the_same_result(folder, tmp_path):
         for name in ("seriatim", "hf")
     ]  # fmt: skip
     assert said[0] == said[1]
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    from seriatim.verbs.harness import Harness
+    from seriatim.verbs.train import train
+
+    place = tmp_path_factory.mktemp("masked") / "run"
+    tiny = {"length": 48, "width": 16, "depth": 1, "heads": 2, "steps": 2, "batch": 2}
+    train("mdlm", "stdlib", out=place, settings=tiny)
+    return Harness(str(place), draws=64)
+
+
+def test_a_model_of_any_order_is_asked_by_its_bound(masked):
+    """The bound of a pair of bytes is below that of the second alone, behind what is cut of a long context, too."""
+    pairs = asked(("the quick", " b"), ("", "fox"), ("the lazy " * 30, "d"))
+    (two, same), (three, _), (one, _) = masked.loglikelihood(pairs, disable_tqdm=True)
+    assert three < two < one < 0
+    row = [*masked.tokenizer.encode("the quick"), *masked.tokenizer.encode(" b")]
+    assert two == -masked.model.bound(row, len(row) - 2, 64)
+    assert same == (masked.model.write("the quick", 2, replace(masked.model.sampling, temperature=0, steps=2)) == " b")
+    with pytest.raises(ValueError, match="is to be scored"):
+        masked.loglikelihood(asked(("a", "b" * 60)), disable_tqdm=True)
+
+
+def test_a_model_of_any_order_writes_up_to_a_stop_string(masked):
+    plain = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    (whole,) = masked.generate_until(asked(("the quick", plain)), disable_tqdm=True)
+    assert len(whole) > 3
+    (cut,) = masked.generate_until(asked(("the quick", {**plain, "until": [whole[2]]})), disable_tqdm=True)
+    assert cut == whole[: whole.index(whole[2])]

@@ -120,7 +120,7 @@ def _generate(commands: Any) -> None:
     generate.add_argument("--label", action="append", help="class of pictures, by number or name; may be repeated")
     generate.add_argument("--count", type=positive, help="pictures of each label, or in all; texts (default: 1)")
     generate.add_argument(
-        "--decoder", default="own", help="own, ancestral, prompt-lookup, jacobi or beam (default: own)"
+        "--decoder", default="own", help="how it is decoded: see `seriatim list`, decoder and unmasking (default: own)"
     )
     for name, kind, text in (
         ("temperature", float, "0: greedy"), ("top-k", int, "the k likeliest"), ("top-p", float, "nucleus"),

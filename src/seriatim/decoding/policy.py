@@ -15,16 +15,17 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from seriatim.plan import OrderError, Plan
-from seriatim.slots import VALUE, Slots, gather, ragged
+from seriatim.slots import MASK, VALUE, Slots, gather, ragged
 
 
 class CachePolicy(Protocol):
     """What is not computed again. A value: what was computed, and from what, is remembered for it by `Memory`."""
 
-    def frozen(self, plan: Plan, past: Int[Tensor, "b s"]) -> Bool[Tensor, "b s"]:
+    def frozen(self, plan: Plan, past: Int[Tensor, "b s"], start: Int[Tensor, "b 1"]) -> Bool[Tensor, "b s"]:
         """The slots of the exact plan that are to be read from memory, of those that stand there.
 
-        `past` says from which source (VALUE, MASK, ...) the newest entry of each slot was computed; -1: there is none.
+        `past` says from which source (VALUE, MASK, ...) the newest entry of each slot was computed; -1: there is none;
+        `start`: how many first slots were known when it all began (a prompt).
         """
         ...
 
@@ -46,10 +47,41 @@ class FreeCache:
         if self.block < 1:
             raise ValueError(f"a block has at least 1 element, got {self.block}")
 
-    def frozen(self, plan: Plan, past: Int[Tensor, "b s"]) -> Bool[Tensor, "b s"]:
+    def frozen(self, plan: Plan, past: Int[Tensor, "b s"], start: Int[Tensor, "b 1"]) -> Bool[Tensor, "b s"]:
         done = (plan.slots.source == VALUE) & (past == VALUE if self.rewrite else past >= 0)
         finished = done.long().cumprod(1).sum(1, keepdim=True) // self.block * self.block
         return torch.arange(plan.size) < finished
+
+
+@dataclass(frozen=True)
+class OutsideBlock:
+    """Compute only the block at work, from its second step on: what lies before it stays as it was at the block's first
+    step, which computes everything (Fast-dLLM, Wu et al. 2025, arXiv 2505.22618: its prefix cache; with `behind`, its
+    dual cache: what lies behind the block stays, too).
+
+    Blocks of this many tokens, or of these lengths, are counted from the end of the prompt. Neutral: one block as long
+    as the sample, without a prompt.
+    """
+
+    block: int | tuple[int, ...]
+    behind: bool = False
+
+    def __post_init__(self) -> None:
+        if min((self.block,) if isinstance(self.block, int) else self.block, default=0) < 1:
+            raise ValueError(f"blocks have at least 1 element, got {self.block}")
+
+    def frozen(self, plan: Plan, past: Int[Tensor, "b s"], start: Int[Tensor, "b 1"]) -> Bool[Tensor, "b s"]:
+        source, e = plan.slots.source, torch.arange(plan.size)
+        place = (e - start).clamp(min=0)
+        if isinstance(self.block, int):
+            number = torch.where(e < start, -1, place // self.block)
+        else:
+            last = torch.tensor(self.block).cumsum(0)
+            number = torch.where(e < start, -1, torch.searchsorted(last, place, right=True))
+        now = torch.where(source == MASK, number, plan.size).amin(1, keepdim=True)
+        inside = number == now
+        going_on = (inside & (source == VALUE) & (past == MASK)).any(1, keepdim=True)  # a step decided some of it
+        return going_on & (~inside if self.behind else number < now)
 
 
 class Change(NamedTuple):
@@ -69,6 +101,7 @@ class Memory:
         self.policy = policy
         self.element = torch.zeros(1, 0, dtype=torch.long)  # of each committed column; -1 behind shorter rows
         self.source = torch.zeros(1, 0, dtype=torch.long)
+        self.start: Int[Tensor, "b 1"] | None = None  # first elements that were known when it all began
         self.pending: Slots | None = None  # what was computed last and stands behind the committed columns
 
     def next(self, plan: Plan) -> Change:
@@ -76,12 +109,14 @@ class Memory:
         `plan`. Whoever runs it says so by `pending`."""
         now, size, held = _elements(plan), plan.rank.shape[1], self.element.shape[1]
         element, source = self.element, self.source
+        if self.start is None:
+            self.start = (plan.slots.source == VALUE).long().cumprod(1).sum(1, keepdim=True)
         if self.pending is not None:
             element, source = _beside(element, self.pending.element[..., 0]), _beside(source, self.pending.source)
         columns = torch.arange(element.shape[1]).expand_as(element)
         newest = torch.full((len(element), size + 1), -1)  # column of each element; the last is for padding
         newest = newest.scatter_reduce(1, torch.where(element < 0, size, element), columns, "amax")[:, now]
-        frozen = self.policy.frozen(plan, gather(source, newest)) & (newest >= 0)
+        frozen = self.policy.frozen(plan, gather(source, newest), self.start) & (newest >= 0)
         stay = torch.zeros(len(frozen), element.shape[1] + 1, dtype=torch.bool)
         stay = stay.scatter(1, torch.where(frozen, newest, element.shape[1]).expand(len(frozen), -1), True)[:, :-1]
         keep, present = ragged(stay[:, held:]), (element[:, :held] >= 0).expand(len(stay), -1)
@@ -102,6 +137,8 @@ class Memory:
         if bool((rows < 0).any()):
             raise ValueError("rows cannot be admitted to a target with a cache policy: their past is not remembered")
         self.element, self.source = (x if len(x) == 1 else x[rows] for x in (self.element, self.source))
+        if self.start is not None and len(self.start) > 1:
+            self.start = self.start[rows]
         self.pending = None
 
 

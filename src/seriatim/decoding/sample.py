@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -58,6 +58,54 @@ class SampleAll:
 
 
 Rule = Literal["random", "confidence", "margin", "entropy"]
+Schedule = Literal["linear", "cosine", "powers"]
+
+
+class Commit(Protocol):
+    """How many of the surest elements are decided at once, as far as their scores allow. At least one always is."""
+
+    rules: ClassVar[tuple[Rule, ...]]  # whose scores it understands
+
+    def __call__(self, score: Float[Tensor, "b m"]) -> Int[Tensor, "b"]:
+        """score: from the highest to the lowest, -inf behind rows that have fewer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Above:
+    """All whose score exceeds a threshold (Fast-dLLM, Wu et al. 2025, arXiv 2505.22618; for entropy: minus the entropy,
+    in nats)."""
+
+    threshold: float
+    rules: ClassVar[tuple[Rule, ...]] = ("random", "confidence", "margin", "entropy")
+
+    def __call__(self, score: Float[Tensor, "b m"]) -> Int[Tensor, "b"]:
+        return (score > self.threshold).sum(1)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The n surest, the most for which (n + 1) (1 - confidence of the n-th) stays below `factor` (Fast-dLLM): for a
+    factor of 1 the likeliest values one by one are then the likeliest together."""
+
+    factor: float
+    rules: ClassVar[tuple[Rule, ...]] = ("confidence",)
+
+    def __call__(self, score: Float[Tensor, "b m"]) -> Int[Tensor, "b"]:
+        n = torch.arange(1, score.shape[1] + 1)
+        return ((n + 1) * (1 - score) < self.factor).long().cumprod(1).sum(1)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The surest whose entropies add up to `nats` at most: what they are decided without knowing of each other costs
+    less than that (their total correlation; SDAR, and entropy-bounded sampling, Ben-Hamu et al. 2025)."""
+
+    nats: float
+    rules: ClassVar[tuple[Rule, ...]] = ("entropy",)
+
+    def __call__(self, score: Float[Tensor, "b m"]) -> Int[Tensor, "b"]:
+        return ((-score).cumsum(1) <= self.nats).long().cumprod(1).sum(1)
 
 
 @dataclass
@@ -67,23 +115,27 @@ class Select:
     rule: which, at random, or those of largest probability of the value that was sampled ("confidence"; Chang et al.
     2022), largest margin between the two likeliest values, or smallest entropy. Scores are those of the model (guided,
     where it is), before temperature and filters, which would make all values look certain: as in LLaDA and Fast-dLLM.
-    `steps` spreads the elements of a block
-    evenly ("linear", the first steps one more; Nie et al. 2025) or few at first ("cosine"); `threshold` decides instead
-    all whose score exceeds it (for entropy: minus the entropy, in nats), and at least one; at random exactly one.
+    `steps` spreads the elements of a block evenly ("linear", the first steps one more; Nie et al. 2025) or few at first
+    ("cosine"; "powers": 1, 2, 4, ... and the rest, whatever `steps` is; EOSER-ASS, 2025); `commit` decides instead as
+    many as the scores allow, and at least one.
 
     Has no memory: how far a row is follows from what it has decided. Elements of equal rank are a block.
     """
 
     rule: Rule = "confidence"
     steps: int = 8
-    schedule: Literal["linear", "cosine"] = "linear"
-    threshold: float | None = None
+    schedule: Schedule = "linear"
+    commit: Commit | None = None
 
     def __post_init__(self) -> None:
         if self.rule not in ("random", "confidence", "margin", "entropy"):
             raise ValueError(f"rule is random, confidence, margin or entropy, not {self.rule!r}")
-        if self.schedule not in ("linear", "cosine"):
-            raise ValueError(f"schedule is linear or cosine, not {self.schedule!r}")
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(f"schedule is {', '.join(get_args(Schedule))}, not {self.schedule!r}")
+        if self.commit is not None and self.rule not in self.commit.rules:
+            raise ValueError(
+                f"{type(self.commit).__name__} goes by {self.commit.rules[0]}, and the rule is {self.rule}"
+            )
         if self.steps < 1:
             raise ValueError(f"at least one step is needed, got {self.steps}")
 
@@ -92,7 +144,7 @@ class Select:
         left = (element >= 0).sum(1)
         total = _block(canvas, element)
         count = left.clamp(max=1)
-        if self.threshold is None:
+        if self.commit is None:
             below = [self._below(n, t) for n, t in zip(left.tolist(), total.tolist(), strict=True)]
             count = left - torch.tensor(below)
         decided = (canvas.status == DECIDED).sum(1, keepdim=True)
@@ -141,9 +193,10 @@ class Select:
 
     def _best(self, score: Float[Tensor, "b m"], live: Tensor, count: Int[Tensor, "b"]) -> Bool[Tensor, "b m"]:
         """Those of highest score, the first of equals."""
-        order = score.masked_fill(~live, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
-        best = order < count[:, None]
-        return live & (best if self.threshold is None else best | (score > self.threshold))
+        ranked = score.masked_fill(~live, -torch.inf).sort(dim=1, descending=True, stable=True)
+        if self.commit is not None:
+            count = torch.maximum(count, self.commit(ranked.values))
+        return live & (ranked.indices.argsort(1) < count[:, None])
 
 
 @dataclass
@@ -162,8 +215,8 @@ class Remask(Select):
         super().__post_init__()
         if self.again < 0:
             raise ValueError(f"0 or more elements are remasked at a step, got {self.again}")
-        if self.threshold is not None or self.rule == "random":
-            raise ValueError("remasking needs scores and a fixed number of steps: no threshold, and no random rule")
+        if self.commit is not None or self.rule == "random":
+            raise ValueError("remasking needs scores and a fixed number of steps: no commit, and no random rule")
 
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
         element = _elements(canvas, guess, rows)
@@ -208,8 +261,11 @@ class Remask(Select):
 def schedule(total: int, steps: int, kind: str) -> tuple[int, ...]:
     """Unknown elements that remain of `total` after each step: at least one fewer each time, none at the end."""
     left, remaining = total, []
+    steps = max(total.bit_length() - 1, 1) if kind == "powers" else steps
     for turn in range(1, steps + 1):
-        if kind == "linear":
+        if kind == "powers":
+            now = total - 2**turn + 1
+        elif kind == "linear":
             now = total - turn * (total // steps) - min(turn, total % steps)
         else:
             now = math.floor(total * math.cos(math.pi / 2 * turn / steps) + 1e-9)

@@ -134,8 +134,9 @@ class Target:
 
     def plan(self, canvas: Canvas, guess: Guess | None = None) -> Plan | None:
         """The next forward; None when everything is decided."""
-        if guess is not None and not self.model.factorization.draftable:
-            name = type(self.model.factorization).__name__
+        order = self.model.factorization
+        if guess is not None and not (order.draftable or order.verifies):
+            name = type(order).__name__
             raise ValueError(f"{name} cannot verify drafts; use a decider without a proposer")
         self._follow(canvas)
         cache = self.cache

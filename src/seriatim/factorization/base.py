@@ -26,7 +26,9 @@ class Factorization:
     """An order. Subclasses give `packed` (static) or `step` (dynamic), and say what likelihood follows."""
 
     likelihood: Literal["exact", "bound", "none"] = "exact"
-    draftable = False  # can a guess be verified in one step?
+    draftable = False  # can a guess along a line be verified in one step?
+    verifies = False  # or one of another kind, by a decider that knows this order?
+    free = False  # does the decoder choose which of the elements that were read a step decides?
 
     def order(self, layout: Layout, random: Random | None = None) -> Int[Tensor, "b E"]:
         """The step that decides each element (given ones: any value)."""

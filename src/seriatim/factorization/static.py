@@ -61,6 +61,7 @@ class Blocks(Factorization):
                 f"blocks have a positive size and are decided 'parallel' or in 'any' order; got {size}, {inside!r}"
             )
         self.size, self.inside, self.source = size, inside, source
+        self.free = inside == "any"
         self.likelihood = "exact" if inside == "parallel" and source == MASK else "bound"
 
     def order(self, layout: Layout, random: Random | None = None) -> Int[Tensor, "1 E"]:
@@ -126,6 +127,7 @@ class AnyOrder(Factorization):
     """
 
     likelihood = "bound"
+    free = True
 
     def order(self, layout: Layout, random: Random | None = None) -> Int[Tensor, "1 E"]:
         return torch.arange(layout.size)[None]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from seriatim.laws.case import Case
 from seriatim.laws.decoders import OF_DECODERS, DecoderCase
 from seriatim.laws.laws import LAWS, Broken, NotApplicable
 from seriatim.laws.mutants import MUTANTS
+from seriatim.laws.unmasking import OF_UNMASKING, UnmaskingCase
 from seriatim.systems.meta import catalogue, load
 
 Status = Literal["holds", "broken", "n/a"]
+
+
+RULES: Mapping[type, Any] = {DecoderCase: OF_DECODERS, UnmaskingCase: OF_UNMASKING}
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,13 @@ class Finding:
     seconds: float
 
 
-def judge(subject: str, law: int, make: Callable[[], Case | DecoderCase]) -> Finding:
+def judge(subject: str, law: int, make: Callable[[], Any]) -> Finding:
     """One law on one case; an error inside a law counts as broken."""
     start = time.perf_counter()
     status: Status = "holds"
     try:
         case = make()
-        note = OF_DECODERS[law][1](case) if isinstance(case, DecoderCase) else LAWS[law][1](case)
+        note = RULES.get(type(case), LAWS)[law][1](case)
     except NotApplicable as reason:
         status, note = "n/a", str(reason)
     except Broken as reason:

@@ -1,8 +1,10 @@
-"""The decoders of next-token models: a file each under systems/decoder, found by its key.
+"""Decoders: a file each, found by its key, under systems/decoder (of next-token models) or systems/unmasking (of models
+that decide tokens in any order).
 
-Such a file has `META` (family "decoder"), `Options` (a frozen dataclass of its settings), `decoder(ask)`, a `case` for
-the laws, and a `mutant` that they catch; one that needs a source has an `EXAMPLE` of how it is named. A user names a
-decoder as KEY, KEY:SOURCE (a draft model, trained heads), or KEY:SOURCE+option=value+option=value.
+Such a file has `META` (family "decoder" or "unmasking"), `Options` (a frozen dataclass of its settings),
+`decoder(ask)`, a `case` for the laws, and a `mutant` that they catch; one that needs a source has an `EXAMPLE` of how
+it is named. A user names a decoder as KEY, KEY:SOURCE (a draft model, trained heads), or
+KEY:SOURCE+option=value+option=value.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -30,11 +32,13 @@ SPEC = re.compile(r"(?P<key>[^:+]+)(:(?P<source>.*?))?(?P<options>(\+[a-z_]+=[^+
 @dataclass(frozen=True)
 class Decoding:
     """A way to decode: who decides, who proposes, and (`target`) further arguments of the `Target` that is sampled.
-    Parts have state, so this serves one generation."""
+    Parts have state, so this serves one generation. block: tokens that are decided together, or of each block in turn,
+    where the order leaves it open (None: as the system has it)."""
 
     decider: Decider
     proposer: Proposer | None = None
     target: Mapping[str, Any] = field(default_factory=dict)
+    block: int | Sequence[int] | None = None
 
 
 Onlooker = Callable[[Decoding], Decoding]  # takes a way to decode, and gives it back with an eye on it
@@ -42,7 +46,7 @@ Onlooker = Callable[[Decoding], Decoding]  # takes a way to decode, and gives it
 
 @dataclass(frozen=True)
 class Ask:
-    """What a decoder is made for: a next-token model, how it is sampled, ids that end a row, where a draft part is, and
+    """What a decoder is made for: a model, how it is sampled, ids that end a row, where a draft part is, and
     the decoder's options."""
 
     system: Any
@@ -58,6 +62,11 @@ class Ask:
         if vocab is None:
             raise ValueError(f"{self.system.meta.key} does not say how many ids it knows")
         return vocab
+
+    @property
+    def own_blocks(self) -> int | None:
+        """How many tokens the model decides together, whoever decodes it; None where a decoder may choose."""
+        return getattr(self.system.model.factorization, "size", None)
 
     def learned(self, make: Callable[[], T]) -> T:
         """What this decoder, with this source and these options, learns from one generation to the next, for as long as
@@ -105,9 +114,14 @@ def forget(system: Any) -> None:
     LEARNED.pop(system.model, None)
 
 
-def decoder_names() -> tuple[str, ...]:
-    """Keys of all decoders; "own" is each system's."""
-    return ("own", *(key for key, (meta, _) in catalogue().items() if meta.family == "decoder"))
+FAMILIES = ("decoder", "unmasking")  # of next-token models, and of models of tokens in any order
+
+
+def decoder_names(family: str | None = None) -> tuple[str, ...]:
+    """Keys of the decoders of a family, or of all; then "own", each system's, is the first."""
+    if family is not None:
+        return tuple(key for key, (meta, _) in catalogue().items() if meta.family == family)
+    return ("own", *(key for one in FAMILIES for key in decoder_names(one)))
 
 
 def example_of(key: str) -> str:
@@ -150,11 +164,14 @@ def options_of(key: str, given: Mapping[str, Any]) -> Any:
     or its annotation's."""
     cls = load_module(key).Options
     known = {f.name: f for f in fields(cls)}
+    given = {k: "none" if v is None and k in known and known[k].type == "str" else v for k, v in given.items()}
     for name, value in given.items():
         if name not in known:
             hint = f"it has {', '.join(known)}" if known else "it has none"
             raise ValueError(f"{key} has no option {name!r}; {hint}")
         wanted = known[name].default
+        if value is None and "None" in str(known[name].type):
+            continue
         number = isinstance(wanted, int | float) and not isinstance(wanted, bool)
         fits = isinstance(value, int | float) if number else wanted is None or isinstance(value, type(wanted))
         if not fits or (number and isinstance(value, bool)) or (isinstance(wanted, int) and isinstance(value, float)):
@@ -170,8 +187,12 @@ def decoder_of(system: Any, spec: str | Decoding, sampling: Sampling, stop: tupl
     key, source, given = named(spec)
     if key == "own":
         return Decoding(system.decider(sampling), system.proposer(sampling))
-    if not system.model.factorization.draftable:
-        raise ValueError(f"{system.meta.key} decodes in an order of its own; --decoder {key} needs a next-token model")
+    order, family = system.model.factorization, catalogue()[key][0].family
+    if not (order.free if family == "unmasking" else order.draftable):
+        wanted = "a model of tokens in any order" if family == "unmasking" else "a next-token model"
+        fitting = [one for one in FAMILIES if (order.free if one == "unmasking" else order.draftable)]
+        there = ", ".join(("own", *(name for one in fitting for name in decoder_names(one))))
+        raise ValueError(f"--decoder {key} needs {wanted}; for {system.meta.key} there are {there}")
     ask = Ask(system, sampling, system.stop if stop is None else tuple(stop), source, options_of(key, given))
     try:
         return load_module(key).decoder(ask)

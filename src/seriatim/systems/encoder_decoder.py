@@ -130,12 +130,15 @@ class EncoderDecoder(Published):
         ]
         return scored if isinstance(made, list) else scored[0]
 
-    def stream(self, prompt: str, length: int | None = None, *rest: Any, **settings: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: str | Sequence[int], length: int | None = None, *rest: Any, **settings: Any
+    ) -> Iterator[str]:
         """Pieces of the answer as they are decided; as in `TextSystem.stream`."""
-        bound = self.answering(_padded([self.prompt_ids(prompt)]))
+        ids = self.prompt_ids(prompt) if isinstance(prompt, str) else prompt
+        bound = self.answering(_padded([ids]))
         return TextSystem.stream(bound, prompt, length, *rest, **settings)
 
-    def prompted(self, prompt: str, length: int | None) -> Canvas:
+    def prompted(self, prompt: str | Sequence[int], length: int | None) -> Canvas:
         return self._begun([[self.start]], ANSWER if length is None else length)
 
 

@@ -118,7 +118,8 @@ def by_chance(share: float, blocks: Block) -> Measure:
 
 
 def routed(kept: float, penalty: float) -> Measure:
-    """Routers are trained beside the frozen model, with a threshold at which this share of the layers runs."""
+    """Routers are trained beside the frozen model, with a threshold at which this share of the layers runs on the texts
+    they are judged by: held-out prompts are wanted less, and arms are compared at equal shares."""
 
     def measure(system: Any, seed: int) -> Mapping[str, float]:
         given, base = texts(system, fit=TRAINED), Base(system)
@@ -126,7 +127,7 @@ def routed(kept: float, penalty: float) -> Measure:
         part = Routers(RouterConfig(penalty), base)
         with tempfile.TemporaryDirectory(prefix="seriatim-") as folder:
             train(part.learner(base), Tokens(given.fit), replace(ROUTING, steps=200, seed=seed), RunFolder(folder), {})
-        return told(system, given.held_out, tightened(part.plan(), system.model, given.fit[:FIT], kept))
+        return told(system, given.held_out, tightened(part.plan(), system.model, given.held_out, kept))
 
     return measure
 

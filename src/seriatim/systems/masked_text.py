@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
 from seriatim.canvas import Canvas
 from seriatim.decoding.loop import Decider
+from seriatim.decoding.sample import Above, Select
 from seriatim.decoding.unmask import Unmask
+from seriatim.layout import line
+from seriatim.random import Generator
 from seriatim.systems.system import Sampling
 from seriatim.systems.text_system import TextSystem
 
+AT_ONCE = 32  # draws of a forward
+
 
 class MaskedText(TextSystem):
-    """Decoded by `Unmask`. The config has `rule`, and may have a `threshold`."""
+    """Decoded by `Unmask`. The config has `rule`, and may have a `threshold`; or by any decoder of the family
+    "unmasking"."""
 
     fills = "known"
 
@@ -22,5 +32,40 @@ class MaskedText(TextSystem):
         return ids
 
     def decider(self, sampling: Sampling) -> Decider:
-        threshold = None if sampling.steps else getattr(self.config, "threshold", None)
-        return Unmask(sampling.steps or self.model.layout.size, self.config.rule, threshold, self.stop)
+        sure = None if sampling.steps else getattr(self.config, "threshold", None)
+        commit = None if sure is None else Above(sure)
+        return Unmask(Select(self.config.rule, sampling.steps or self.model.layout.size, commit=commit), self.stop)
+
+    @torch.inference_mode()
+    def bound(self, ids: Sequence[int], given: int = 0, draws: int = 128, seed: int = 0) -> float:
+        """An upper bound on the surprise, in nats, of the tokens behind the first `given` ones, by so many draws of
+        what is hidden, whose counts are spread evenly (LLaDA's evaluation). Raises ValueError where there are none, or
+        more than the model takes."""
+        most = self.model.layout.size
+        if not 0 <= given < len(ids) <= most:
+            raise ValueError(f"{given} of {len(ids)} tokens are given: at least one is scored, and {most} fit")
+        was, nats = self.training, 0.0
+        self.eval()
+        for start in range(0, draws, AT_ONCE):
+            rows = min(AT_ONCE, draws - start)
+            value = torch.tensor([list(ids)], device=self.model.device).expand(rows, -1)
+            canvas = self.model.canvas({"token": value}, given, layout=line(len(ids)))
+            nats += float(self.model.losses(canvas, random=Generator(seed + start)).double().sum())
+        self.train(was)
+        return nats / draws
+
+    def blocked(self, canvas: Canvas, block: int | Sequence[int]) -> Canvas:
+        size, start = canvas.layout.size, canvas.given_length
+        own = getattr(self.model.factorization, "size", None)
+        if own is not None:
+            if block != own:
+                raise ValueError(f"this model was trained to decide blocks of {own} tokens; leave the block out")
+            return canvas
+        lengths = [block] * -(-(size - start) // block) if isinstance(block, int) and block > 0 else block
+        if isinstance(lengths, int) or min(lengths, default=0) < 1 or sum(lengths) < size - start:
+            raise ValueError(f"blocks hold at least 1 token, and {size - start} in all; got {block}")
+        last = torch.tensor(lengths).cumsum(0)
+        rank = torch.searchsorted(last, (torch.arange(size) - start).clamp(min=0), right=True)
+        new = Canvas(canvas.layout, canvas.value, canvas.known, rank[None], row=canvas.row)
+        new.given_length = start
+        return new

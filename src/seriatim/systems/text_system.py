@@ -18,7 +18,7 @@ from seriatim.decoding.shaping import Shaper, Without
 from seriatim.layout import line
 from seriatim.random import Keyed
 from seriatim.systems.decoders import Decoding, Onlooker
-from seriatim.systems.infill import Filled, Fills, Parts, known_gaps, refuse, settled
+from seriatim.systems.infill import Filled, Fills, Parts, known_gaps, parted, refuse, settled
 from seriatim.systems.system import Sampling, System, evenly
 from seriatim.tokenizers.text import ByteTokenizer, Detokenizer, TextTokenizer, id_stream
 
@@ -86,7 +86,7 @@ class TextSystem(System):
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         length: int | None = None,
         sampling: Sampling | None = None,
         seed: int = 0,
@@ -97,9 +97,11 @@ class TextSystem(System):
         """Pieces of text as they are decided for good, after the prompt; at most `length` tokens (None: 200, or what
         there is room for). `trace` collects the steps; `watch` looks on (`evaluation.text_film.Recorder`)."""
         s = sampling or self.sampling
-        canvas = self.prompted(prompt, length)
-        told, pieces = int((canvas.status[0] == GIVEN).sum()), Detokenizer(self.tokenizer)
         way = decoding or Decoding(self.decider(s), self.proposer(s))
+        canvas = self.prompted(prompt, length)
+        if way.block is not None:
+            canvas = self.blocked(canvas, way.block)
+        told, pieces = int((canvas.status[0] == GIVEN).sum()), Detokenizer(self.tokenizer)
         for firm in self._decoded(canvas, way, s, seed, trace, watch):
             ids = self._settled(canvas, told) if firm else []
             told += len(ids)
@@ -135,11 +137,13 @@ class TextSystem(System):
     fills: ClassVar[Fills | None] = None  # what gaps it fills, given the text on both sides: of known or unknown length
 
     def infill(
-        self, parts: Parts, sampling: Sampling | None = None, seed: int = 0, decoding: Decoding | None = None,
+        self, parts: str | Parts, sampling: Sampling | None = None, seed: int = 0, decoding: Decoding | None = None,
         trace: list[Any] | None = None, watch: Onlooker | None = None,
     ) -> Iterator[str]:  # fmt: skip
         """Pieces of a text whose gaps are filled, as they are decided for good: the whole text, from its front. Parts:
-        see `parted`; decoding: None for `filling`. Raises ValueError for gaps that this system cannot fill."""
+        texts and gaps, or a text in which gaps are marked (`parted`); decoding: None for `filling`. Raises ValueError
+        for gaps that this system cannot fill."""
+        parts = parted(parts) if isinstance(parts, str) else parts
         refuse(parts, self.fills, self.meta.key)
         s = sampling or self.sampling
         canvas, pieces = self.gapped(parts), Filled(self.tokenizer, parts)
@@ -171,10 +175,14 @@ class TextSystem(System):
 
     # ---- prompts ----------------------------------------------------------------------------------------------------
 
-    def prompted(self, prompt: str, length: int | None) -> Canvas:
-        """A canvas with a prompt given and room for `length` tokens. Raises ValueError where they do not fit."""
-        ids = self.tokenizer.encode(prompt)
-        room = self.model.layout.size
+    def prompted(self, prompt: str | Sequence[int], length: int | None) -> Canvas:
+        """A canvas with a prompt (text, or ids) given and room for `length` tokens. Raises ValueError where they do not
+        fit."""
+        return self.begun(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, length)
+
+    def begun(self, ids: Sequence[int], length: int | None) -> Canvas:
+        """The same for a prompt of ids."""
+        ids, room = list(ids), self.model.layout.size
         length = max(min(200, room - len(ids)), 1) if length is None else length
         if length < 1:
             raise ValueError(f"at least 1 token can be asked for, got {length}")
@@ -185,6 +193,11 @@ class TextSystem(System):
             )
         value = torch.nn.functional.pad(torch.tensor([ids], dtype=torch.long), (0, length))
         return self.model.canvas({"token": value}, len(ids), layout=line(len(ids) + length))
+
+    def blocked(self, canvas: Canvas, block: int | Sequence[int]) -> Canvas:
+        """The same canvas, decided in blocks of so many tokens, or of these lengths, behind what stands at its
+        beginning. Raises ValueError where that is not the decoder's choice, or blocks do not fit."""
+        raise ValueError(f"{self.meta.key} has no blocks that a decoder may choose")
 
     @property
     def begins(self) -> bool:

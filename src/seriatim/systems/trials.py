@@ -18,7 +18,8 @@ TEMPERATURE = 0.7
 def held_out(system: Any, count: int = 16, length: int = 200) -> list[list[int]]:
     """Stretches of so many tokens from held-out files of the standard library: one of each file, behind its first
     lines, which are alike; then another of each, ... Raises ValueError where there are not so many."""
-    files = [system.prompt_ids(text) for text in load_data("stdlib", "text").test.documents]
+    encode = getattr(system, "prompt_ids", system.tokenizer.encode)
+    files = [encode(text) for text in load_data("stdlib", "text").test.documents]
     found: list[list[int]] = []
     start = length
     while len(found) < count:

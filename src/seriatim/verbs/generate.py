@@ -13,7 +13,6 @@ from torch import Tensor
 from seriatim.evaluation.pictures import save_film, save_grid
 from seriatim.systems.decoders import Onlooker, decoder_of
 from seriatim.systems.image_system import ImageSystem, Pictures
-from seriatim.systems.infill import parted
 from seriatim.systems.system import Sampling, System
 from seriatim.systems.text_system import TextSystem
 from seriatim.verbs.load import load
@@ -64,7 +63,7 @@ def fill(
 ) -> Iterator[str]:  # fmt: skip
     """Pieces of a text whose marked gaps are filled, from its front. Raises ValueError for marks that are none, and
     gaps that this system cannot fill."""
-    return system.infill(parted(infix), sampling_of(system, **sampling), seed, trace=trace, watch=watch)
+    return system.infill(infix, sampling_of(system, **sampling), seed, trace=trace, watch=watch)
 
 
 def draw(

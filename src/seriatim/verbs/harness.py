@@ -3,18 +3,24 @@
     python -m seriatim.verbs.harness run --model seriatim --model_args pretrained=./model --tasks hellaswag
 
 The arguments are the harness's own. `--model_args` takes `pretrained` (whatever `seriatim.load` takes), `batch_size`,
-`dtype`, `weights`, `adapter`, `decoder`, `compile` and `max_length`.
+`dtype`, `weights`, `adapter`, `decoder`, `compile`, `max_length` and, of a model that decides tokens in any order,
+`draws`: by how many its bound on the likelihood is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from seriatim.decoding.loop import generate
+from seriatim.systems.decoders import decoder_of
 from seriatim.systems.language_model import LanguageModel
+from seriatim.systems.masked_text import MaskedText
+from seriatim.systems.system import Sampling
 from seriatim.verbs.load import load
 
 try:
@@ -42,6 +48,7 @@ class Harness(TemplateLM):
         decoder: str = "ancestral",
         compile: bool = False,
         max_length: int | None = None,
+        draws: int | str = 128,
         **rest: Any,  # what the harness passes to every model: device, max_batch_size
     ):
         super().__init__()
@@ -49,11 +56,14 @@ class Harness(TemplateLM):
             raise ValueError(f"batch_size is a whole number of at least 1, got {batch_size!r}")
         kind = None if dtype in (None, "auto") else getattr(torch, str(dtype))
         model = load(pretrained, kind, adapter, weights)
-        if not isinstance(model, LanguageModel) or model.tokenizer is None:
+        if not isinstance(model, LanguageModel | MaskedText) or model.tokenizer is None:
             raise ValueError(f"{pretrained} is no language model with a tokenizer: the harness asks about texts")
-        if compile:
+        if isinstance(model, MaskedText):
+            decoder = "own" if decoder == "ancestral" else decoder
+        elif compile:
             model.model.compile_decoding()
         self.model, self.tokenizer, self.batch_size, self.decoder = model, model.tokenizer, int(batch_size), decoder
+        self.draws = int(draws)
         self.max_length = min(max_length or model.model.layout.size, model.model.layout.size)
 
     @property
@@ -79,6 +89,8 @@ class Harness(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **rest: Any
     ) -> list[tuple[float, bool]]:
         """Nats of each continuation behind its context, and whether it is what greedy decoding would write."""
+        if isinstance(self.model, MaskedText):
+            return [self._bound(self.model, context, ids) for _, context, ids in requests]
         out: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         for start in range(0, len(order), self.batch_size):
@@ -92,7 +104,21 @@ class Harness(TemplateLM):
                 out[i] = total, bool((law.argmax(-1) == ids).all())
         return out
 
+    def _bound(self, model: MaskedText, context: list[int], ids: list[int]) -> tuple[float, bool]:
+        """The same of a model that decides tokens in any order: a bound by `draws` draws, and what it would write one
+        token at a time, the surest first."""
+        row = (context + ids)[-self.max_length :]
+        given = len(row) - len(ids)
+        if given < 0:
+            raise ValueError(f"a text of {len(ids)} tokens is to be scored, and this model takes {self.max_length}")
+        greedy = Sampling(temperature=0.0, steps=len(ids))
+        canvas = model.begun(row[:given], len(ids))
+        generate(model.target(None, greedy), canvas, model.decider(greedy))
+        written = canvas.value["token"][0, given:].tolist()
+        return -model.bound(row, given, self.draws), written == ids
+
     def _logits(self, rows: Sequence[list[int]]) -> Tensor:
+        assert isinstance(self.model, LanguageModel)
         longest = max(map(len, rows))
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
         return self.model.logits(ids)  # padding stands behind, where no token that counts sees it
@@ -133,11 +159,21 @@ class Harness(TemplateLM):
         until, new = settings.get("until") or [], settings["max_gen_toks"]
         stops = [until] if isinstance(until, str) else [s for s in until if s]
         rows = [self.tok_encode(context)[-(self.max_length - new) :] for context in contexts]
+        if isinstance(self.model, MaskedText):
+            return [self._unmasked(self.model, row, new, settings, stops) for row in rows]
         made = self.model.generate(
             rows, self.decoder, max_new_tokens=new, temperature=settings.get("temperature", 0.0) or 0.0,
             top_k=settings.get("top_k"), top_p=settings.get("top_p"), stop=[*self.model.stop, *stops],
         )  # fmt: skip
         return [g.text or "" for g in made]  # type: ignore[union-attr]
+
+    def _unmasked(self, model: MaskedText, row: list[int], new: int, settings: Any, stops: Sequence[str]) -> str:
+        """A text up to its end, or the first of the stop strings."""
+        asked = {k: settings[k] for k in ("top_k", "top_p") if settings.get(k) is not None}
+        sampling = replace(model.sampling, temperature=settings.get("temperature", 0.0) or 0.0, **asked)
+        way = decoder_of(model, self.decoder, sampling)
+        text = "".join(model.stream(row, new, sampling, decoding=way))
+        return text[: min((at for s in stops if (at := text.find(s)) >= 0), default=len(text))]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 
 from seriatim.backbones.quantize import quantize
 from seriatim.home import HOME
+from seriatim.interop.fields import read_config
 from seriatim.interop.hub import HUB, from_hub
 from seriatim.interop.peft import CONFIG as ADAPTER
 from seriatim.interop.peft import base_of, read_adapter
@@ -96,7 +97,7 @@ def _load(place: Path, dtype: torch.dtype | None) -> System:
     if folder.card.is_file() and not folder.weights.is_file():
         raise ValueError(f"{folder.path} holds no weights yet: its training has not come to its first checkpoint")
     if place.suffix == ".gguf" or (place / "config.json").is_file():
-        return load_published(place, dtype)
+        return _published(place, dtype)
     card = folder.read_card()
     key = card.get("system")
     if key not in catalogue():
@@ -107,6 +108,16 @@ def _load(place: Path, dtype: torch.dtype | None) -> System:
     load_weights(system.weights_to_keep(), folder.weights)
     system.classes = tuple(card.get("classes", ()))
     return system.eval().requires_grad_(False)
+
+
+def _published(place: Path, dtype: torch.dtype | None) -> System:
+    """A model that somebody published: one of any order where its format says so, else a language model."""
+    raw = {} if place.suffix == ".gguf" else read_config(place)
+    if raw.get("model_type") == "xlnet":
+        from seriatim.systems.text.as_arm import published
+
+        return published(place, raw, dtype)
+    return load_published(place, dtype)
 
 
 def where(source: str | Path) -> Path:

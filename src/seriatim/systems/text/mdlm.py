@@ -13,7 +13,7 @@ training a share of the batches has a random length (LLaDA: one in a hundred), f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
 from types import MappingProxyType
@@ -154,14 +154,14 @@ class MDLM(MaskedText):
 
     # ---- generation -------------------------------------------------------------------------------------------------
 
-    def prompted(self, prompt: str, length: int | None) -> Canvas:
-        return self._in_blocks(super().prompted(prompt, length))
+    def begun(self, ids: Sequence[int], length: int | None) -> Canvas:
+        """As for all text; what is asked for stands in blocks of `block`, counted from the end of the prompt."""
+        plain = super().begun(ids, length)
+        return self.blocked(plain, self.config.block or plain.layout.size)
 
     def gapped(self, parts: Parts) -> Canvas:
-        return self._in_blocks(super().gapped(parts))
-
-    def _in_blocks(self, plain: Canvas) -> Canvas:
-        """The same, what is asked for in blocks of `block`, counted from the first of it."""
+        """As of all text; what is asked for stands in blocks of `block`, counted without what is given."""
+        plain = super().gapped(parts)
         asked = plain.open
         rank = (asked.long().cumsum(1) - 1).clamp(min=0) // (self.config.block or plain.layout.size)
         return Canvas(plain.layout, plain.value, ~asked, rank)

@@ -12,12 +12,14 @@ first forward of the next. In a block all tokens that the model is sure of (`thr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
@@ -67,9 +69,10 @@ CLAIM = Claim(
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes, as of a next-token model; `block`: tokens that are decided together; `together`: all blocks of a text are
-    masked at one time, as in the paper, or each at its own. How blocks are decoded: `rule` (`Select`), and all whose
-    score exceeds `threshold` at once (for entropy: minus the entropy, in nats)."""
+    """Sizes, as of a next-token model; `window`: tokens that are trained and scored together (None: `length`), enough
+    of them for a model that knows longer texts already; `block`: tokens that are decided together; `together`: all
+    blocks of a text are masked at one time, as in the paper, or each at its own. How blocks are decoded: `rule`
+    (`Select`), and all whose score exceeds `threshold` at once (for entropy: minus the entropy, in nats)."""
 
     length: int = 512
     vocab: int = 272
@@ -79,6 +82,7 @@ class Config:
     hidden: int | None = None
     theta: float = 10_000.0
     tied: bool = False
+    window: int | None = None
     block: int = 4
     together: bool = True
     rule: Rule = "confidence"
@@ -86,8 +90,11 @@ class Config:
 
     def __post_init__(self) -> None:
         Select(self.rule)  # refuses what is no rule
-        if not 1 <= self.block <= self.length:
-            raise ValueError(f"a block holds 1 to {self.length} tokens, got {self.block}")
+        if not 1 <= self.block <= (self.window or self.length) <= self.length:
+            raise ValueError(
+                f"a block holds 1 to {self.window or self.length} tokens and a window up to {self.length}, got a block "
+                f"of {self.block}"
+            )
 
 
 def build(config: Config | None = None) -> MaskedBlocks:
@@ -119,6 +126,13 @@ class SDAR(MaskedText):
     @staticmethod
     def build(config: Any, tokenizer: Any) -> Model:
         return build(config)
+
+    @property
+    def window(self) -> int:
+        return self.config.window or self.config.length
+
+    def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, None]:
+        return self.model.canvas({"token": batch["token"]}, layout=line(batch["token"].shape[1])), None
 
     def gapped(self, parts: Parts) -> Canvas:
         """As of all text. Raises ValueError where a text behind a gap lies in a later block: it would not be seen."""

@@ -1,0 +1,112 @@
+"""Decoders of tokens in any order, side by side: quality against forwards on held-out code.
+
+    python benchmarks/unmasking.py [--models zoo:text-block zoo:text-mdlm] [--lines 500] [--prompts 24]
+        [--arms A,B] [--out results/unmasking.json]
+
+Each arm writes the same held-out lines greedily (those written as they stand in the file count, paired with one token
+at a time) and the same continuations at temperature 1, which zoo:text-base judges; distinct trigrams and entropy stand
+beside. Forwards do not depend on the machine. Beside the figures a picture: the quality of each arm over its tokens a
+forward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from seriatim.evaluation.pictures import INK, write_beside
+from seriatim.systems.masked_trials import continuations, lines_of, next_lines, paired
+from seriatim.training.checkpoint import save_json
+from seriatim.verbs.claim import commit, machine
+from seriatim.verbs.load import load
+
+PLAIN = "unmask"  # one token a forward, the surest first
+ARMS = (
+    PLAIN, "unmask+rule=random", "unmask+rule=margin", "unmask+rule=entropy",
+    *(f"unmask+threshold={t}" for t in (0.99, 0.95, 0.9, 0.8, 0.7, 0.5)),
+    *(f"unmask+factor={f}" for f in (0.25, 0.5, 1.0, 1.5)),
+    *(f"unmask+rule=entropy+budget={b}" for b in (0.1, 0.35, 1.0)),
+    "unmask+schedule=powers", "fast-dllm+cache=prefix", "fast-dllm+cache=dual", "fast-dllm+cache=dual+threshold=none",
+)  # fmt: skip
+JUDGE = "zoo:text-base"
+
+
+def measure(model: str, arms: tuple[str, ...], lines: int, prompts: int) -> dict[str, Any]:
+    """Figures of each arm that the model takes."""
+    system, judge = load(model), load(JUDGE)
+    asked, out, plain = lines_of(system, lines), {}, None
+    for spec in arms:
+        if spec.startswith("fast-dllm") and getattr(system.model.factorization, "size", None):
+            continue  # its prefix cache is exact and in use already
+        start = time.perf_counter()
+        row = {"lines": next_lines(system, spec, asked), "text": continuations(system, spec, judge, prompts)}
+        right = row["lines"].pop("right")
+        plain = right if spec == PLAIN else plain
+        if plain is not None:
+            row["lines"]["against_plain"] = paired(right, plain)
+        out[spec] = row
+        text, seconds = row["text"], time.perf_counter() - start
+        print(
+            f"{model} {spec:42s} lines {row['lines']['matches']:.3f} at {row['lines']['tokens_per_forward']:.2f} a "
+            f"forward   text {text['nats_per_token']:.3f} nats, distinct {text['distinct_3']:.3f}, entropy "
+            f"{text['entropy']:.2f} at {text['tokens_per_forward']:.2f}   {seconds:.0f} s",
+            flush=True,
+        )
+    return out
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Lines that are right, and nats of continuations, over tokens a forward; a row a model."""
+    figure = Figure(figsize=(9.5, 3.4 * len(found)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(found), 2, squeeze=False)
+    for row, (model, arms) in zip(axes, found.items(), strict=True):
+        for ax, part, metric, label in (
+            (row[0], "lines", "matches", "held-out lines written as they stand"),
+            (row[1], "text", "nats_per_token", f"nats a token under {JUDGE}"),
+        ):
+            kinds: dict[str, list[tuple[float, float]]] = {}
+            for spec, figures in arms.items():
+                kind = spec.split("=")[0] if "=" in spec else spec
+                kinds.setdefault(kind, []).append((figures[part]["tokens_per_forward"], figures[part][metric]))
+            for i, (kind, points) in enumerate(kinds.items()):
+                points.sort()
+                ax.plot(*zip(*points, strict=True), marker="os^Dv<>P*X"[i % 10], label=kind, linewidth=1, markersize=5)
+            ax.set(xscale="log", xlabel="tokens a forward", ylabel=label, title=model)
+            ax.grid(alpha=0.25)
+            for spine in ("top", "right"):
+                ax.spines[spine].set_visible(False)
+        row[1].legend(fontsize=7, labelcolor=INK, frameon=False)
+    write_beside(path, lambda file: figure.savefig(file, format="png", dpi=130))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["zoo:text-block", "zoo:text-mdlm"])
+    parser.add_argument("--lines", type=int, default=500)
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--out", type=Path, default=Path("results/unmasking.json"))
+    options = parser.parse_args()
+    found = {
+        model: measure(model, tuple(options.arms.split(",")), options.lines, options.prompts)
+        for model in options.models
+    }
+    said = {
+        "models": found, "lines": options.lines, "prompts": options.prompts, "judge": JUDGE, "temperature": 1.0,
+        "threads": torch.get_num_threads(), "machine": machine(), "commit": commit(),
+        "command": "python benchmarks/unmasking.py",
+    }  # fmt: skip
+    save_json(said, options.out)
+    draw(found, options.out.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,139 @@
+"""What decoders of tokens in any order cost and what it does to the text: held-out lines of code that are written as
+they stand there, and continuations as another model finds them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from seriatim.canvas import Set
+from seriatim.data.base import load_data
+from seriatim.decoding.loop import decode
+from seriatim.evaluation.metrics import distinct, token_entropy
+from seriatim.random import Keyed
+from seriatim.systems.decoders import decoder_of
+from seriatim.systems.text_system import TextSystem
+from seriatim.systems.trials import held_out
+
+AT_ONCE = 16  # rows of a forward
+ROOM = 32  # tokens that are written behind a context: a line and a little more
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of held-out code and the tokens in front of it."""
+
+    context: tuple[int, ...]
+    text: str
+
+
+def lines_of(system: TextSystem, count: int = 500, context: int = 160) -> list[Line]:
+    """So many lines of held-out files of the standard library, spread evenly, each of at least 6 letters and at most
+    `ROOM` - 4 tokens. Raises ValueError where there are not so many."""
+    files = [f.splitlines(keepends=True) for f in load_data("stdlib", "text").test.documents]
+    places = [(f, i) for f, lines in enumerate(files) for i in range(20, len(lines)) if len(lines[i].strip()) >= 6]
+    if len(places) < count:
+        raise ValueError(f"the held-out files have {len(places)} lines, not {count}")
+    found: list[Line] = []
+    for f, i in places[:: max(len(places) // (count * 2), 1)]:
+        if len(system.tokenizer.encode(files[f][i])) <= ROOM - 4 and len(found) < count:
+            before = system.tokenizer.encode("".join(files[f][max(i - 60, 0) : i]))
+            found.append(Line(tuple(before[-context:]), files[f][i].rstrip("\n")))
+    return found
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a decoder wrote behind prompts: ids of each, forwards and slots in all."""
+
+    ids: list[list[int]]
+    forwards: int
+    slots: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.ids))
+
+
+def written(
+    system: TextSystem, decoder: str, prompts: Sequence[Sequence[int]], new: int, temperature: float, seed: int = 0
+) -> Written:
+    """By a decoder's name; all `new` tokens, ends of text among them. Prompts of one length go together, and the
+    forwards of a row are those that decide some of it."""
+    sampling = replace(system.sampling, temperature=temperature, top_p=None, steps=None)
+    ids: list[list[int]] = [[] for _ in prompts]
+    forwards = slots = 0
+    for length in sorted({len(prompt) for prompt in prompts}):
+        alike = [n for n, prompt in enumerate(prompts) if len(prompt) == length]
+        for rows in (alike[i : i + AT_ONCE] for i in range(0, len(alike), AT_ONCE)):
+            way = decoder_of(system, decoder, sampling, ())
+            canvas = system.begun(prompts[rows[0]], new)
+            canvas = canvas if way.block is None else system.blocked(canvas, way.block)
+            canvas = canvas.select(torch.zeros(len(rows), dtype=torch.long))
+            canvas.value["token"][:, :length] = torch.tensor([prompts[n] for n in rows])
+            canvas.row = torch.tensor(rows)
+            target = system.target(None, sampling, **way.target)
+            with torch.inference_mode():
+                for step in decode(target, canvas, way.decider, way.proposer, Keyed(seed)):
+                    active = sum(_some(edit, len(rows)) for edit in step.edits)
+                    forwards, slots = forwards + active, slots + active * step.slots
+            for n, row in zip(rows, canvas.value["token"].tolist(), strict=True):
+                ids[n] = row[length:]
+    return Written(ids, forwards, slots)
+
+
+def _some(edit: Any, rows: int) -> int:
+    """How many rows an edit decides something of."""
+    if not isinstance(edit, Set):
+        return 0
+    return rows if edit.element is None else int((edit.element >= 0).any(1).sum())
+
+
+def next_lines(system: TextSystem, decoder: str, lines: Sequence[Line]) -> dict[str, Any]:
+    """How many lines are written greedily as they stand in the file, which ones, and tokens a forward."""
+    made = written(system, decoder, [line.context for line in lines], ROOM, 0.0)
+    texts = [system.tokenizer.decode(ids).split("\n")[0] for ids in made.ids]
+    right = [text.rstrip() == line.text.rstrip() for text, line in zip(texts, lines, strict=True)]
+    return {
+        "matches": sum(right) / len(right), "tokens_per_forward": made.tokens / made.forwards,
+        "slots_per_token": made.slots / made.tokens, "right": [int(r) for r in right],
+    }  # fmt: skip
+
+
+def continuations(
+    system: TextSystem, decoder: str, judge: Any, prompts: int = 24, new: int = 128, temperature: float = 1.0,
+    seed: int = 0,
+) -> dict[str, float]:  # fmt: skip
+    """Texts behind held-out prompts: nats a token that `judge`, a next-token model of the same vocabulary, finds in
+    them, distinct trigrams and entropy of their tokens (dull texts flatter the first), and tokens a forward."""
+    given = held_out(system, prompts, 96)
+    made = written(system, decoder, given, new, temperature, seed)
+    nats = 0.0
+    for prompt, ids in zip(given, made.ids, strict=True):
+        row = torch.tensor([[*prompt, *ids]])
+        law = torch.log_softmax(judge.logits(row)[0, :-1].float(), -1)
+        nats -= float(law.gather(1, row[0, 1:, None])[len(prompt) - 1 :].sum())
+    return {
+        "nats_per_token": nats / made.tokens, "distinct_3": distinct(made.ids, 3), "entropy": token_entropy(made.ids),
+        "tokens_per_forward": made.tokens / made.forwards, "slots_per_token": made.slots / made.tokens,
+    }  # fmt: skip
+
+
+def lines_trial(decoder: str, count: int = 200) -> Callable[[Any, int], Mapping[str, Any]]:
+    """A trial of a claim: a seed takes other lines."""
+
+    def measure(system: Any, seed: int) -> Mapping[str, Any]:
+        return next_lines(system, decoder, lines_of(system, count * (seed + 1))[seed :: seed + 1])
+
+    return measure
+
+
+def paired(ours: Sequence[int], theirs: Sequence[int]) -> tuple[float, float]:
+    """Difference of the shares of two lists of 0 and 1 about the same lines, and its standard error."""
+    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean = sum(gaps) / len(gaps)
+    return mean, math.sqrt(sum((g - mean) ** 2 for g in gaps) / max(len(gaps) - 1, 1) / len(gaps))
