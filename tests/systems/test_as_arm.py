@@ -10,9 +10,10 @@ import torch
 from seriatim.cli.main import main
 from seriatim.laws.case import randomise
 from seriatim.random import Generator
+from seriatim.systems.infill import Gap
 from seriatim.systems.system import Sampling, begin_as
 from seriatim.systems.text import as_arm, next_token
-from seriatim.systems.text.as_arm import ASARM, Config, gaps_of, trial
+from seriatim.systems.text.as_arm import ASARM, Config, trial
 from seriatim.verbs.load import load
 
 SMALL = {"width": 16, "depth": 1, "heads": 2, "length": 32}
@@ -102,20 +103,16 @@ def test_settings_that_mean_nothing_are_refused(settings, said):
 # ---- texts with gaps -------------------------------------------------------------------------------------------------
 
 
-def test_gaps_are_written_in_the_text():
-    assert gaps_of("def f(<gap:3>):\n    <gap:12>") == ["def f(", 3, "):\n    ", 12]
-    assert gaps_of("<gap:2><gap:1>x") == [2, 1, "x"]
-    assert gaps_of("a <gap:x> b") == ["a <gap:x> b"]
-
-
 @pytest.mark.parametrize("way", ["sequential", "assd", "assd-bigram", "independent"])
 def test_what_is_known_stays_where_it_is_and_gaps_are_filled(system, way):
-    canvas = system.gapped(["def ", 5, "(x):", 7])
+    canvas = system.gapped(["def ", Gap(5), "(x):", Gap(7)])
     assert canvas.status[0].tolist() == [0] * 4 + [3] * 5 + [0] * 4 + [3] * 7
     steps = []
-    text = system.infill("def <gap:5>(x):<gap:7>", Sampling(), 3, way, steps)
-    ids = system.infill(["def ", 5, "(x):", 7], Sampling(), 3, way)
-    assert text == ids
+    text, again = (
+        "".join(system.infill(parts, Sampling(), 3, system.decoding(Sampling(), way, ()), trace))
+        for parts, trace in (("def <mask:5>(x):<mask:7>", steps), (["def ", Gap(5), "(x):", Gap(7)], []))
+    )
+    assert text == again
     assert text.startswith("def ") and "(x):" in text
     assert sum(s.forwards for s in steps) <= 12
     if way == "independent":
@@ -124,16 +121,18 @@ def test_what_is_known_stays_where_it_is_and_gaps_are_filled(system, way):
 
 def test_gaps_that_do_not_fit_are_refused(system):
     with pytest.raises(ValueError, match="takes 33 tokens"):
-        system.infill(["a", 32])
-    with pytest.raises(ValueError, match="takes 0 tokens"):
-        system.infill("")
-    assert system.infill("all known") == "all known"
+        list(system.infill(["a", Gap(32)]))
+    for text in ("", "all known"):
+        with pytest.raises(ValueError, match="nothing is to be filled"):
+            list(system.infill(text))
 
 
 def test_penalties_decode_sequentially_and_refuse_independence(system):
     penalised = Sampling(repetition_penalty=1.3)
     assert system.decoding(penalised).proposer is None
-    assert system.infill(["ab", 9], penalised, 1) == system.infill(["ab", 9], penalised, 1, "sequential")
+    sequential = system.decoding(penalised, "sequential", ())
+    filled, one_by_one = (list(system.infill("ab<mask:9>", penalised, 1, way)) for way in (None, sequential))
+    assert filled == one_by_one
     with pytest.raises(ValueError, match="penalties"):
         system.decoding(penalised, "independent")
 
@@ -162,7 +161,7 @@ def test_it_trains_generates_and_fills_gaps(tmp_path, capsys):
     assert main(["generate", str(out), "--prompt", "The ", "--length", "8"]) == 0
     assert "bits_per_byte" in capsys.readouterr().out.replace(" ", "_")
     system = load(out)
-    assert system.infill("The <gap:6> fox").endswith(" fox")
+    assert "".join(system.infill("The <mask:6> fox")).endswith(" fox")
 
 
 # ---- the claim -------------------------------------------------------------------------------------------------------

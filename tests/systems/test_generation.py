@@ -225,3 +225,14 @@ def test_compiled_steps_say_what_the_others_say(name):
     after = [made.generate(p, temperature=0, max_new_tokens=30, logprobs=True) for p in prompts]
     assert before[0].ids == after[0].ids
     assert [g.ids for g in before[1]] == [g.ids for g in after[1]]
+
+
+@pytest.mark.parametrize("stop", [None, ["\n"], ["ab"]])
+def test_a_beam_is_streamed_as_it_ends(system, stop):
+    """The best text may be another one after the next step: nothing is given out before the last."""
+    for seed in range(3):
+        pieces: list[str] = []
+        prompt = PROMPT + "xyz"[seed]
+        made = system.generate(prompt, "beam+width=4", max_new_tokens=12, stream=pieces.append, stop=stop)
+        assert "".join(pieces) == made.text and len(pieces) <= 1
+        assert stop is None or stop[0] not in made.text

@@ -215,6 +215,14 @@ def test_the_rule_is_one_of_selection():
     assert mdlm.MDLM.decider is sdar.SDAR.decider
 
 
+def test_a_prompt_is_not_streamed_again():
+    torch.manual_seed(0)
+    one = sdar.SDAR(sdar.Config(length=32, **SMALL), ByteTokenizer()).eval()
+    for prompt in ("", "a", "abcde"):
+        text = "".join(one.stream(prompt, 12))
+        assert len(text) <= 12 and not (prompt and text.startswith(prompt))
+
+
 def test_a_window_shorter_than_the_model_takes_is_trained_and_longer_texts_are_written():
     one = sdar.SDAR(sdar.Config(length=32, window=8, width=16, depth=1, heads=2), ByteTokenizer())
     examples = one.examples(["abcdefgh" * 20])

@@ -6,20 +6,28 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from seriatim.cli.watching import Screen, painted, shows
+from seriatim.evaluation.film_page import check_page, write_page
+from seriatim.evaluation.text_film import Recorder
 from seriatim.interop.grammar import Grammar
 from seriatim.systems.image_system import ImageSystem
+from seriatim.systems.infill import parted
 from seriatim.systems.language_model import Generation, LanguageModel
 from seriatim.systems.published_masked import PublishedMasked
 from seriatim.systems.system import System
 from seriatim.systems.text_system import TextSystem
-from seriatim.verbs.generate import draw, sampling_of, save_pictures, stream
+from seriatim.verbs.generate import draw, fill, sampling_of, save_pictures, stream
 from seriatim.verbs.load import load, where
 
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+BESIDE = ("prompt", "chat", "ids", "length", "label", "stop", "json_schema", "regex", "grammar")  # not with --infix
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical", "guidance", "steps", *PENALTIES)
 
 
@@ -27,18 +35,41 @@ def run_generate(options: argparse.Namespace) -> int:
     """Stream text, or write pictures and say where they are."""
     import torch
 
+    _check(options)
     system = loaded(options)
     sampling = {name: getattr(options, name) for name in SAMPLING}
+    if not isinstance(system, TextSystem) and (options.infix is not None or options.record is not None):
+        raise ValueError(
+            f"--infix and --record are for text, and {system.meta.key} makes none (pictures have a film.gif)"
+        )
     if options.chat and not isinstance(system, LanguageModel | PublishedMasked):
         raise ValueError(f"{system.meta.key} has no chat template: --chat is for language models that converse")
     with torch.inference_mode():
-        if isinstance(system, LanguageModel):
+        if isinstance(system, LanguageModel) and options.infix is None:
             return _language(system, options, sampling)
         if isinstance(system, TextSystem):
             return _text(system, options, sampling)
         if not isinstance(system, ImageSystem):
             raise ValueError(f"{system.meta.key} is a tokenizer: it generates nothing by itself")
         return _pictures(system, options, sampling)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Before anything is loaded. Raises ValueError, OSError for what cannot be asked for together, gaps that are none,
+    and a page that cannot be written."""
+    if options.record is not None:
+        check_page(options.record)
+        if (options.count or 1) > 1:
+            raise ValueError("--record is the film of one text: leave --count out")
+    if options.infix is None:
+        return
+    parted(options.infix)
+    others = [name for name in BESIDE if getattr(options, name)] + ["decoder"] * (options.decoder != "own")
+    if others:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise ValueError(f"--infix says what text there is and where the gaps are: leave {names} out")
+    if "\\n" in options.infix and "\n" not in options.infix:
+        warnings.warn("\\n in --infix is a backslash and an n; bash reads $'...\\n...' as lines", stacklevel=1)
 
 
 def loaded(options: argparse.Namespace) -> System:
@@ -73,23 +104,28 @@ def _language(system: LanguageModel, options: argparse.Namespace, sampling: dict
     for n in range(options.count or 1):
         echoed = not options.json and options.ids is None and not options.chat and system.continues
         say = _Echo(options.prompt if echoed else "")
+        recorder = None if options.record is None else Recorder(system.tokenizer)
         made = system.generate(
             given, options.decoder, max_new_tokens=new, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
             min_p=s.min_p, typical=s.typical, seed=options.seed + n, stream=None if options.json else say,
-            stop=options.stop, grammar=grammar, **{name: getattr(s, name) for name in PENALTIES},
+            stop=options.stop, grammar=grammar, watch=recorder, **{name: getattr(s, name) for name in PENALTIES},
         )  # fmt: skip
         assert isinstance(made, Generation)
-        if not options.json:
+        if options.json:
+            print(json.dumps(_figures(options.prompt, made), ensure_ascii=False))
+        else:
             say("")
             print("" if made.text is not None else " ".join(map(str, made.ids)))
-            continue
-        figures = {
-            "prompt": options.prompt, "text": made.text, "ids": made.ids, "forwards": made.forwards,
-            "seconds": round(made.seconds, 4), "tokens_per_second": round(len(made.ids) / made.seconds, 2),
-            "mean_accepted_length": round(len(made.ids) / max(made.forwards, 1), 3),
-        }  # fmt: skip
-        print(json.dumps(figures, ensure_ascii=False))
+        _record(system, options, recorder)
     return 0
+
+
+def _figures(prompt: str, made: Generation) -> dict[str, Any]:
+    return {
+        "prompt": prompt, "text": made.text, "ids": made.ids, "forwards": made.forwards,
+        "seconds": round(made.seconds, 4), "tokens_per_second": round(len(made.ids) / made.seconds, 2),
+        "mean_accepted_length": round(len(made.ids) / max(made.forwards, 1), 3),
+    }  # fmt: skip
 
 
 def _given(system: LanguageModel | PublishedMasked, options: argparse.Namespace) -> list[int]:
@@ -106,33 +142,60 @@ class _Echo:
 
     def __init__(self, prompt: str):
         self.prompt = prompt
+        self.last = ""  # that was said
 
     def __call__(self, piece: str) -> None:
-        _say(self.prompt + piece)
-        self.prompt = ""
-
-
-def _say(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
+        text = self.prompt + piece
+        self.prompt, self.last = "", text or self.last
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def _text(system: TextSystem, options: argparse.Namespace, sampling: dict[str, Any]) -> int:
-    prompt = _given(system, options) if isinstance(system, PublishedMasked) else options.prompt
+    """Any other text: on a terminal the canvas as it fills, else pieces from its front; or what it cost."""
+    console = Console(highlight=False)
+    live = shows(console) and not options.quiet and not options.json
+    asked = options.infix is None and isinstance(system, PublishedMasked)
+    prompt = _given(system, options) if asked else options.prompt  # type: ignore[arg-type]
     for n in range(options.count or 1):
         trace: list[Any] = []
+        recorder = Recorder(system.tokenizer) if live or options.record else None
+        seed, watched = options.seed + n, {"trace": trace, "watch": recorder, **sampling}
         start = time.perf_counter()
-        pieces = stream(system, prompt, options.length, options.decoder, options.seed + n, trace=trace, **sampling)
-        if not options.json:
-            sys.stdout.write("" if options.ids is not None or options.chat else options.prompt)
+        if options.infix is None:
+            pieces = stream(system, prompt, options.length, options.decoder, seed, **watched)
+        else:
+            pieces = fill(system, options.infix, seed, **watched)
+        if options.json:
+            text, name = "".join(pieces), "prompt" if options.infix is None else "infix"
+            figures = {"forwards": sum(s.forwards for s in trace), "seconds": round(time.perf_counter() - start, 3)}
+            print(json.dumps({name: getattr(options, name), "text": text, **figures}, ensure_ascii=False))
+        elif live:
+            assert recorder is not None
+            with Screen(console, recorder):
+                for _ in pieces:
+                    pass
+            whole = painted(recorder.frames[-1])
+            console.print(whole, soft_wrap=True, end="" if whole.plain.endswith("\n") else "\n")
+        else:
+            say = _Echo("" if options.ids is not None or options.chat else options.prompt)
             for piece in pieces:
-                _say(piece)
-            print()
-            continue
-        text = "".join(pieces)
-        figures = {"forwards": sum(s.forwards for s in trace), "seconds": round(time.perf_counter() - start, 3)}
-        print(json.dumps({"prompt": options.prompt, "text": text, **figures}, ensure_ascii=False))
+                say(piece)
+            say("")
+            print(end="" if say.last.endswith("\n") else "\n")
+        _record(system, options, recorder)
     return 0
+
+
+def _record(system: TextSystem, options: argparse.Namespace, recorder: Recorder | None) -> None:
+    """Write the page that was asked for, and say so where it is not mixed with the text."""
+    if recorder is None or options.record is None:
+        return
+    recorder.finish()
+    about = {"system": system.meta.title, "decoder": options.decoder, "seed": options.seed}
+    about |= {name.replace("_", " "): x for name in SAMPLING if (x := getattr(options, name)) is not None}
+    page = write_page(recorder.frames, options.record, str(options.source), about)
+    print(f"{page}: how it came, to be opened in a browser", file=sys.stderr)
 
 
 def _pictures(system: ImageSystem, options: argparse.Namespace, sampling: dict[str, Any]) -> int:

@@ -108,6 +108,10 @@ def _generate(commands: Any) -> None:
         "source", metavar="MODEL", help="folder of a run or of a published model, zoo:NAME, or a name on the hub"
     )
     generate.add_argument("--prompt", default="", help="what text begins with")
+    generate.add_argument(
+        "--infix", metavar="TEXT",
+        help="a text with gaps to fill: <mask:12> for so many tokens, <fill> for any number; \\<fill> is text",
+    )  # fmt: skip
     generate.add_argument("--chat", action="store_true", help="the prompt is what a user says, in the model's template")
     generate.add_argument("--ids", help="the same as ids, for a model without a tokenizer: 1,2,3")
     generate.add_argument(
@@ -137,6 +141,8 @@ def _generate(commands: Any) -> None:
     generate.add_argument("--adapter", metavar="DIR", help="a LoRA adapter to fold into the weights")
     _formats(generate)
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--record", type=Path, metavar="FILE.html", help="write a page that replays how a text came")
+    generate.add_argument("--quiet", action="store_true", help="nothing but the text, on a terminal too")
     generate.add_argument("--out", type=Path, help="folder for pictures (default: RUN/generated)")
     generate.add_argument("--json", action="store_true", help="print one JSON object")
     generate.set_defaults(run=_later("generating", "run_generate"))

@@ -28,6 +28,8 @@ class Beam:
     that it does not know starts a beam of its own.
     """
 
+    redraws = True  # the best text may be another one after the next step
+
     def __init__(self, width: int, stop: Iterable[int] = (), penalty: float = 0.0):
         if width < 1:
             raise ValueError(f"a beam is at least 1 wide, got {width}")

@@ -58,7 +58,7 @@ class Decider(Protocol):
     """Turns the rows of a forward into edits.
 
     One whose `keep` is more than a path says so by `needs` (a frozenset, see `Cache.can`), and is refused with a cache
-    that cannot.
+    that cannot. One that may take back what it decided says so by `redraws = True`: then a text is streamed at its end.
     """
 
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step: ...

@@ -58,8 +58,8 @@ class Penalties:
 
 
 @dataclass(frozen=True)
-class Never:
-    """Ids that are never written, such as that of a mask."""
+class Without:
+    """Everything but these ids: that of a mask, or ends of text where a text has to go on."""
 
     ids: tuple[int, ...]
 

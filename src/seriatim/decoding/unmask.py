@@ -29,6 +29,10 @@ class Unmask:
     stop: tuple[int, ...] = ()
     _of_block: dict[int, Select] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    @property
+    def redraws(self) -> bool:
+        return self.select.redraws
+
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
         length = ends(canvas, self.stop)
         if length is not None:

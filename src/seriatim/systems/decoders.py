@@ -41,6 +41,9 @@ class Decoding:
     block: int | Sequence[int] | None = None
 
 
+Onlooker = Callable[[Decoding], Decoding]  # takes a way to decode, and gives it back with an eye on it
+
+
 @dataclass(frozen=True)
 class Ask:
     """What a decoder is made for: a model, how it is sampled, ids that end a row, where a draft part is, and

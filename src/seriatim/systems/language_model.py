@@ -26,7 +26,7 @@ from seriatim.interop.tokenizer import PublishedTokenizer
 from seriatim.layout import line
 from seriatim.random import Generator, Keyed
 from seriatim.systems.conversing import Conversing
-from seriatim.systems.decoders import Decoding, decoder_of
+from seriatim.systems.decoders import Decoding, Onlooker, decoder_of
 from seriatim.systems.generation import Generation, Watch
 from seriatim.systems.system import Sampling, evenly
 
@@ -155,13 +155,15 @@ class LanguageModel(Conversing):
         grammar: Grammar | None = None,
         stream: Callable[[str], None] | None = None,
         logprobs: bool = False,
+        watch: Onlooker | None = None,
     ) -> Generation | list[Generation]:
         """Continue a text, its ids, or a batch of either, by a decoder (`decoder_of`); a list of generations for a
         batch, or where `n` of each prompt are asked for.
 
         temperature 0 is greedy; penalties: see `Penalties`; stop: ids and strings that end a row (None: the model's
         own ids, which are also those beside strings); grammar: what the new text must be; stream: called with pieces of
-        text, for one prompt. Raises ValueError for prompts that are empty or too long, and decoders that do not exist.
+        text, for one prompt, as they are decided for good; watch: who looks on (`evaluation.text_film.Recorder`).
+        Raises ValueError for prompts that are empty or too long, and decoders that do not exist.
         """
         rows, many = self._rows(prompt)
         if stream is not None and (many or n > 1):
@@ -175,6 +177,7 @@ class LanguageModel(Conversing):
             frequency_penalty=frequency_penalty,
         )  # fmt: skip
         way = self.own(s, ends) if decoder == "own" else decoder_of(self, decoder, s, ends)
+        way = way if watch is None else watch(way)
         target = self.target(None, s, **way.target)
         if grammar is not None:
             target.shapers += (Constraint(grammar.matchers(self.tokenizer, ends, n * len(rows))),)
@@ -188,7 +191,7 @@ class LanguageModel(Conversing):
             if n != 1:
                 rows = [row for row in rows for _ in range(n)]
                 self._copied(target, canvas, n)
-            run = Run(self, canvas, rows, strings, stream, start)
+            run = Run(self, canvas, rows, strings, stream, start, not getattr(way.decider, "redraws", False))
             for step in decode(target, canvas, way.decider, way.proposer, Keyed(seed)):
                 if not run.after(step):
                     break
@@ -251,8 +254,9 @@ class Run:
 
     def __init__(
         self, system: LanguageModel, canvas: Canvas, rows: Sequence[Sequence[int]], strings: Sequence[str],
-        stream: Callable[[str], None] | None, start: float,
+        stream: Callable[[str], None] | None, start: float, firm: bool = True,
     ):  # fmt: skip
+        """`firm`: what is decided stays, so that it can be streamed, and ended by strings, on the way."""
         self.system, self.canvas, self.rows, self.stream = system, canvas, rows, stream
         self.start, self.first = start, 0.0
         self.names = canvas.row.clone()
@@ -261,6 +265,7 @@ class Run:
         self.accepted: int | Tensor = 0
         self.sizes: list[int] = []  # of forwards, in rows
         self.drafting = 0.0
+        self.firm = firm
         watched = bool(strings) or (stream is not None and system.tokenizer is not None)
         self.watches = [Watch(system.tokenizer, strings) for _ in rows] if watched else []
 
@@ -274,6 +279,8 @@ class Run:
             self.sizes.append(1 + int(torch.as_tensor(step.drafted).max()))
         self.forwards += step.forwards
         self.drafted, self.accepted = self.drafted + step.drafted, self.accepted + step.accepted
+        if not self.firm:
+            return True
         ended = [w.ended for w in self.watches]
         for b, watch in enumerate(self.watches):
             piece = watch.push(self.new(b, watch.count))
@@ -303,7 +310,7 @@ class Run:
             watch = self.watches[b] if self.watches else None
             ids = self.new(b)
             if watch is not None:
-                rest = watch.rest()
+                rest = watch.push(self.new(b, watch.count)) + watch.rest()
                 if rest and self.stream is not None:
                     self.stream(rest)
                 ids = ids[: watch.count] if watch.ended else ids

@@ -10,8 +10,10 @@ from seriatim.canvas import Canvas
 from seriatim.decoding.loop import Decider
 from seriatim.decoding.sample import Above, Select
 from seriatim.decoding.unmask import Unmask
+from seriatim.factorization.static import Blocks
 from seriatim.layout import line
 from seriatim.random import Generator
+from seriatim.systems.infill import Parts
 from seriatim.systems.system import Sampling
 from seriatim.systems.text_system import TextSystem
 
@@ -22,12 +24,31 @@ class MaskedText(TextSystem):
     """Decoded by `Unmask`. The config has `rule`, and may have a `threshold`; or by any decoder of the family
     "unmasking"."""
 
+    fills = "known"
+
     def _settled(self, canvas: Canvas, start: int = 0) -> list[int]:
         ids = super()._settled(canvas, start)
         ends = [i for i, x in enumerate(ids) if x in self.stop]
         if ends and (not canvas.done or ends == [len(ids) - 1]):  # what stands behind an end may yet go
             return ids[: ends[0]]
         return ids
+
+    def gapped(self, parts: Parts) -> Canvas:
+        """As of all text. Raises ValueError where a text behind a gap lies in a later block of a model that writes
+        block after block: it would not be seen."""
+        canvas, order = super().gapped(parts), self.model.factorization
+        if not isinstance(order, Blocks):
+            return canvas
+        block, asked = torch.arange(canvas.layout.size) // order.size, canvas.open[0]
+        unseen = (~asked & (block > int(block[asked].min()))).nonzero()
+        if len(unseen):
+            raise ValueError(
+                f"{self.meta.key} writes blocks of {order.size} tokens one after another, and sees nothing behind a "
+                f"block: the gap at token {int(asked.nonzero()[0])} would be filled without regard to the text from "
+                f"token {int(unseen[0])} on. Let the text end in the block of its gap, or take a system that sees all "
+                "of it, such as zoo:text-mdlm"
+            )
+        return canvas
 
     def decider(self, sampling: Sampling) -> Decider:
         sure = None if sampling.steps else getattr(self.config, "threshold", None)

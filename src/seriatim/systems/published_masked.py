@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from seriatim.canvas import Canvas, Set
 from seriatim.decoding.loop import decode
-from seriatim.decoding.shaping import Never
+from seriatim.decoding.shaping import Without
 from seriatim.decoding.target import Target
 from seriatim.factorization.static import Blocks
 from seriatim.interop.blueprint import MaskedBlueprint
@@ -110,7 +110,7 @@ class PublishedMasked(Conversing, MaskedText):
 
     def target(self, condition: Mapping[str, Tensor] | None, sampling: Sampling, **more: Any) -> Target:
         return Target(
-            self.model, None, None, sampling.warp, shapers=(*sampling.shapers, Never((self.config.mask,))), **more
+            self.model, None, None, sampling.warp, shapers=(*sampling.shapers, Without((self.config.mask,))), **more
         )
 
     def generate(
@@ -142,10 +142,11 @@ class PublishedMasked(Conversing, MaskedText):
         seed: int = 0,
         decoding: Decoding | None = None,
         trace: list[Any] | None = None,
+        watch: Onlooker | None = None,
     ) -> Iterator[str]:
         """As of all texts; of a prompt of ids too. Without a tokenizer ids with a space between."""
         pieces = None if self.tokenizer is None else Detokenizer(self.tokenizer)
-        for ids in self._written(prompt, length, sampling or self.sampling, seed, decoding, trace):
+        for ids in self._written(prompt, length, sampling or self.sampling, seed, decoding, trace, watch):
             piece = "".join(f"{i} " for i in ids) if pieces is None else pieces.push(ids)
             if piece:
                 yield piece
@@ -154,11 +155,12 @@ class PublishedMasked(Conversing, MaskedText):
 
     def _written(
         self, prompt: str | Sequence[int], length: int | None, sampling: Sampling, seed: int, decoding: Decoding | None,
-        trace: list[Any] | None,
+        trace: list[Any] | None, watch: Onlooker | None = None,
     ) -> Iterator[list[int]]:  # fmt: skip
         """New ids from the front as they are decided, at most `length`."""
         ids = self.prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
         way = decoding or Decoding(self.decider(sampling), self.proposer(sampling))
+        way = way if watch is None else watch(way)
         canvas = self.begun(ids, length)
         if way.block is not None:
             canvas = self.blocked(canvas, way.block)

@@ -11,12 +11,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from seriatim.canvas import Canvas
+from seriatim.canvas import GIVEN, Canvas
 from seriatim.decoding.loop import Decider, decode
 from seriatim.decoding.sample import SampleAll
+from seriatim.decoding.shaping import Shaper, Without
 from seriatim.layout import line
 from seriatim.random import Keyed
-from seriatim.systems.decoders import Decoding
+from seriatim.systems.decoders import Decoding, Onlooker
+from seriatim.systems.infill import Filled, Fills, Parts, known_gaps, parted, refuse, settled
 from seriatim.systems.system import Sampling, System, evenly
 from seriatim.tokenizers.text import ByteTokenizer, Detokenizer, TextTokenizer, id_stream
 
@@ -90,20 +92,18 @@ class TextSystem(System):
         seed: int = 0,
         decoding: Decoding | None = None,
         trace: list[Any] | None = None,
+        watch: Onlooker | None = None,
     ) -> Iterator[str]:
-        """Pieces of text as they are decided, after the prompt; at most `length` tokens (None: 200, or what
-        there is room for). `trace` collects the steps."""
+        """Pieces of text as they are decided for good, after the prompt; at most `length` tokens (None: 200, or what
+        there is room for). `trace` collects the steps; `watch` looks on (`evaluation.text_film.Recorder`)."""
         s = sampling or self.sampling
         way = decoding or Decoding(self.decider(s), self.proposer(s))
         canvas = self.prompted(prompt, length)
         if way.block is not None:
             canvas = self.blocked(canvas, way.block)
-        told = int(canvas.lengths()[0])  # the prompt
-        target, pieces = self.target(None, s, **way.target), Detokenizer(self.tokenizer)
-        for step in decode(target, canvas, way.decider, way.proposer, Keyed(seed)):
-            if trace is not None:
-                trace.append(step)
-            ids = self._settled(canvas, told)
+        told, pieces = int((canvas.status[0] == GIVEN).sum()), Detokenizer(self.tokenizer)
+        for firm in self._decoded(canvas, way, s, seed, trace, watch):
+            ids = self._settled(canvas, told) if firm else []
             told += len(ids)
             piece = pieces.push(ids)
             if piece:
@@ -112,11 +112,68 @@ class TextSystem(System):
         if rest:
             yield rest
 
+    def _decoded(
+        self, canvas: Canvas, way: Decoding, sampling: Sampling, seed: int, trace: list[Any] | None,
+        watch: Onlooker | None, shapers: Sequence[Shaper] = (),
+    ) -> Iterator[bool]:  # fmt: skip
+        """Decode, and say after each step whether what is decided stays."""
+        way = way if watch is None else watch(way)
+        target = self.target(None, sampling, **way.target)
+        target.shapers += tuple(shapers)
+        firm = not getattr(way.decider, "redraws", False)
+        for step in decode(target, canvas, way.decider, way.proposer, Keyed(seed)):
+            if trace is not None:
+                trace.append(step)
+            yield firm
+
     def _settled(self, canvas: Canvas, start: int = 0) -> list[int]:
         """Ids known from the front, from a place on."""
         if canvas.length is not None:
             return canvas.value["token"][0, start : canvas.length].tolist()
-        return canvas.read("token")[0][start : int(canvas.lengths()[0])].tolist()
+        return canvas.value["token"][0, settled(canvas)[start:]].tolist()
+
+    # ---- gaps -------------------------------------------------------------------------------------------------------
+
+    fills: ClassVar[Fills | None] = None  # what gaps it fills, given the text on both sides: of known or unknown length
+
+    def infill(
+        self, parts: str | Parts, sampling: Sampling | None = None, seed: int = 0, decoding: Decoding | None = None,
+        trace: list[Any] | None = None, watch: Onlooker | None = None,
+    ) -> Iterator[str]:  # fmt: skip
+        """Pieces of a text whose gaps are filled, as they are decided for good: the whole text, from its front. Parts:
+        texts and gaps, or a text in which gaps are marked (`parted`); decoding: None for `filling`. Raises ValueError
+        for gaps that this system cannot fill."""
+        parts = parted(parts) if isinstance(parts, str) else parts
+        refuse(parts, self.fills, self.meta.key)
+        s = sampling or self.sampling
+        canvas, pieces = self.gapped(parts), Filled(self.tokenizer, parts)
+        way = decoding or self.filling(parts, s)
+        goes_on = (Without(self.stop),) if self.fills == "known" and self.stop else ()  # no end of text in a gap
+        for firm in self._decoded(canvas, way, s, seed, trace, watch, goes_on):
+            piece = pieces.push(canvas) if firm else ""
+            if piece:
+                yield piece
+        rest = pieces.push(canvas) + pieces.rest()
+        if rest:
+            yield rest
+
+    def gapped(self, parts: Parts) -> Canvas:
+        """A canvas of one row in which the texts are given and the gaps are to be decided. Raises ValueError where they
+        do not fit, or would be filled without regard to what is behind them."""
+        ids, given = known_gaps(self.tokenizer, parts)
+        room = self.model.layout.size
+        if len(ids) > room:
+            raise ValueError(
+                f"the text takes {len(ids)} tokens, {given.count(False)} of them in gaps; this model takes {room} in "
+                "all: shorten the text or its gaps"
+            )
+        return self.model.canvas({"token": torch.tensor([ids])}, torch.tensor([given]), layout=line(len(ids)))
+
+    def filling(self, parts: Parts, sampling: Sampling) -> Decoding:
+        """How the gaps of such a canvas are filled."""
+        return Decoding(self.decider(sampling), self.proposer(sampling))
+
+    # ---- prompts ----------------------------------------------------------------------------------------------------
 
     def prompted(self, prompt: str | Sequence[int], length: int | None) -> Canvas:
         """A canvas with a prompt (text, or ids) given and room for `length` tokens. Raises ValueError where they do not
@@ -127,7 +184,9 @@ class TextSystem(System):
         """The same for a prompt of ids."""
         ids, room = list(ids), self.model.layout.size
         length = max(min(200, room - len(ids)), 1) if length is None else length
-        if length < 1 or len(ids) + length > room:
+        if length < 1:
+            raise ValueError(f"at least 1 token can be asked for, got {length}")
+        if len(ids) + length > room:
             raise ValueError(
                 f"the prompt takes {len(ids)} tokens and {length} are asked for; this model takes {room} in all: "
                 "shorten the prompt or --length"

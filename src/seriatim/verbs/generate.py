@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seriatim.evaluation.pictures import save_film, save_grid
-from seriatim.systems.decoders import decoder_of
+from seriatim.systems.decoders import Onlooker, decoder_of
 from seriatim.systems.image_system import ImageSystem, Pictures
 from seriatim.systems.system import Sampling, System
 from seriatim.systems.text_system import TextSystem
@@ -22,6 +22,7 @@ def generate(
     source: str | Path | System,
     *,
     prompt: str = "",
+    infix: str | None = None,
     labels: Sequence[int] | None = None,
     count: int | None = None,
     length: int | None = None,
@@ -30,11 +31,16 @@ def generate(
     film: bool = False,
     **sampling: Any,
 ) -> str | Pictures:
-    """Text that continues a prompt, or pictures of these classes, from a run, `zoo:NAME` or a loaded system.
+    """Text that continues a prompt, a text with its gaps filled (`infix`, see `parted`), or pictures of these classes,
+    from a run, `zoo:NAME` or a loaded system.
 
     sampling: temperature, top_k, top_p, min_p, typical, guidance, steps; what is left out is the system's own choice.
     """
     system = source if isinstance(source, System) else load(source)
+    if isinstance(system, TextSystem) and infix is not None:
+        if prompt or length is not None or decoder != "own":
+            raise ValueError("a text with gaps says all: leave prompt, length and decoder out")
+        return "".join(fill(system, infix, seed, **sampling))
     if isinstance(system, TextSystem):
         return "".join(stream(system, prompt, length, decoder, seed, **sampling))
     if not isinstance(system, ImageSystem):
@@ -44,12 +50,21 @@ def generate(
 
 def stream(
     system: TextSystem, prompt: str | list[int], length: int | None = None, decoder: str = "own", seed: int = 0,
-    trace: list[Any] | None = None, **sampling: Any,
+    trace: list[Any] | None = None, watch: Onlooker | None = None, **sampling: Any,
 ) -> Iterator[str]:  # fmt: skip
     """Pieces of text as they are decided, behind a text (of models that decide masks, or its ids). Raises
     ValueError for a decoder that does not exist or does not suit."""
     s = sampling_of(system, **sampling)
-    return system.stream(prompt, length, s, seed, decoder_of(system, decoder, s), trace)  # type: ignore[arg-type]
+    return system.stream(prompt, length, s, seed, decoder_of(system, decoder, s), trace, watch)
+
+
+def fill(
+    system: TextSystem, infix: str, seed: int = 0, trace: list[Any] | None = None, watch: Onlooker | None = None,
+    **sampling: Any,
+) -> Iterator[str]:  # fmt: skip
+    """Pieces of a text whose marked gaps are filled, from its front. Raises ValueError for marks that are none, and
+    gaps that this system cannot fill."""
+    return system.infill(infix, sampling_of(system, **sampling), seed, trace=trace, watch=watch)
 
 
 def draw(

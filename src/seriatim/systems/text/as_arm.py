@@ -11,7 +11,6 @@ next-token model, as which it is scored; the paper's `most` of 0.99 leaves it on
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -26,8 +25,7 @@ from torch import Tensor, nn
 from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.backbones.xlnet import XLNet
-from seriatim.canvas import Canvas
-from seriatim.decoding.loop import Decider, Proposer, Step, decode
+from seriatim.decoding.loop import Decider, Proposer, decode
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.subset import Ahead, ContextBigrams, InOrder, SelfDraft, Together
 from seriatim.decoding.target import Target
@@ -44,6 +42,7 @@ from seriatim.objectives.masked import fewest
 from seriatim.random import Generator, Keyed, enumerate_law
 from seriatim.systems.claim import Claim, Trial
 from seriatim.systems.decoders import Decoding
+from seriatim.systems.infill import Parts
 from seriatim.systems.meta import Meta
 from seriatim.systems.system import Sampling
 from seriatim.systems.text_system import TextSystem
@@ -61,7 +60,6 @@ META = Meta(
 )
 
 Way = Literal["sequential", "assd", "assd-bigram", "independent"]
-GAP = re.compile(r"<gap:(\d+)>")
 
 
 @dataclass(frozen=True)
@@ -174,40 +172,10 @@ class ASARM(TextSystem):
             return Decoding(InOrder(stop, sure=1), SelfDraft(length))
         return Decoding(InOrder(stop), ContextBigrams(length))
 
-    def gapped(self, parts: Sequence[str | int]) -> Canvas:
-        """A canvas of known pieces of text and of gaps, numbers of tokens. Raises ValueError where they do not fit."""
-        known = [part if isinstance(part, int) else self.tokenizer.encode(part) for part in parts]
-        ids = [i for part in known for i in ([0] * part if isinstance(part, int) else part)]
-        given = [flag for part in known for flag in ([False] * part if isinstance(part, int) else [True] * len(part))]
-        room = self.model.layout.size
-        if not ids or len(ids) > room:
-            raise ValueError(f"the text takes {len(ids)} tokens, gaps included; this model takes 1 to {room}")
-        return self.model.canvas({"token": torch.tensor([ids])}, torch.tensor([given]), layout=line(len(ids)))
+    fills = "known"
 
-    def infill(
-        self,
-        parts: str | Sequence[str | int],
-        sampling: Sampling | None = None,
-        seed: int = 0,
-        way: Way | None = None,
-        trace: list[Step] | None = None,
-    ) -> str:
-        """A text whose gaps are filled: known pieces and numbers of tokens in turn, or one text that says <gap:12>
-        where 12 tokens are missing. `trace` collects the steps."""
-        s = sampling or self.sampling
-        canvas = self.gapped(gaps_of(parts) if isinstance(parts, str) else parts)
-        how = self.decoding(s, way, stop=())  # what stands behind a gap cannot be cut off
-        with torch.inference_mode():
-            for step in decode(self.target(None, s), canvas, how.decider, how.proposer, Keyed(seed)):
-                if trace is not None:
-                    trace.append(step)
-        return self.tokenizer.decode(canvas.value["token"][0].tolist())
-
-
-def gaps_of(text: str) -> list[str | int]:
-    """The known pieces and the gaps of a text in which <gap:12> says that 12 tokens are missing."""
-    pieces = GAP.split(text)
-    return [int(p) if n % 2 else p for n, p in enumerate(pieces) if p]
+    def filling(self, parts: Parts, sampling: Sampling) -> Decoding:
+        return self.decoding(sampling, stop=())  # what stands behind a gap cannot be cut off
 
 
 # ---- published ones --------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from seriatim.model import Model
 from seriatim.objectives.masked import Masked, by_count, by_time
 from seriatim.random import Generator
 from seriatim.systems.claim import Arm, Claim
+from seriatim.systems.infill import Parts
 from seriatim.systems.masked_text import MaskedText
 from seriatim.systems.meta import Meta
 from seriatim.systems.system import Sampling, evenly
@@ -157,6 +158,13 @@ class MDLM(MaskedText):
         """As for all text; what is asked for stands in blocks of `block`, counted from the end of the prompt."""
         plain = super().begun(ids, length)
         return self.blocked(plain, self.config.block or plain.layout.size)
+
+    def gapped(self, parts: Parts) -> Canvas:
+        """As of all text; what is asked for stands in blocks of `block`, counted without what is given."""
+        plain = super().gapped(parts)
+        asked = plain.open
+        rank = (asked.long().cumsum(1) - 1).clamp(min=0) // (self.config.block or plain.layout.size)
+        return Canvas(plain.layout, plain.value, ~asked, rank)
 
 
 # ---- what the laws run -----------------------------------------------------------------------------------------------
