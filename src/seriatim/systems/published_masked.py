@@ -26,7 +26,7 @@ from seriatim.objectives.masked import Masked
 from seriatim.plan import Plan
 from seriatim.random import Keyed
 from seriatim.systems.conversing import Conversing
-from seriatim.systems.decoders import Decoding, Onlooker
+from seriatim.systems.decoders import Decoding, Onlooker, decoder_of
 from seriatim.systems.generation import Generation
 from seriatim.systems.masked_text import MaskedText
 from seriatim.systems.meta import Meta
