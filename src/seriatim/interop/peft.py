@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from seriatim.interop.blueprint import Part
+from seriatim.interop.families import CONVERTED
 from seriatim.posttraining.lora import Factors, LoRA, module_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # how an adapter was trained, or how it is told to PEFT: nothing that changes what it adds
 HARMLESS = frozenset({
+    CONVERTED,  # is followed by who loads the base
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "init_lora_weights",
     "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "megatron_core",
@@ -61,6 +63,11 @@ def read_adapter(folder: Path) -> Adapter:
     scales = _scales(config, {module: both["lora_A"].shape[0] for module, both in halves.items()}, folder / CONFIG)
     factors = {module: Factors(both["lora_A"], both["lora_B"], scales[module]) for module, both in halves.items()}
     return Adapter(str(config.get("base_model_name_or_path") or ""), factors)
+
+
+def conversion_of(folder: Path) -> dict[str, Any] | None:
+    """How the model that an adapter was learned on decides masks; None for one of a next-token model."""
+    return _config(folder).get(CONVERTED)
 
 
 def base_of(folder: Path) -> str:

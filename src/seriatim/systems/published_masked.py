@@ -17,7 +17,7 @@ from seriatim.decoding.loop import decode
 from seriatim.decoding.shaping import Without
 from seriatim.decoding.target import Target
 from seriatim.factorization.static import Blocks
-from seriatim.interop.blueprint import MaskedBlueprint
+from seriatim.interop.blueprint import MaskedBlueprint, Part
 from seriatim.interop.chat import ChatTemplate
 from seriatim.interop.export import Publication, published_tensors
 from seriatim.layout import line
@@ -70,6 +70,10 @@ class PublishedMasked(Conversing, MaskedText):
     @property
     def window(self) -> int:
         return min(self.config.length, WINDOW)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.config.parts
 
     def publication(self) -> Publication:
         """The model as other programs read it. Raises ValueError where its weights have no published form any more."""

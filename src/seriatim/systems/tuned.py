@@ -22,6 +22,7 @@ from seriatim.posttraining.skipping import skipping_loss
 from seriatim.random import Generator
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.published import Published
+from seriatim.systems.published_masked import PublishedMasked
 from seriatim.systems.system import evenly
 from seriatim.training.recipe import Recipe
 from seriatim.training.run import WEIGHTS
@@ -68,7 +69,7 @@ class Tuned(nn.Module):
     Raises ValueError for weights that cannot be trained, and adapters that do not fit.
     """
 
-    def __init__(self, system: LanguageModel, adapter: LoRA | None = None):
+    def __init__(self, system: LanguageModel | PublishedMasked, adapter: LoRA | None = None):
         super().__init__()
         named = dict(system.model.named_parameters(remove_duplicate=False))
         gone = [part.ours for part in system.parts if part.ours not in named]
@@ -98,12 +99,12 @@ class Tuned(nn.Module):
         """An adapter alone; a published model as it was published; a run of ours as it is."""
         if self.adapter is not None:
             return ADAPTER, adapter_tensors(weights, self.system.parts)
-        if not isinstance(self.system, Published):
+        if not isinstance(self.system, Published | PublishedMasked):
             return WEIGHTS, weights
         tensors = published_tensors(weights, self.system.parts, self.system.config.backbone)
         return WEIGHTS, {name: x.to(self.dtype) for name, x in tensors.items()}
 
-    def finished(self) -> LanguageModel:
+    def finished(self) -> Any:
         """The system as it is used: adapters folded into its weights."""
         folded(self.system.model)
         return self.system.eval().requires_grad_(False)

@@ -16,11 +16,14 @@ import seriatim
 from seriatim.data.base import BUILT_IN, Data, load_data
 from seriatim.data.conversations import Conversations
 from seriatim.interop.export import describe
+from seriatim.interop.families import CONVERTED
 from seriatim.interop.hub import HUB
 from seriatim.interop.peft import CONFIG, adapter_config
+from seriatim.systems.converted import converted
 from seriatim.systems.decoders import decoder_of
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.published import Published
+from seriatim.systems.published_masked import PublishedMasked
 from seriatim.systems.system import Sampling
 from seriatim.systems.text_system import Windows
 from seriatim.systems.tuned import Tuned, TunedByLayers, Tuning
@@ -29,6 +32,10 @@ from seriatim.training.checkpoint import save_json
 from seriatim.training.recipe import Recipe
 from seriatim.training.run import RunFolder
 from seriatim.verbs.load import load, plain
+
+CONVERSIONS: dict[str, int | None] = {"sdar": 4, "mdlm": None}  # what a next-token model becomes: tokens of a block
+# Steps of its training, unless they are asked for. Much is new to it: it takes ten times the rate of one further step.
+CONVERTING = Recipe(400, batch=8, learning_rate=2e-4, weight_decay=0.0, bf16=True)
 
 
 class Begun(NamedTuple):
@@ -48,11 +55,13 @@ def begin(
 ) -> Begun:  # fmt: skip
     """A model to be trained on, with the files that stand beside its weights written to `folder`. Raises ValueError,
     OSError that say what is wrong with the base, the data or the settings."""
-    tuning, recipe = settings_from(settings, lora)
+    own = dict(settings)
+    how = {name: own.pop(name, None) for name in ("block", "mask") if key in CONVERSIONS}
+    tuning, recipe = settings_from(own, lora)
     if data is None:
         raise ValueError("say on what to train the model further: --data, a text, a folder of texts, or conversations")
-    system = load(base)
-    if not isinstance(system, LanguageModel) or key != "next-token":
+    system: Any = load(base)
+    if not isinstance(system, LanguageModel) or key not in ("next-token", *CONVERSIONS):
         raise ValueError(f"{base} is {system.meta.key}: next-token models are trained further, as `train next-token`")
     if system.model.conditions:
         raise ValueError(
@@ -66,6 +75,10 @@ def begin(
     loaded = data if isinstance(data, Data) else load_data(data, "text", **data_options)
     examples, held_out, notes = sides(system, loaded, tuning.length)
     torch.manual_seed(recipe.seed)
+    if key in CONVERSIONS:
+        system = converted(system, how["block"] or CONVERSIONS[key], how["mask"])
+        tuned = {k: v for k, v in plain(CONVERTING).items() if k not in own and (k != "learning_rate" or lora is None)}
+        recipe = replace(recipe, **tuned)
     learner = learner_of(system, tuning)
     where = origin(base)
     if os.environ.get("RANK", "0") == "0" and not RunFolder(folder).card.exists():
@@ -74,7 +87,7 @@ def begin(
         "system": key, "from": where, "tuning": plain(tuning), "recipe": plain(recipe),
         "data": found_again(data, loaded), "classes": [], "version": seriatim.__version__,
     }  # fmt: skip
-    if not isinstance(system, Published):
+    if not isinstance(system, Published | PublishedMasked):
         card["config"] = plain(system.config)
     passes = recipe.steps * recipe.batch * _share(examples)
     notes += (f"{recipe.steps:,} steps of {recipe.batch} go through the training data {passes:.2g} times",)
@@ -149,8 +162,9 @@ def beside(folder: Path, learner: Tuned, base: str) -> None:
     system = learner.system
     folder.mkdir(parents=True, exist_ok=True)
     if learner.adapter is not None:
-        save_json(adapter_config(base, learner.adapter, system.parts, learner.targets), folder / CONFIG)
-    elif isinstance(system, Published):
+        said = adapter_config(base, learner.adapter, system.parts, learner.targets)
+        save_json(said | {k: v for k, v in getattr(system, "raw", {}).items() if k == CONVERTED}, folder / CONFIG)
+    elif isinstance(system, Published | PublishedMasked):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".part") as part:
             describe(Path(part), system.raw, system.settings, learner.dtype, system.tokenizer, system.chat)
             for file in Path(part).iterdir():

@@ -13,14 +13,16 @@ from seriatim.home import HOME
 from seriatim.interop.fields import read_config
 from seriatim.interop.hub import HUB, from_hub
 from seriatim.interop.peft import CONFIG as ADAPTER
-from seriatim.interop.peft import base_of, read_adapter
+from seriatim.interop.peft import base_of, conversion_of, read_adapter
 from seriatim.posttraining.drafting import CARD as DRAFT
 from seriatim.posttraining.drafting import read_card
 from seriatim.posttraining.lora import merge
+from seriatim.systems.converted import as_masked
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.meta import catalogue
 from seriatim.systems.meta import load as load_module
-from seriatim.systems.published import load_published
+from seriatim.systems.published import Published, load_published
+from seriatim.systems.published_masked import PublishedMasked
 from seriatim.systems.system import System
 from seriatim.training.checkpoint import load_weights
 from seriatim.training.run import RunFolder
@@ -53,7 +55,10 @@ def load(
     if dtype is not None and isinstance(system, LanguageModel):
         system.model.to(dtype)  # a published one is in it already
     for folder in reversed(adapters):
-        if not isinstance(system, LanguageModel):
+        how = conversion_of(folder)
+        if how is not None and isinstance(system, Published):  # it was learned on a model that decides masks
+            system = as_masked(system, how)
+        if not isinstance(system, LanguageModel | PublishedMasked):
             raise ValueError(f"{folder} is an adapter of a language model, and {place} is {system.meta.key}")
         try:
             merge(system.model, system.parts, read_adapter(folder).factors)

@@ -12,6 +12,7 @@ import torch
 import seriatim
 from seriatim.data.base import Data, load_data
 from seriatim.data.conversations import Conversations
+from seriatim.interop.hub import HUB
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.meta import catalogue
 from seriatim.systems.system import System, begin_as, config_from
@@ -83,7 +84,7 @@ def train(
     elif from_ is not None:
         if size is not None or tokenizer is not None:
             raise ValueError(f"size and tokenizer are those of {from_}, and are not chosen anew")
-        if system_class(key).begins_as is not None:
+        if system_class(key).begins_as is not None and not (key in finetune.CONVERSIONS and _is_published(from_)):
             begun = _taken_over(key, from_, data, folder, lora, own, data_options)
         else:
             begun = finetune.begin(key, from_, data, folder, lora, own, **data_options)
@@ -102,6 +103,13 @@ def train(
         drafting.finish(begun, folder, history)
     system = begun.learner if isinstance(begun.learner, System) else begun.learner.finished()
     return Trained(system, begun.data, folder, history)
+
+
+def _is_published(place: str | Path) -> bool:
+    """Whether a model stands there as others publish it, with a config.json or in one GGUF file."""
+    return bool(HUB.fullmatch(str(place)) and not Path(place).exists()) or (
+        not str(place).startswith("zoo:") and ((p := where(place)).suffix == ".gguf" or (p / "config.json").is_file())
+    )
 
 
 def _fresh(

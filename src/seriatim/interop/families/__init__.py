@@ -6,7 +6,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from seriatim.interop.blueprint import Blueprint
+from seriatim.backbones.transformer import TransformerConfig
+from seriatim.interop.blueprint import Blueprint, MaskedBlueprint, masked
 from seriatim.interop.fields import MOST_NUMBERS, Fields
 
 # model_type -> the module that reads it
@@ -22,9 +23,25 @@ MASKED = {
 }  # fmt: skip
 
 
+CONVERTED = "seriatim"  # the entry of a config that says how a next-token model was turned into one that decides masks
+
+
+def masked_as(plan: Blueprint, how: Mapping[str, Any], where: str = "config.json") -> MaskedBlueprint:
+    """The blueprint of a next-token model as one that decides masks. Raises ValueError for what cannot be one."""
+    if set(how) != {"mask", "block"} or not isinstance(how["mask"], int):
+        raise ValueError(f"{where}: {CONVERTED!r} says which id is the mask and how long a block is, not {dict(how)}")
+    if not isinstance(plan.backbone, TransformerConfig):
+        raise ValueError(f"{where}: what reads from left to right only decides no masks")
+    whole = {"within": 32} if how["block"] is None else {"threshold": 0.9}
+    sampling = {"temperature": 0.7, "top_p": 0.95}
+    return masked(plan, where, how["mask"], block=how["block"], sampling=sampling, **whole)
+
+
 def blueprint(raw: Mapping[str, Any], where: str = "config.json") -> Blueprint:
     """The parts of a published model by its config. Raises ValueError for a family, a key or a size that is not
     understood."""
+    if CONVERTED in raw:
+        return masked_as(blueprint({k: v for k, v in raw.items() if k != CONVERTED}, where), raw[CONVERTED], where)
     kind, known = raw.get("model_type"), FAMILIES | MASKED
     if kind not in known:
         raise ValueError(f"{where}: models of type {kind!r} are not understood; there are {', '.join(known)}")

@@ -109,7 +109,7 @@ def aligned(
     return learner.finished().to(learner.dtype)
 
 
-def _taught(system: LanguageModel, pairs: Sequence[tuple[list[int], list[int]]]) -> Canvas:
+def _taught(system: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> Canvas:
     """Prompts that are given and what is to be learned behind them, as one canvas."""
     known = torch.tensor([len(prompt) for prompt, _ in pairs])
     ends = torch.tensor([len(prompt) + len(answer) for prompt, answer in pairs])

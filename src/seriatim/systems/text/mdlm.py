@@ -116,6 +116,7 @@ class MDLM(MaskedText):
         "small": Recipe(6000, batch=8, learning_rate=2e-3, weight_decay=0.1, bf16=True, compile=True),
     })  # fmt: skip
     sampling = Sampling(temperature=0.7, top_p=0.95, steps=128)
+    begins_as = "next-token"
 
     model: Masked
 
