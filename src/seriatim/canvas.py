@@ -276,7 +276,7 @@ class Canvas:
         spare = old + here.sum(1, keepdim=True) + (~here).long().cumsum(1) - 1
         place[:, old:] = torch.where(here, there, spare)
         self.value[kind][:, old:] = value.to(self.value[kind].dtype)
-        self.rank[:, old:] = self.rank[:, :old].amax(1, keepdim=True) + 1
+        self.rank[:, old:] = _last(self.rank[:, :old]) + 1
         self.status[:, old:] = torch.where(here, DECIDED, DELETED)
 
     def _delete(self, edit: Delete) -> None:
@@ -299,7 +299,7 @@ class Canvas:
         more = torch.arange(start, start + n).expand(self.batch, -1)
         assert self._status is not None and self._rank is not None and self._place is not None
         self._status = torch.cat([self._status, torch.full_like(more, UNKNOWN)], 1)
-        self._rank = torch.cat([self._rank, self._rank.amax(1, keepdim=True) + 1 + more - start], 1)
+        self._rank = torch.cat([self._rank, _last(self._rank) + 1 + more - start], 1)
         self._place = torch.cat([self._place, more], 1)
         for store in (self.value, self.noise):
             if kind in store:
@@ -359,6 +359,11 @@ _EDITS = {
     Truncate: Canvas._truncate,
     Grow: Canvas._grow,
 }
+
+
+def _last(rank: Int[Tensor, "b E"]) -> Int[Tensor, "b 1"]:
+    """The last step that decides an element of each row; -1 where there are none."""
+    return rank.amax(1, keepdim=True) if rank.shape[1] else rank.new_full((len(rank), 1), -1)
 
 
 def _check_values(layout: Layout, value: Mapping[str, Tensor]) -> int:

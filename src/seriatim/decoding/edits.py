@@ -59,9 +59,11 @@ class Editing:
             edits = [Set(pick, torch.where(put, element, -1))] if bool(put.any()) else []
             edits += [Delete(torch.where(delete, element, -1))] if bool(delete.any()) else []
             gone = delete.sum(1)
-        pick = random.categorical(insert, Key(canvas.row, place, numbered(VALUE, turn))).cpu()
+        room = (self.limit - canvas.known.sum(1) + gone)[:, None]
+        key = Key(canvas.row, torch.where(room > 0, place, -1), numbered(VALUE, turn))
+        pick = random.categorical(insert, key).cpu()
         new = live & (pick < dist.vocab)
-        new &= new.long().cumsum(1) <= (self.limit - canvas.known.sum(1) + gone)[:, None]
+        new &= new.long().cumsum(1) <= room
         if bool(new.any()):
             some = ragged(new)
             after = torch.where(some >= 0, element.gather(1, some.clamp(min=0)), -2)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seriatim.canvas import Canvas, Set
+from seriatim.canvas import Canvas, Revise, Set
 from seriatim.factorization.insertion import Insertion
 from seriatim.laws.case import Case
 from seriatim.layout import line
@@ -61,7 +61,7 @@ class InsertedCase(Case):
         """Log-rates or log-probabilities of inserting each token, wherever."""
 
     def learn(self, steps: int = 150, batch: int = 32) -> tuple[float, float]:
-        """Train on texts whose tokens are all alike; what the next token costs after one, and chance, in nats."""
+        """Train on texts whose tokens are all alike; what the last token costs, and chance, in nats."""
         from seriatim.training.loop import Recipe, fit
 
         trained = copy.copy(self)
@@ -71,11 +71,15 @@ class InsertedCase(Case):
             for p in model.parameters():
                 p.copy_(torch.randn(p.shape, generator=g) * (0.3 if p.dim() > 1 else 0.1))
         fit(model, lambda n, g: (self.canvas(self.data(n, g), model), None), Recipe(steps, batch, 1e-2, weight_decay=0))
-        x = self.data(64, torch.Generator().manual_seed(1))[:, :1]
-        canvas, plan = trained.holding(x), trained.plan(x)
+        x = self.data(64, torch.Generator().manual_seed(1))[:, :-1]
+        canvas = trained.holding(x)
+        gap = torch.zeros(len(x), 1, dtype=torch.long)
+        canvas.apply([Revise(gap, gap, torch.full((len(x), 1), 0.1))])  # where there is a time, it is late
+        plan = model.factorization.step(canvas, None, 0)
+        assert plan is not None
         with torch.no_grad():
             said = self.tokens(model.dist(model.hidden(plan, canvas), plan, canvas)[0]).log_softmax(-1)
-        return -float(said.gather(1, x).mean()), math.log(self.vocab)
+        return -float(said.gather(1, x[:, :1]).mean()), math.log(self.vocab)
 
 
 class ByArrival(Insertion):

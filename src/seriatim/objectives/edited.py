@@ -8,6 +8,7 @@ The model gives the rate of every edit of the present text, and never sees the a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,15 +26,17 @@ from seriatim.random import ORDER, Generator, Key, Random, numbered
 from seriatim.slots import ragged
 
 MATCH, DELETION, INSERTION = 0, 1, 2  # kinds of columns
-LATEST = 1 - 1e-3  # share of columns that have jumped at most in training: weights stay below a thousand
+LEAST = 1e-3  # share of columns that have not jumped, in training: from there to 1
 
 
 class Edited(Model):
     """A model of edits whose losses are those of one draw of an alignment and a time.
 
     start: how many tokens, drawn uniformly, a text begins with (0: none, and all edits are insertions). Rates are in
-    units of k'(t) / (1 - k(t)), which is what drives every column. Drawn is k itself, uniformly, with weight 1/(1 - k):
-    the same expectation as over uniform times, whatever the schedule.
+    units of k'(t) / (1 - k(t)), which is what drives every column. Drawn is 1 - k itself, by half uniformly and by half
+    uniform in its logarithm, so that no weight is above 2 log(1 / `LEAST`) = 14: the same expectation as over uniform
+    times, whatever the schedule, but for those near the end. It bounds the negative log-likelihood of a text under the
+    process in continuous time.
     """
 
     def __init__(self, *parts: Any, start: int = 0):
@@ -48,22 +51,24 @@ class Edited(Model):
         strict: bool = False,
         random: Random | None = None,
     ) -> Float[Tensor, "b E"]:
-        """The loss of each row of finished texts under one draw, spread evenly over its elements: the Bregman
-        divergence of the paper's theorem on conditional rates, up to what does not depend on the model. `strict` is
-        refused: it bounds no likelihood."""
+        """The loss of each row of finished texts under one draw, in nats, spread evenly over its elements. `strict` is
+        refused: one draw of a bound is no likelihood."""
         if strict:
-            raise TypeError("one draw of this loss is no likelihood")
+            raise TypeError("one draw of a bound is no likelihood; average `losses` over draws")
         random, free = random or Generator(), canvas.open
         columns = canvas.layout.size + self.start
 
         def noise(n: int, index: int) -> Tensor:
             return random.uniform((canvas.batch, n), Key(canvas.row, 0, numbered(ORDER, 0, index)))
 
-        share = (torch.arange(canvas.batch) + noise(1, 1)[:, 0]) / canvas.batch * LATEST
+        unit = (torch.arange(canvas.batch) + noise(1, 1)[:, 0]) / canvas.batch
+        level = torch.where(noise(1, 6)[:, 0] < 0.5, LEAST**unit, 1 - unit * (1 - LEAST))
+        density = 0.5 / (1 - LEAST) - 0.5 / (level * math.log(LEAST))
         kinds = aligned(free.sum(1), self.start, columns, noise(1, 2)[:, 0], noise(columns, 3))
         first = (noise(max(self.start, 1), 4) * self.vocab).long()[:, : self.start]
-        jumped = noise(columns, 5) < share[:, None]
-        return spread(self.edited_losses(canvas, first, kinds, jumped, share, condition, drop), canvas)
+        jumped = noise(columns, 5) >= level[:, None]
+        loss = self.edited_losses(canvas, first, kinds, jumped, level, condition, drop)
+        return spread(loss / (level * density).to(loss), canvas)
 
     @property
     def vocab(self) -> int:
@@ -76,14 +81,14 @@ class Edited(Model):
         first: Int[Tensor, "b start"],
         kinds: Int[Tensor, "b C"],
         jumped: Bool[Tensor, "b C"],
-        share: Float[Tensor, "b"],
+        level: Float[Tensor, "b"],
         condition: Mapping[str, Tensor] | Condition | None = None,
         drop: Bool[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b"]:
-        """All rates of a half-edited text less the log-rates of the edits that are left, over 1 - `share`. first: the
-        tokens a text began with; kinds: of the columns of an alignment (-1: none); jumped: which have become the
-        text of the canvas already."""
-        shown, slot, edit = self._between(canvas, first, kinds, jumped, share)
+        """The divergence of the model's rates u from those of the alignment, c: the sum of u - c log u + c log c - c
+        over the edits of a half-edited text. first: the tokens a text began with; kinds: of the columns of an alignment
+        (-1: none); jumped: which have become the text of the canvas already; level: the share that has not."""
+        shown, slot, edit = self._between(canvas, first, kinds, jumped, level)
         plan = self.factorization.step(shown, None, 0)
         assert plan is not None
         if self._sound is not self.factorization:  # an order that peeks is refused before it is trained
@@ -95,10 +100,12 @@ class Edited(Model):
         left = (edit >= 0).to(rates.device)
         index = (slot * rates.shape[2] + edit).to(rates.device).masked_fill(~left, 0)
         met = torch.where(left, rates.flatten(1).gather(1, index), 0.0).sum(1)
-        return (rates.exp().sum((1, 2)) - met) / (1 - share).to(rates)
+        alike = (index[:, None] == index[:, :, None]) & left[:, None]  # columns that need the very same edit
+        target = torch.where(left, alike.sum(2).clamp(min=1).log() - 1, 0.0).sum(1)
+        return rates.exp().sum((1, 2)) - met + target.to(rates)
 
     def _between(
-        self, canvas: Canvas, first: Tensor, kinds: Tensor, jumped: Tensor, share: Tensor
+        self, canvas: Canvas, first: Tensor, kinds: Tensor, jumped: Tensor, level: Tensor
     ) -> tuple[Canvas, Int[Tensor, "b C"], Int[Tensor, "b C"]]:
         """What decoding would see of a half-edited text: what is given, then a gap with the columns that hold a token;
         and for each column its slot and the edit that it still needs, as rates are numbered (-1: none)."""
@@ -121,7 +128,7 @@ class Edited(Model):
         ])  # fmt: skip
         slot = shown.known.long().cumsum(1)[:, front:]
         gap = torch.full((batch, 1), ids.shape[1])
-        opened(shown, given - 1).apply([Revise(gap, torch.zeros_like(gap), (1 - share).float()[:, None])])
+        opened(shown, given - 1).apply([Revise(gap, torch.zeros_like(gap), level.float()[:, None])])
         edit = torch.where(kinds == INSERTION, after, torch.where(kinds == DELETION, 2 * vocab, vocab + after))
         done = jumped | (kinds < 0) | ((kinds == MATCH) & (before == after))
         return shown, slot, edit.masked_fill(done, -1)
@@ -135,7 +142,7 @@ def aligned(
     most = count.clamp(max=start)
     pairs = torch.minimum((unit * (most + 1)).long(), most)
     there = torch.arange(columns) < (count + start - pairs)[:, None]
-    order = noise.masked_fill(~there, torch.inf).argsort(1, stable=True).argsort(1)
+    order = noise.masked_fill(~there, torch.inf).argsort(1).argsort(1)
     kinds = torch.where(order < pairs[:, None], MATCH, torch.where(order < start, DELETION, INSERTION))
     return kinds.masked_fill(~there, -1)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seriatim.canvas import DECIDED, Canvas
+from seriatim.canvas import DECIDED, GIVEN, Canvas
 from seriatim.data.pairs import Pairs
 from seriatim.decoding.loop import Decider, decode
 from seriatim.factorization.insertion import opened
@@ -92,7 +92,7 @@ class InsertedText(TextSystem):
         self, canvas: Canvas, length: int | None, sampling: Sampling | None, seed: int, trace: list[Any] | None
     ) -> None:
         """Decode to the end."""
-        s, given = sampling or self.sampling, int(canvas.known.sum())
+        s, given = sampling or self.sampling, int((canvas.status == GIVEN).sum())
         most = self.model.layout.size if length is None else given + length
         for step in decode(self.target(None, s), canvas, self.inserter(s, most), None, Keyed(seed)):
             if trace is not None:
