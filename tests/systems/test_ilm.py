@@ -1,8 +1,4 @@
-"""ILM: what it learns, by enumeration on tiny vocabularies; gaps; and its text through the command line.
-
-`Table` is a model whose choice for every text is free. The gradient of a loss by its log-probabilities is the weight of
-each target, so the sum over all draws gives the optimum of the very code that trains.
-"""
+"""ILM: what it learns, by enumeration on tiny vocabularies; gaps; and its text through the command line."""
 
 from __future__ import annotations
 
@@ -11,98 +7,23 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from seriatim.cli.main import main
 from seriatim.decoding.insert import Inserting
 from seriatim.decoding.loop import decode, generate
 from seriatim.decoding.target import Target
 from seriatim.evaluation.cost import parameters
-from seriatim.factorization.insertion import Insertion
-from seriatim.heads.dist import Categorical
 from seriatim.laws.case import randomise
 from seriatim.laws.tabular import total_variation
 from seriatim.layout import line
-from seriatim.objectives.inserted import Dropped, with_gap
-from seriatim.plan import VALUE
+from seriatim.objectives.inserted import with_gap
 from seriatim.random import Generator, Keyed, enumerate_law
 from seriatim.systems.meta import load as module_of
 from seriatim.systems.system import Sampling
 from seriatim.systems.text import ilm
 from seriatim.verbs.load import load, system_class
 from seriatim.verbs.train import train
-
-V = 2
-
-
-class Table(nn.Module):
-    """Embedding, backbone and head in one: a free log-probability of every choice at every text."""
-
-    exact, continuous, value_shape, vocab = False, False, (), V
-
-    def __init__(self, longest):
-        super().__init__()
-        texts = [t for n in range(longest + 1) for t in itertools.product(range(V), repeat=n)]
-        self.choices = nn.ParameterDict({
-            name(t): nn.Parameter(torch.zeros((len(t) + 1) * V + 1, dtype=torch.float64)) for t in texts
-        })  # fmt: skip
-
-    def embed(self, canvas, plan, guess=None, prefix=None):
-        element = plan.slots.element[..., 0].expand(canvas.batch, -1)
-        value = canvas.value["token"].gather(1, element.clamp(min=0))
-        there = (plan.slots.source == VALUE) & (element >= 0)
-        return torch.where(there, value, -1)[..., None].double()
-
-    def dist(self, h, reads, canvas):
-        texts = [tuple(x for x in row if x >= 0) for row in h[..., 0].long().tolist()]
-        size = max(len(t) for t in texts)
-        rows = []
-        for text in texts:
-            choice = self.choices[name(text)]
-            closed = choice.new_full(((size - len(text)) * V,), -torch.inf)
-            rows.append(torch.cat([choice[:-1], closed, choice[-1:]]))
-        return Categorical(torch.stack(rows)[:, None])
-
-
-def name(text):
-    return "t" + "".join(map(str, text))
-
-
-class Part(nn.Module):
-    """One face of `Table` as a module."""
-
-    def __init__(self, forward):
-        super().__init__()
-        self.forward = forward
-
-
-def table_model(longest, length_weight=False):
-    table = Table(longest)
-    backbone = Part(lambda x, *more: x)
-    backbone.mixers, backbone.new_cache = {"all": "any"}, lambda *more: None
-    return Dropped(line(longest), Insertion(), Part(table.embed), backbone, table, length_weight=length_weight)
-
-
-def optimum(law, longest, length_weight):
-    """The table that minimises the expected loss of texts of a law, every draw taken once."""
-    model = table_model(longest, length_weight)
-    table, total = model.heads["token"].choices, 0.0
-    for text, p in law.items():
-        n = len(text)
-        canvas = model.canvas({"token": torch.tensor([text], dtype=torch.long)}, layout=line(n))
-        for dropped in itertools.product((False, True), repeat=n):
-            loss = model.dropped_losses(canvas, torch.tensor([dropped], dtype=torch.bool).reshape(1, n))
-            chance = p / (n + 1) / math.comb(n, sum(dropped))
-            total = total + loss.sum() * chance * (n + 1 if length_weight else 1)
-    total.backward()
-    with torch.no_grad():
-        for choice in table.values():
-            weight = -choice.grad if choice.grad is not None else torch.zeros_like(choice)
-            assert bool((weight >= 0).all())
-            choice.copy_(
-                (weight / weight.sum() if float(weight.sum()) else torch.ones_like(weight) / len(weight)).log()
-            )
-    return model
+from support.insertion_tables import V, optimum
 
 
 def decoded(model, longest):
@@ -273,6 +194,7 @@ def system(**settings):
 @pytest.mark.parametrize("before, after", [("ab", "yz"), ("", "yz"), ("ab", ""), ("", "")])
 def test_a_gap_between_texts_is_filled_and_nothing_else(before, after):
     one, trace = system(stop=0.999), []
+    one.model.heads["token"].stop_bias -= 30.0  # never complete of itself
     canvas = one._around(list(before.encode()), list(after.encode()), 6)
     for step in decode(one.target(None, one.sampling), canvas, one.inserter(one.sampling, len(before + after) + 6)):
         trace.append(step)
