@@ -273,7 +273,7 @@ def test_exact_paths_are_counted():
             self.answers = answers
 
         def write(self, prompt, length, sampling, seed=0):
-            assert sampling.temperature == 0
+            assert sampling.temperature == 0 and sampling.steps is None
             return self.answers[prompt]
 
     from seriatim.data.base import load_data

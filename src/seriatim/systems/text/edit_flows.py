@@ -39,11 +39,11 @@ from seriatim.model import Model
 from seriatim.objectives.edited import INSERTION, Edited
 from seriatim.objectives.inserted import Dropped, with_gap
 from seriatim.plan import Plan
-from seriatim.systems.claim import Arm, Claim
+from seriatim.systems.claim import Claim
 from seriatim.systems.inserted_text import InsertedText
 from seriatim.systems.meta import Meta
 from seriatim.systems.system import Sampling
-from seriatim.systems.text.ilm import SHAPE, STEPS, TRAINING, paths_found
+from seriatim.systems.text.ilm import arm_of
 from seriatim.training.recipe import Recipe
 
 META = Meta(
@@ -64,9 +64,9 @@ CLAIM = Claim(
     better="higher",
     margin=1.5,
     arms={
-        "edit-flows": Arm("edit-flows", {**SHAPE, **TRAINING}, tokenizer="words", steps=STEPS, measure=paths_found),
-        "next-token": Arm("next-token", {**SHAPE, **TRAINING}, tokenizer="words", steps=STEPS, measure=paths_found),
-        "ilm": Arm("ilm", {**SHAPE, **TRAINING}, tokenizer="words", steps=STEPS, measure=paths_found),
+        "edit-flows": arm_of("edit-flows", turns=32),
+        "next-token": arm_of("next-token"),
+        "ilm": arm_of("ilm"),
     },
     ours="edit-flows",
     baseline="next-token",
@@ -74,6 +74,9 @@ CLAIM = Claim(
     other_seeds=(0,),
     data="stars",
 )
+
+
+TURNS = 128  # steps of decoding, where nothing is said
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class EditFlows(InsertedText):
         "tiny": Recipe(800, batch=8, learning_rate=1e-3, weight_decay=0.1, bf16=True),
         "small": Recipe(6000, batch=16, learning_rate=1e-3, weight_decay=0.1, bf16=True, compile=True),
     })  # fmt: skip
-    sampling = Sampling(temperature=0.7, top_p=0.95, steps=128)
+    sampling = Sampling(temperature=0.7, top_p=0.95, steps=TURNS)
 
     model: Edited
 
@@ -156,13 +159,13 @@ class EditFlows(InsertedText):
         super()._fill(canvas, length, sampling, seed, trace)
 
     def inserter(self, sampling: Sampling, limit: int) -> Decider:
-        return Editing(sampling.steps or 128, limit, self.config.power)
+        return Editing(sampling.steps or TURNS, limit, self.config.power)
 
 
 # ---- what the laws run -----------------------------------------------------------------------------------------------
 
 WHY = {1: "edited in any order", 2: "a text is reached by many edits"}
-TURNS, LIMIT = 2, 1  # steps and tokens of the case
+FEW, LIMIT = 2, 1  # steps and tokens of the case
 
 
 class EditsOf(InsertedCase):
@@ -170,8 +173,8 @@ class EditsOf(InsertedCase):
 
     def law(self) -> Mapping[tuple[int, ...], float]:
         now = {self.start: 1.0}
-        for turn in range(TURNS):
-            done, later = (turn / TURNS) ** 3, ((turn + 1) / TURNS) ** 3
+        for turn in range(FEW):
+            done, later = (turn / FEW) ** 3, ((turn + 1) / FEW) ** 3
             reached: dict[tuple[int, ...], float] = {}
             for text, p in now.items():
                 for outcome, q in self._edited(text, done, (later - done) / (1 - done)):
@@ -228,7 +231,7 @@ def _choices(rates: dict[int, float], share: float) -> dict[int | None, float]:
 
 def case() -> EditsOf:
     """A tiny instance for the laws: texts of at most one token, which begin with one."""
-    return _case(lambda: Editing(TURNS, LIMIT))
+    return _case(lambda: Editing(FEW, LIMIT))
 
 
 def _case(decider: Any) -> EditsOf:
@@ -285,4 +288,4 @@ class Hasty(Editing):
 
 def mutant() -> EditsOf:
     """The case with wrong probabilities of edits, which the laws must catch."""
-    return _case(lambda: Hasty(TURNS, LIMIT))
+    return _case(lambda: Hasty(FEW, LIMIT))
