@@ -39,9 +39,9 @@ class InsertedText(TextSystem):
 
     # ---- generation -------------------------------------------------------------------------------------------------
 
-    def prompted(self, prompt: str, length: int | None) -> Canvas:
+    def begun(self, ids: Sequence[int], length: int | None) -> Canvas:
         """A prompt that is given, and a gap behind it."""
-        return self._around(self.tokenizer.encode(prompt), [], length)
+        return self._around(list(ids), [], length)
 
     def _around(self, before: list[int], after: list[int], length: int | None) -> Canvas:
         """What is given, and the gap between. Raises ValueError where there is no room for `length` tokens in it."""
@@ -72,7 +72,7 @@ class InsertedText(TextSystem):
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         length: int | None = None,
         sampling: Sampling | None = None,
         seed: int = 0,
