@@ -48,9 +48,10 @@ class Revise:
 
 @dataclass(slots=True)
 class Insert:
-    """A new element after element `after` (batch,) of each row (-1: at the front; -2: no insertion in this row)."""
+    """A new element after element `after` (batch,) of each row (-1: at the front; -2: no insertion in this row), or
+    several (batch, n) at once; those after the same element stand in the order given."""
 
-    after: Int[Tensor, "b"]
+    after: Int[Tensor, "b"] | Int[Tensor, "b n"]
     value: Tensor
 
 
@@ -263,16 +264,20 @@ class Canvas:
 
     def _insert(self, edit: Insert) -> None:
         kind = self.layout.kinds[0]
-        self._grow(Grow(Segment(kind, torch.zeros(1, self.layout.coord.shape[1], dtype=torch.long))))
-        here, rows = edit.after > -2, torch.arange(self.batch)
-        place = self.place
-        after = torch.where(edit.after >= 0, place.gather(1, edit.after.clamp(min=0)[:, None])[:, 0], -1)
-        old = place[:, :-1]
-        old += (here[:, None] & (old > after[:, None])).long()
-        place[:, -1] = torch.where(here, after + 1, self.layout.size - 1)
-        self.value[kind][rows, -1] = edit.value.to(self.value[kind].dtype)
-        self.rank[:, -1] = self.rank[:, :-1].amax(1) + 1
-        self.status[:, -1] = torch.where(here, DECIDED, DELETED)
+        after, value = (x if edit.after.dim() == 2 else x[:, None] for x in (edit.after, edit.value))
+        n, old = after.shape[1], self.layout.size
+        self._grow(Grow(Segment(kind, torch.zeros(n, self.layout.coord.shape[1], dtype=torch.long))))
+        here, place = after > -2, self.place
+        behind = torch.where(after >= 0, place.gather(1, after.clamp(min=0)), -1)
+        earlier = torch.arange(n)[:, None] > torch.arange(n)
+        before = (behind[:, None] < behind[:, :, None]) | (earlier & (behind[:, None] == behind[:, :, None]))
+        there = behind + 1 + (before & here[:, None]).sum(2)
+        place[:, :old] += (here[:, None] & (place[:, :old, None] > behind[:, None])).sum(2)
+        spare = old + here.sum(1, keepdim=True) + (~here).long().cumsum(1) - 1
+        place[:, old:] = torch.where(here, there, spare)
+        self.value[kind][:, old:] = value.to(self.value[kind].dtype)
+        self.rank[:, old:] = _last(self.rank[:, :old]) + 1
+        self.status[:, old:] = torch.where(here, DECIDED, DELETED)
 
     def _delete(self, edit: Delete) -> None:
         self._mark(edit.element, self._touch(edit.element, "deleted"), DELETED)
@@ -294,7 +299,7 @@ class Canvas:
         more = torch.arange(start, start + n).expand(self.batch, -1)
         assert self._status is not None and self._rank is not None and self._place is not None
         self._status = torch.cat([self._status, torch.full_like(more, UNKNOWN)], 1)
-        self._rank = torch.cat([self._rank, self._rank.amax(1, keepdim=True) + 1 + more - start], 1)
+        self._rank = torch.cat([self._rank, _last(self._rank) + 1 + more - start], 1)
         self._place = torch.cat([self._place, more], 1)
         for store in (self.value, self.noise):
             if kind in store:
@@ -354,6 +359,11 @@ _EDITS = {
     Truncate: Canvas._truncate,
     Grow: Canvas._grow,
 }
+
+
+def _last(rank: Int[Tensor, "b E"]) -> Int[Tensor, "b 1"]:
+    """The last step that decides an element of each row; -1 where there are none."""
+    return rank.amax(1, keepdim=True) if rank.shape[1] else rank.new_full((len(rank), 1), -1)
 
 
 def _check_values(layout: Layout, value: Mapping[str, Tensor]) -> int:

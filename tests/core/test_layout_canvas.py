@@ -268,6 +268,22 @@ def test_a_row_without_insertion_keeps_its_text():
     assert canvas.place[1].tolist() == [0, 1, 2]
 
 
+def test_several_insertions_at_once_stand_as_if_made_one_after_another():
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        after = torch.randint(-2, 4, (3, 4), generator=g)
+        value = torch.randint(97, 123, (3, 4), generator=g)
+        together, single = (text("ABCD", "EFGH", "IJKL").apply([Delete(torch.tensor([[1], [-1], [3]]))]) for _ in "ab")
+        after = torch.where(after == torch.tensor([[1], [-3], [3]]), -1, after)  # behind what is still there
+        together.apply([Insert(after, value)])
+        for n in reversed(range(4)):  # the last first: what comes behind the same element later stands nearer to it
+            single.apply([Insert(after[:, n], value[:, n])])
+        assert letters(together) == letters(single)
+        assert together.place.sort(1).values.tolist() == [list(range(8))] * 3
+        assert (together.status[:, 4:] == DECIDED).tolist() == (after > -2).tolist()
+        assert together.rank[:, 4:].tolist() == [[4] * 4] * 3  # decided together
+
+
 def test_insertions_behind_given_elements_and_behind_insertions():
     canvas = text("ad", known=1).apply([insert((0, "c")), insert((0, "b"))])
     assert letters(canvas) == ["abcd"]

@@ -10,14 +10,14 @@ import torch
 
 from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
-from seriatim.canvas import Delete, Insert
+from seriatim.canvas import Delete, Insert, Set
 from seriatim.decoding.filters import Warper
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.insert import Inserting
 from seriatim.decoding.loop import decode, generate
 from seriatim.decoding.target import Target
 from seriatim.embed import TokenEmbed
-from seriatim.factorization.insertion import Insertion
+from seriatim.factorization.insertion import Insertion, opened
 from seriatim.factorization.line import Line
 from seriatim.heads.insertion import InsertionHead
 from seriatim.laws.case import randomise
@@ -39,12 +39,12 @@ MODEL = model_of()
 
 
 def holding(model, *texts):
-    """A canvas whose rows are these texts, given, and open."""
+    """A canvas whose rows are these texts behind a gap, as if inserted there."""
     n = max(map(len, texts))
-    value = torch.tensor([[0, *t, *[0] * (n - len(t))] for t in texts])
-    known = torch.tensor([[False] + [True] * len(t) + [False] * (n - len(t)) for t in texts])
+    value = torch.tensor([[0, *t] for t in texts])
     assert all(len(t) == n for t in texts)
-    return model.canvas({"token": value}, known, layout=line(n + 1))
+    canvas = model.canvas({"token": value}, layout=line(n + 1))
+    return canvas.apply([Set(value[:, 1:], torch.arange(1, n + 1).expand(len(texts), -1))])
 
 
 def choices(model, text, warp=None):
@@ -125,11 +125,80 @@ def test_a_text_ends_where_filters_leave_nothing_but_stopping():
     assert canvas.done and canvas.read("token")[0].tolist() == []
 
 
-def test_given_elements_are_continued_in_place():
+def test_inserted_elements_are_continued_in_place():
     start = (1, 0)
     law = enumerated(MODEL, lambda: Inserting(LIMIT), start=start)
     assert gap(law, by_hand(MODEL, LIMIT, start=start)) < 1e-12
     assert all(text == start or text[:2] == start or text[1:] == start or (text[0], text[2]) == start for text in law)
+
+
+@pytest.mark.parametrize("before, after", [((1, 0), (0,)), ((), (1, 1)), ((1,), ())])
+def test_what_is_given_is_kept_together_around_a_gap(before, after):
+    """Every text begins with what stands before the gap and ends with what stands behind it, and what is inserted has
+    the law of the same model with all slots but those of the gap impossible."""
+    limit = len(before) + len(after) + 2
+
+    def run(random):
+        value = torch.tensor([[*before, *after]])
+        canvas = MODEL.canvas({"token": value}, value >= 0, layout=line(value.shape[1]))
+        opened(canvas, torch.tensor([len(before) - 1]))
+        generate(Target(MODEL), canvas, Inserting(limit), random=random)
+        return tuple(canvas.read("token")[0].tolist())
+
+    def go(middle, p, law):
+        if len(middle) == 2:
+            law[middle] = law.get(middle, 0.0) + p
+            return
+        *pairs, ends = choices(MODEL, (*before, *middle, *after))
+        law[middle] = law.get(middle, 0.0) + p * ends
+        allowed = range(2 * len(before), 2 * (len(before) + len(middle) + 1))
+        mass = sum(pairs[i] for i in allowed)
+        for i in allowed:
+            at, token = i // 2 - len(before), i % 2
+            go((*middle[:at], token, *middle[at:]), p * (1 - ends) * pairs[i] / mass, law)
+        return law
+
+    law = enumerate_law(run)
+    end = len(before)
+    assert all(t[:end] == before and t[len(t) - len(after) :] == after for t in law)
+    want = go((), 1.0, {})
+    assert gap({t[end : len(t) - len(after)]: p for t, p in law.items()}, want) < 1e-12 and len(law) == 7
+
+
+def test_several_gaps_are_filled_and_closed_together():
+    model = model_of(5, seed=3)
+    value = torch.tensor([[0, 1, 2, 0, 3]])
+    canvas = model.canvas({"token": value}, torch.tensor([[False, True, True, False, True]]), layout=line(5))
+    generate(Target(model), canvas, Inserting(12, 0.999), random=Keyed(0))
+    text = canvas.read("token")[0].tolist()
+    assert canvas.done and len(text) == 12 and text[-1] == 3
+    assert any(text[i : i + 2] == [1, 2] for i in range(11))
+    elements = canvas.place[0][:5].tolist()
+    assert elements[2] == elements[1] + 1  # nothing came between what was given together
+
+
+def test_only_the_likeliest_slots_may_be_asked_for():
+    model = model_of(3, seed=4)
+    *pairs, ends = choices(model, (0, 2, 1))
+    total = torch.tensor(pairs, dtype=torch.float64).view(4, 3).sum(1)
+    for slots in (1, 2, 4):
+        best = set(total.topk(slots).indices.tolist())
+        found = enumerate_law(
+            lambda random, slots=slots: tuple(
+                generate(Target(model), holding(model, (0, 2, 1)), Inserting(4, slots=slots), random=random)
+                .read("token")[0]
+                .tolist()
+            )
+        )
+        want = {(0, 2, 1): 0.0}
+        mass = sum(float(total[s]) for s in best) / (1 - ends)  # stopping is as probable as before
+        for slot in best:
+            for token in range(3):
+                text = list((0, 2, 1))
+                text.insert(slot, token)
+                want[tuple(text)] = want.get(tuple(text), 0.0) + pairs[3 * slot + token] / mass
+        want[(0, 2, 1)] = ends
+        assert gap(found, want) < 1e-12
 
 
 class SlotOff(Inserting):
@@ -230,7 +299,7 @@ def test_drafts_and_unknown_elements_are_refused():
         Insertion().step(MODEL.blank(1), Guess(torch.tensor([[0]])), 0)
     with pytest.raises(ValueError, match="without a proposer"):
         Target(MODEL).plan(MODEL.blank(1), Guess(torch.tensor([[0]])))
-    with pytest.raises(OrderError, match="element 0 stands for"):
+    with pytest.raises(OrderError, match="two stand side by side"):
         generate(
             Target(MODEL), MODEL.canvas({"token": torch.zeros(1, 3, dtype=torch.long)}, layout=line(3)), Inserting(4)
         )
@@ -246,7 +315,7 @@ def test_other_orders_and_deciders_do_not_fit():
         MODEL.losses(holding(MODEL, (1,)))
 
 
-@pytest.mark.parametrize("wrong", [(-1, None), (3, 1.0), (3, -0.1)])
+@pytest.mark.parametrize("wrong", [(-1, None), (3, 1.0), (3, -0.1), (3, None, 0)])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError):
         Inserting(*wrong)

@@ -19,7 +19,7 @@ from seriatim.systems.infill import Gap, joined, parted
 from seriatim.systems.system import Sampling
 from seriatim.systems.text import mdlm, next_token, sdar
 from seriatim.tokenizers.text import ByteTokenizer, PairTokenizer
-from support.inserting import Inserts
+from support.inserting import inserting
 
 torch.set_num_threads(1)
 SMALL = {"width": 16, "depth": 1, "heads": 2}
@@ -233,7 +233,7 @@ def test_blocks_refuse_exactly_what_they_would_not_see(block):
     [
         (masked, "a<fill>b", "mdlm fills gaps of a given number of tokens"),
         (masked, "a<mask:64>b", "the text takes 66 tokens, 64 of them in gaps; this model takes 64"),
-        (Inserts, "a<mask:3>b", "inserts finds out how many tokens"),
+        (inserting, "a<mask:3>b", "ilm finds out how many tokens"),
         (
             lambda: next_token.NextToken(next_token.Config(length=32, **SMALL)),
             "a<mask:3>b",
@@ -259,7 +259,7 @@ def test_prompts_are_refused_where_nothing_is_asked_for_or_there_is_no_room(leng
 
 
 def test_a_gap_of_unknown_length_is_filled_by_insertion_and_nothing_else_is():
-    one = Inserts()
+    one = inserting()
     texts = {"".join(one.infill(parted("ab<fill>cd"), Sampling(), seed)) for seed in range(6)}
     assert all(text.startswith("ab") and text.endswith("cd") for text in texts) and len(texts) > 3
     two = "".join(one.infill(parted("<fill>b<fill>c"), Sampling()))

@@ -60,6 +60,7 @@ class Data:
 # Name -> modality; the loader is the function of that name in the module of that name, imported when it is asked for.
 BUILT_IN = {
     "digits": "image", "glyphs": "image", "photos": "image", "lines": "image", "stdlib": "text", "questions": "text",
+    "stars": "text",
 }  # fmt: skip
 DEFAULT = {"image": "glyphs", "text": "stdlib"}
 

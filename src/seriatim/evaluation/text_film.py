@@ -74,7 +74,7 @@ class Recorder:
         self._proposer: Proposer | None = None
         self._canvas: Canvas | None = None
         self._name = self._known = 0  # of the row that is watched; elements known before the present step
-        self._open_end = False  # element 0 stands for what is to be inserted, and is no place
+        self._gaps = False  # unknown elements stand for what is to be inserted, and are no places
 
     def __call__(self, way: Any) -> Any:
         """The way to decode (`Decoding`), watched."""
@@ -89,7 +89,7 @@ class Recorder:
     def propose(self, canvas: Canvas, target: Target, random: Random) -> Guess | None:
         if self._canvas is None:
             self._canvas, self._name = canvas, int(canvas.row[0])
-            self._open_end = isinstance(target.model.factorization, Insertion)
+            self._gaps = isinstance(target.model.factorization, Insertion)
             self.frames.append(Frame(self._places({})))
         self._known = canvas.length or 0
         return None if self._proposer is None else self._proposer.propose(canvas, target, random)
@@ -123,8 +123,8 @@ class Recorder:
         status = canvas.status[row]
         order = canvas.place[row].masked_fill(status == DELETED, canvas.layout.size).argsort(stable=True)
         order = order[: int((status != DELETED).sum())]
-        if self._open_end:
-            order = order[order != 0]
+        if self._gaps:
+            order = order[canvas.known[row, order]]
         ids, known = canvas.value[canvas.layout.kinds[0]][row, order].tolist(), canvas.known[row, order].tolist()
         tokens = [token if there else None for token, there in zip(ids, known, strict=True)]
         before = {place.element: place for place in self.frames[-1].places} if self.frames else {}

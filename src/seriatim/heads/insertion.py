@@ -33,9 +33,10 @@ class InsertionHead(nn.Module):
         self.stop_bias = nn.Parameter(torch.zeros(1))
 
     def dist(self, h: Float[Tensor, "b m d"], reads: Reads, canvas: Canvas) -> Categorical:
-        """The joint choice, (b, 1, m * vocab + 1) log-probabilities."""
+        """The joint choice, (b, 1, m * vocab + 1) log-probabilities; impossible at slots that read nothing."""
         tokens = F.linear(h, self.weight)
-        tokens = tokens.masked_fill((reads.slot < 0).to(h.device)[..., None], -torch.inf)
+        closed = (reads.slot < 0) | (reads.element < 0)
+        tokens = tokens.masked_fill(closed.to(h.device)[..., None], -torch.inf)
         kind = torch.float64 if h.dtype == torch.float64 else torch.float32
         stop = F.linear(h[:, 0], self.stop, self.stop_bias).to(kind)
         gone = (reads.slot[:, :1] < 0).to(h.device).expand_as(stop)

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from seriatim.decoding.target import Target
 from seriatim.embed import TokenEmbed
 from seriatim.model import Model
 from seriatim.plan import MASK, VALUE, Plan
-from seriatim.random import Random
+from seriatim.random import Forced, Random
 
 
 class Unmasked(TokenEmbed):
@@ -97,7 +97,20 @@ class Case:
         """Samples (rows, elements)."""
         canvas = self.blank(self.sample(rows), row)
         generate(Target(self.model, self.rows(rows)), canvas, (decider or self.decider)(), proposer, random)
+        return self.read(canvas)
+
+    def read(self, canvas: Canvas) -> Tensor:
+        """The samples of a finished canvas (rows, elements)."""
         return canvas.value[self.model.layout.kinds[0]]
+
+    def forced(self, x: Tensor) -> Any:
+        """Randomness by which decoding meets the same rows whenever it is asked for these samples."""
+        return Forced(x)
+
+    def law(self) -> Mapping[tuple[int, ...], float] | None:
+        """The exact law of the samples in another way than by decoding, where that is no mean over orders of elements
+        that are there from the beginning; else None."""
+        return None
 
     def verifier(self, kind: Callable[[], Decider]) -> Callable[[], Decider]:
         """How drafts are verified; mutants replace it."""

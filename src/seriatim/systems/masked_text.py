@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from seriatim.canvas import Canvas
+from seriatim.data.pairs import Pairs
 from seriatim.decoding.loop import Decider
 from seriatim.decoding.sample import Above, Select
 from seriatim.decoding.unmask import Unmask
@@ -15,7 +17,7 @@ from seriatim.layout import line
 from seriatim.random import Generator
 from seriatim.systems.infill import Parts
 from seriatim.systems.system import Sampling
-from seriatim.systems.text_system import TextSystem
+from seriatim.systems.text_system import TextSystem, answered
 
 AT_ONCE = 32  # draws of a forward
 
@@ -25,6 +27,11 @@ class MaskedText(TextSystem):
     "unmasking"."""
 
     fills = "known"
+
+    def examples(self, documents: Sequence[str]) -> Any:
+        if isinstance(documents, Pairs):  # lengths are not known before: an end of text fills what is left
+            return answered(documents, self.tokenizer, self.stop[:1], self.window, fill=True)
+        return super().examples(documents)
 
     def _settled(self, canvas: Canvas, start: int = 0) -> list[int]:
         ids = super()._settled(canvas, start)

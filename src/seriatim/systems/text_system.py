@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from seriatim.canvas import GIVEN, Canvas
+from seriatim.canvas import GIVEN, Canvas, Truncate
+from seriatim.data.pairs import Pairs
 from seriatim.decoding.loop import Decider, decode
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.shaping import Shaper, Without
@@ -44,6 +46,37 @@ class Windows:
         return {"token": self.ids[index[:, None] + torch.arange(self.length)].long()}
 
 
+@dataclass(frozen=True)
+class Answered:
+    """Prompts with their answers, padded behind the end of shorter ones."""
+
+    rows: tuple[tuple[Int[Tensor, " n"], int], ...]  # ids, and how many of them are the prompt's
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, index: Int[Tensor, " n"], generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """ "token": Int[n longest]; "counts": Bool[n longest], true for answers."""
+        ids, prompts = zip(*(self.rows[i] for i in index.tolist()), strict=True)
+        place = torch.arange(max(map(len, ids)))
+        counts = (place >= torch.tensor(prompts)[:, None]) & (place < torch.tensor([len(x) for x in ids])[:, None])
+        return {"token": pad_sequence(list(ids), True).long(), "counts": counts}
+
+
+def answered(pairs: Pairs, tokenizer: TextTokenizer, end: Sequence[int], length: int, fill: bool = False) -> Answered:
+    """Prompts with their answers as training draws them, each answer ended by `end`; fill: by as many of it as make all
+    answers equally long. Raises ValueError where one takes more than `length` tokens, or is empty."""
+    ids = [(tokenizer.encode(prompt), [*tokenizer.encode(answer), *end]) for prompt, answer in pairs.pairs]
+    longest = max(len(answer) for _, answer in ids) if fill and end else 0
+    ids = [(prompt, [*answer, *[*end] * (longest - len(answer))]) for prompt, answer in ids]
+    most = max(len(prompt) + len(answer) for prompt, answer in ids)
+    if most > length:
+        raise ValueError(f"a prompt takes {most} tokens with its answer, and there is room for {length}: use --length")
+    if not all(answer for _, answer in ids):
+        raise ValueError("a prompt has an empty answer, from which nothing is learned")
+    return Answered(tuple((torch.tensor(prompt + answer, dtype=torch.int32), len(prompt)) for prompt, answer in ids))
+
+
 class TextSystem(System):
     """Elements are the tokens of a text, kind "token". The config has `length` and `vocab`."""
 
@@ -59,8 +92,10 @@ class TextSystem(System):
     def __init__(self, config: Any, tokenizer: TextTokenizer | None = None):
         super().__init__(config, tokenizer or ByteTokenizer())
 
-    def examples(self, documents: Sequence[str]) -> Windows:
-        """One side of a data set, as training draws it."""
+    def examples(self, documents: Sequence[str]) -> Windows | Answered:
+        """One side of a data set, as training draws it: windows of all texts, or prompts with answers."""
+        if isinstance(documents, Pairs):
+            return answered(documents, self.tokenizer, self.stop[:1], self.window)
         return Windows(id_stream(self.tokenizer, documents, self.stop[:1]), self.window)
 
     @property
@@ -69,18 +104,28 @@ class TextSystem(System):
         return self.config.length
 
     def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, None]:
-        return self.model.canvas({"token": batch["token"]}), None
+        """The tokens of a batch; where some of them count, what stands before these is given, and a text ends with the
+        last of them."""
+        token, counts = batch["token"], batch.get("counts")
+        layout = line(token.shape[1])
+        if counts is None:
+            return self.model.canvas({"token": token}, layout=layout), None
+        end = (counts * torch.arange(1, token.shape[1] + 1, device=counts.device)).amax(1)
+        given = ~counts & (torch.arange(token.shape[1], device=counts.device) < end[:, None])
+        canvas = self.model.canvas({"token": token}, given.cpu(), layout=layout)
+        return canvas.apply([Truncate(end.cpu())]), None
 
-    def validate(self, examples: Windows) -> dict[str, float]:
+    def validate(self, examples: Any) -> dict[str, float]:
         """The loss, and bits per byte of the same windows: an upper bound where the likelihood is one."""
         nats, elements = self.score(examples, self.validation_size)
         size = self.bytes_in(examples, self.validation_size)
         return {"loss": nats / elements, "bits_per_byte": nats / size / math.log(2)}
 
-    def bytes_in(self, examples: Windows, most: int | None = None) -> int:
-        """UTF-8 bytes of the windows that `score` scores."""
-        ids = examples.take(evenly(len(examples), most or self.score_size))["token"]
-        return int(self.tokenizer.bytes_of[ids].sum())
+    def bytes_in(self, examples: Any, most: int | None = None) -> int:
+        """UTF-8 bytes of what `score` scores."""
+        batch = examples.take(evenly(len(examples), most or self.score_size))
+        sizes = self.tokenizer.bytes_of[batch["token"]]
+        return int((sizes[batch["counts"]] if "counts" in batch else sizes).sum())
 
     # ---- generation -------------------------------------------------------------------------------------------------
 

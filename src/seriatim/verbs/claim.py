@@ -78,7 +78,7 @@ def _run(key: str, claim: Claim, name: str, seed: int, bar: Bar | None) -> None:
     settings = {**arm.settings, "seed": seed} | ({} if arm.steps is None else {"steps": arm.steps})
     trained: Trained = train(
         arm.system, claim.data, from_=arm.base, out=folder / "run", size=arm.size, tokenizer=arm.tokenizer,
-        minutes=arm.minutes, resume=True, settings=settings, bar=bar,
+        minutes=arm.minutes, resume=True, settings=settings, bar=bar, **arm.options,
     )  # fmt: skip
     figures = dict(arm.measure(trained)) if arm.measure else _judged(trained, arm, seed)
     seconds = sum(h.get("seconds", 0.0) for h in trained.history)

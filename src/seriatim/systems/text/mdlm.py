@@ -40,7 +40,6 @@ from seriatim.systems.infill import Parts
 from seriatim.systems.masked_text import MaskedText
 from seriatim.systems.meta import Meta
 from seriatim.systems.system import Sampling, evenly
-from seriatim.systems.text_system import Windows
 from seriatim.training.recipe import Recipe
 
 META = Meta(
@@ -126,11 +125,8 @@ class MDLM(MaskedText):
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, None]:
-        return self.model.canvas({"token": batch["token"]}, layout=line(batch["token"].shape[1])), None
-
     def forward(self, batch: Mapping[str, Tensor], random: Generator, step: int, steps: int) -> tuple[Tensor, Tensor]:
-        if float(torch.rand((), generator=random.generator)) < self.config.short:
+        if "counts" not in batch and float(torch.rand((), generator=random.generator)) < self.config.short:
             most = batch["token"].shape[1]
             length = int(torch.randint(1, most + 1, (), generator=random.generator))
             start = int(torch.randint(most - length + 1, (), generator=random.generator))
@@ -138,7 +134,7 @@ class MDLM(MaskedText):
         return super().forward(batch, random, step, steps)
 
     @torch.no_grad()
-    def score(self, examples: Windows, most: int | None = None) -> tuple[float, int]:
+    def score(self, examples: Any, most: int | None = None) -> tuple[float, int]:
         """The bound in nats, summed over windows, and their tokens: one draw a window, the counts of hidden tokens
         spread evenly over all windows."""
         index = evenly(len(examples), most or self.score_size)
@@ -146,12 +142,13 @@ class MDLM(MaskedText):
         unit = (torch.randperm(len(index), generator=generator) + torch.rand(len(index), generator=generator)) / len(
             index
         )
-        nats = 0.0
+        nats, elements = 0.0, 0
         for part, units in zip(index.split(self.validation_batch), unit.split(self.validation_batch), strict=True):
             canvas, _ = self.canvas({k: v.to(self.model.device) for k, v in examples.take(part).items()})
             hidden, weight = by_count(canvas.open, units, torch.rand(canvas.open.shape, generator=generator))
+            elements += int(canvas.open.sum())
             nats += float((self.model.hidden_losses(canvas, hidden).double().sum(1).cpu() * weight).sum())
-        return nats, len(index) * self.config.length
+        return nats, elements
 
     # ---- generation -------------------------------------------------------------------------------------------------
 
