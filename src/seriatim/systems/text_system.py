@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from seriatim.canvas import GIVEN, Canvas
+from seriatim.canvas import GIVEN, Canvas, Delete
+from seriatim.data.base import Pairs
 from seriatim.decoding.loop import Decider, decode
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.shaping import Shaper, Without
@@ -44,6 +45,52 @@ class Windows:
         return {"token": self.ids[index[:, None] + torch.arange(self.length)].long()}
 
 
+@dataclass(frozen=True)
+class Answered:
+    """Prompts with their answers as ids; an end of text, if there is one, belongs to the answer."""
+
+    side: Pairs
+    tokenizer: TextTokenizer
+    end: tuple[int, ...]
+    length: int
+
+    def __post_init__(self) -> None:
+        many = [x for x in self.side.words if len(self.tokenizer.encode(x)) != 1]
+        if many:
+            raise ValueError(
+                f"{many[0]!r} is {len(self.tokenizer.encode(many[0]))} tokens in this tokenizer, and {len(many) - 1} "
+                "more of the data's words are several, each of which is to be one: leave out --tokenizer, and it is"
+            )
+
+    def __len__(self) -> int:
+        return len(self.side)
+
+    def ids(self, index: int) -> tuple[list[int], list[int]]:
+        """A prompt, and its answer with the end. Raises ValueError for what is longer than a window."""
+        prompt, answer = (self.tokenizer.encode(text) for text in self.side.pairs[index])
+        if len(prompt) + len(answer) + len(self.end) > self.length:
+            raise ValueError(
+                f"a prompt and its answer take {len(prompt) + len(answer) + len(self.end)} tokens, and a window "
+                f"{self.length}: give a longer --length"
+            )
+        return prompt, [*answer, *self.end]
+
+    def take(self, index: Int[Tensor, " n"], generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """ "token": Int[n longest], 0 behind an answer; "counts": Bool[n longest], true for answers."""
+        return beside([self.ids(i) for i in index.tolist()])
+
+
+def beside(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, Tensor]:
+    """Ids of prompts and answers as a batch: "token", 0 behind an answer, and which of them are answers, "counts"."""
+    token = torch.zeros(len(pairs), max(len(prompt) + len(answer) for prompt, answer in pairs), dtype=torch.long)
+    counts = torch.zeros(token.shape, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(pairs):
+        end = len(prompt) + len(answer)
+        token[row, :end] = torch.tensor([*prompt, *answer])
+        counts[row, len(prompt) : end] = True
+    return {"token": token, "counts": counts}
+
+
 class TextSystem(System):
     """Elements are the tokens of a text, kind "token". The config has `length` and `vocab`."""
 
@@ -63,13 +110,28 @@ class TextSystem(System):
         """One side of a data set, as training draws it."""
         return Windows(id_stream(self.tokenizer, documents, self.stop[:1]), self.window)
 
+    def answered(self, side: Pairs) -> Answered:
+        """One side of a set of prompts and answers, as training draws it. Raises ValueError where a word that is to be
+        one token is not."""
+        return Answered(side, self.tokenizer, self.stop[:1], self.window)
+
     @property
     def window(self) -> int:
         """Tokens that are trained and scored together."""
         return self.config.length
 
     def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, None]:
-        return self.model.canvas({"token": batch["token"]}), None
+        """Texts of any length. Where some of the tokens count, what stands before the last of them is given, and there
+        is nothing behind it."""
+        token, counts = batch["token"], batch.get("counts")
+        known: int | Tensor = 0
+        if counts is not None:
+            behind = counts.flip(1).cumsum(1).flip(1) == 0
+            known = ~(counts | behind)
+        canvas = self.model.canvas({"token": token}, known, layout=line(token.shape[1]))
+        if counts is not None and bool(behind.any()):
+            canvas.apply([Delete(torch.where(behind, torch.arange(token.shape[1]), -1))])
+        return canvas, None
 
     def validate(self, examples: Windows) -> dict[str, float]:
         """The loss, and bits per byte of the same windows: an upper bound where the likelihood is one."""
@@ -79,8 +141,11 @@ class TextSystem(System):
 
     def bytes_in(self, examples: Windows, most: int | None = None) -> int:
         """UTF-8 bytes of the windows that `score` scores."""
-        ids = examples.take(evenly(len(examples), most or self.score_size))["token"]
-        return int(self.tokenizer.bytes_of[ids].sum())
+        batch = examples.take(evenly(len(examples), most or self.score_size))
+        sizes = self.tokenizer.bytes_of[batch["token"]]
+        return int(sizes[batch["counts"]].sum() if "counts" in batch else sizes[:, self._given :].sum())
+
+    _given = 0  # first tokens that must be given, and are not scored
 
     # ---- generation -------------------------------------------------------------------------------------------------
 
