@@ -7,8 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from seriatim.data.base import load_data
-from seriatim.data.pairs import Pairs
+from seriatim.data.base import Pairs, load_data
 from seriatim.systems.text import mdlm, next_token
 
 
@@ -24,7 +23,7 @@ def test_the_answer_is_the_path_of_a_star(options):
     data = load_data("stars", "text", count=200, held_out=0.2, **options)
     lengths, degree = set(), options.get("degree", 3)
     for side in (data.train, data.test):
-        for prompt, answer in side.documents.pairs:
+        for prompt, answer in side.pairs:
             edges, (start, goal) = read(prompt)
             path = answer.split()
             assert path[0] == start and path[-1] == goal
@@ -46,9 +45,9 @@ def test_the_answer_is_the_path_of_a_star(options):
 
 def test_it_follows_from_the_seed_and_sides_share_nothing():
     one, again, other = (load_data("stars", "text", count=300, seed=s) for s in (1, 1, 2))
-    assert one.train.documents.pairs == again.train.documents.pairs != other.train.documents.pairs
-    assert not set(one.train.documents.pairs) & set(one.test.documents.pairs)
-    assert len(one.train.documents) + len(one.test.documents) == 300
+    assert one.train.pairs == again.train.pairs != other.train.pairs
+    assert not set(one.train.pairs) & set(one.test.pairs)
+    assert len(one.train) + len(one.test) == 300
 
 
 @pytest.mark.parametrize(
@@ -62,43 +61,39 @@ def test_impossible_graphs_are_refused(wrong):
 # ---- prompts with answers as training draws them ---------------------------------------------------------------------
 
 
-PAIRS = Pairs((("ab", "cde"), ("f", "g"), ("hij", "kl")))
-
-
-def test_documents_are_prompts_with_their_answers():
-    assert list(PAIRS) == ["abcde", "fg", "hijkl"] and PAIRS[1:] == ["fg", "hijkl"]
+PAIRS = Pairs((("ab", "cde"), ("f", "g"), ("hij", "kl")), fill=True)
 
 
 def test_only_answers_and_their_ends_count():
     system = next_token.NextToken(next_token.Config(length=16, width=16, depth=1, heads=2))
     (end,) = system.stop
-    batch = system.examples(PAIRS).take(torch.tensor([0, 1]))
+    batch = system.answered(PAIRS).take(torch.tensor([0, 1]))
     assert batch["token"].tolist() == [[*b"abcde", end], [*b"fg", end, 0, 0, 0]]
     assert batch["counts"].tolist() == [
         [False, False, True, True, True, True],
         [False, True, True, False, False, False],
     ]
-    assert system.bytes_in(system.examples(PAIRS)) == 6
+    assert system.bytes_in(system.answered(PAIRS)) == 6
 
 
 def test_masked_texts_are_filled_with_ends():
     """Lengths are not known before, so that every answer takes as many places."""
     system = mdlm.MDLM(mdlm.Config(length=16, width=16, depth=1, heads=2))
     (end,) = system.stop
-    batch = system.examples(PAIRS).take(torch.tensor([1, 2]))
+    batch = system.answered(PAIRS).take(torch.tensor([1, 2]))
     assert batch["token"].tolist() == [[*b"fg", end, end, end, 0, 0], [*b"hijkl", end, end]]
     canvas = system.canvas(batch)[0]
     assert canvas.open.tolist() == batch["counts"].tolist()
     assert canvas.known.tolist() == [[True, *[False] * 6], [True] * 3 + [False] * 4]
-    nats, elements = system.score(system.examples(PAIRS))
+    nats, elements = system.score(system.answered(PAIRS))
     assert elements == 12 and nats > 0
 
 
 def test_an_answer_that_has_no_room_or_is_empty_is_refused():
     system = next_token.NextToken(next_token.Config(length=5, width=16, depth=1, heads=2))
-    with pytest.raises(ValueError, match="takes 6 tokens with its answer, and there is room for 5"):
-        system.examples(PAIRS)
+    with pytest.raises(ValueError, match="take 6 tokens, and a window 5"):
+        system.answered(PAIRS).take(torch.tensor([0]))
     from seriatim.systems.text.ilm import ILM, Config
 
     with pytest.raises(ValueError, match="empty answer"):
-        ILM(Config(length=16, width=16, depth=1, heads=2)).examples(Pairs((("ab", ""),)))
+        ILM(Config(length=16, width=16, depth=1, heads=2)).answered(Pairs((("ab", ""),))).take(torch.tensor([0]))

@@ -3,6 +3,7 @@ looking on changes nothing."""
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -227,7 +228,8 @@ def test_inserted_places_appear_between_others():
     assert all(f.decided == len(f.places) - 4 for f in recorder.frames)
     last = [p.element for p in recorder.frames[-1].places]
     assert last[:2] == [0, 1] and last[-2:] == [2, 3] and last != sorted(last)
-    assert text_of(recorder.frames[-1]) == text
+    shown = re.sub(r"<\d+>", "", text_of(recorder.frames[-1]))  # ids that are no letters are shown as such
+    assert shown == text
 
 
 def test_of_a_beam_the_best_text_is_watched(plain):

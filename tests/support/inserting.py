@@ -6,7 +6,7 @@ from seriatim.tokenizers.text import ByteTokenizer
 
 
 def inserting() -> ILM:
-    """With weights drawn at random, and ends by chance."""
-    one = ILM(Config(length=64, width=16, depth=1, heads=2, stop=None), ByteTokenizer())
+    """With weights drawn at random, filling all the room there is."""
+    one = ILM(Config(length=16, width=16, depth=1, heads=2, stop=0.999), ByteTokenizer())
     randomise(one.model, 0, 0.3)
     return one.eval()

@@ -287,7 +287,7 @@ def test_exact_paths_are_counted():
     from seriatim.data.base import load_data
 
     data = load_data("stars", "text", count=60)
-    pairs = data.test.documents.pairs
+    pairs = data.test.pairs
     right = type("Trained", (), {"system": Knows(dict(pairs)), "data": data})
     assert ilm.paths_found(right) == {"exact_paths": 1.0, "first_steps": 1.0}
     cut = type("Trained", (), {"system": Knows({p: a[:-1] for p, a in pairs}), "data": data})

@@ -12,18 +12,18 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from seriatim.systems.meta import card_of, catalogue, status_of
+from seriatim.systems.meta import card_of, everything, status_of
 
 COLUMNS = ("key", "modality", "likelihood")
 MARKS = {True: "[green]✓[/]", False: "[dim]–[/]"}
 
 
 def show_list(options: argparse.Namespace) -> int:
-    """Print the systems as a table or a JSON array.
+    """Print the systems and studies as a table or a JSON array.
 
     L: the laws hold; E: trained and generated from end to end; C: its claim was measured; W: published weights load.
     """
-    rows = [{**asdict(meta), **status_of(key)} for key, (meta, _) in catalogue().items()]
+    rows = [{**asdict(meta), **status_of(key)} for key, (meta, _) in everything().items()]
     if options.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return 0

@@ -46,21 +46,36 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """One side of a set of prompts, each with its answer: what is learned is the answers. words: where each of their
+    words is to be one token, all that there are. fill: how long an answer is, is part of what is to be found; who has
+    to know lengths before sees all answers filled up with ends of text."""
+
+    pairs: Sequence[tuple[str, str]]
+    words: tuple[str, ...] = ()
+    fill: bool = False
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+@dataclass(frozen=True)
 class Data:
     """A data set. `modality` is "image" or "text"; `notes` are sentences that a user should hear."""
 
     name: str
     modality: str
-    train: Any  # Examples of pictures, Texts, or Conversations
+    train: Any  # Examples of pictures, Texts, Pairs, or Conversations
     test: Any
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-# Name -> modality; the loader is the function of that name in the module of that name, imported when it is asked for.
+# Name -> modality; the loader is the function of that name in the module of that name ("_" for "-"), imported when it
+# is asked for.
 BUILT_IN = {
     "digits": "image", "glyphs": "image", "photos": "image", "lines": "image", "stdlib": "text", "questions": "text",
-    "stars": "text",
+    "list-tasks": "text", "stars": "text",
 }  # fmt: skip
 DEFAULT = {"image": "glyphs", "text": "stdlib"}
 
@@ -83,7 +98,8 @@ def load_data(source: str | Path | None, modality: str, **options: Any) -> Data:
             raise ValueError(
                 f"{source!r} is {BUILT_IN[source]} data, and {modality} data is needed: a path, or one of {fitting}"
             )
-        return _call(source, _loader(source, source), options)
+        name = source.replace("-", "_")
+        return _call(source, _loader(name, name), options)
     path = Path(source).expanduser()
     if not path.exists():
         raise FileNotFoundError(_unknown(source))

@@ -12,8 +12,7 @@ import random
 from itertools import pairwise
 from typing import Literal
 
-from seriatim.data.base import Data, Texts, check_held_out, share
-from seriatim.data.pairs import Pairs
+from seriatim.data.base import Data, Pairs, check_held_out, share
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -55,7 +54,7 @@ def stars(
         side = share(pair[0]) < held_out
         if len(sides[side]) < wanted[side]:
             sides[side].append(pair)
-    train, test = (Texts(Pairs(tuple(sides[side]))) for side in (False, True))
+    train, test = (Pairs(tuple(sides[side]), fill=True) for side in (False, True))
     return Data("stars", "text", train, test)
 
 

@@ -232,17 +232,24 @@ class Remask(Select):
         self._follow(canvas)
         total = _block(canvas, element)
         after = [self._after(t, n) for t, n in zip(self._turn[:, 0].tolist(), total.tolist(), strict=True)]
-        count = torch.minimum((left - torch.tensor(after)).clamp(min=1), left)
+        count, again = self._counts(left, torch.tensor(after))
         edit, chosen, score = self._some(canvas, element, count, self._turn, rows, random)
         b, m = chosen.nonzero(as_tuple=True)
         self._score[b, element[b, m]] = score[b, m].to(self._score.dtype)
-        done = count == left
+        done = (count == left) & (again == 0)
         self._turn = torch.where(done[:, None], 0, self._turn + 1)
-        worst = self._score.topk(min(self.again, self._score.shape[1]), 1, largest=False)
-        again = torch.where(~done[:, None] & (worst.values < torch.inf), worst.indices, -1)
-        self._score = self._score.scatter(1, worst.indices, torch.where(again >= 0, torch.inf, worst.values))
+        worst = self._score.topk(min(int(again.max()), self._score.shape[1]), 1, largest=False)
+        some = (torch.arange(worst.values.shape[1]) < again[:, None]) & (worst.values < torch.inf)
+        element = torch.where(some, worst.indices, -1)
+        self._score = self._score.scatter(1, worst.indices, torch.where(some, torch.inf, worst.values))
         self._score = self._score.masked_fill(done[:, None], torch.inf)
-        return Step((edit, Unset(again)) if bool((again >= 0).any()) else (edit,))
+        return Step((edit, Unset(element)) if bool(some.any()) else (edit,))
+
+    def _counts(self, left: Int[Tensor, "b"], after: Int[Tensor, "b"]) -> tuple[Int[Tensor, "b"], Int[Tensor, "b"]]:
+        """Of `left` unknown elements, of which `after` are to remain by the schedule: how many are decided, and how
+        many decided ones hidden again."""
+        count = torch.minimum((left - after).clamp(min=1), left)
+        return count, torch.where(count == left, 0, self.again)
 
     def _after(self, turn: int, total: int) -> int:
         """How many unknown elements remain after a turn, before remasking."""

@@ -87,6 +87,9 @@ class Blocks(Factorization):
         source = torch.cat([torch.where(hidden, self.source, VALUE), torch.full_like(rank, VALUE)], 1)
         slots = Slots(both[..., None], source, layout.coord[None].repeat(1, 2, 1), needs)
         view = two_stream(block.repeat(1, 2), query)
+        gone = canvas.status == DELETED
+        if bool(gone.any()):
+            view = view.narrow(lane=torch.where(gone, -1, 0).repeat(1, 2))
         at = e
         if self.shift:
             before = (e - 1).clamp(min=0)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from seriatim.canvas import Canvas, Set
+from seriatim.canvas import DELETED, Canvas, Delete, Set
 from seriatim.conditions.condition import Condition
 from seriatim.factorization.static import Blocks
 from seriatim.model import Model
@@ -127,6 +127,14 @@ class Masked(Model):
         hidden, weight = masking(free, (rows + unit) / canvas.batch, noise)
         return hidden, weight[:, None]
 
+    def _shown(self, canvas: Canvas, known: Bool[Tensor, "b E"]) -> Canvas:
+        """The same samples with these elements given; what is deleted stays so."""
+        gone = canvas.status == DELETED
+        shown = self.canvas(canvas.value, known & ~gone, row=canvas.row, layout=canvas.layout)
+        if bool(gone.any()):
+            shown.apply([Delete(torch.where(gone, torch.arange(gone.shape[1]), -1))])
+        return shown
+
     def hidden_losses(
         self,
         canvas: Canvas,
@@ -138,7 +146,7 @@ class Masked(Model):
         """The loss of each hidden element of a finished sample given all others, in one forward; 0 elsewhere.
 
         It is the very step that decoding takes on such a canvas, and the head runs at hidden elements only."""
-        shown = self.canvas(canvas.value, ~hidden, row=canvas.row, layout=canvas.layout)
+        shown = self._shown(canvas, ~hidden)
         plan = self.factorization.step(shown, None, 0)
         if plan is None:  # nothing is hidden: a loss of zero that still knows the weights
             return sum(p.sum() * 0.0 for p in self.parameters()) + torch.zeros(hidden.shape, device=self.device)
@@ -201,7 +209,7 @@ class MaskedBlocks(Masked):
 
     def shown(self, canvas: Canvas, hidden: Bool[Tensor, "b E"]) -> Canvas:
         """The sample with all elements decided but the hidden ones."""
-        shown = self.canvas(canvas.value, ~canvas.open, row=canvas.row, layout=canvas.layout)
+        shown = self._shown(canvas, ~canvas.open)
         (kind,) = canvas.layout.kinds
         element = torch.where(canvas.open & ~hidden, torch.arange(canvas.layout.size), -1)
         return shown.apply([Set(canvas.value[kind], element)])

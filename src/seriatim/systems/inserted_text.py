@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seriatim.canvas import DECIDED, GIVEN, Canvas
-from seriatim.data.pairs import Pairs
+from seriatim.data.base import Pairs
 from seriatim.decoding.loop import Decider
 from seriatim.factorization.insertion import opened
 from seriatim.layout import line
@@ -17,17 +18,15 @@ from seriatim.random import Generator
 from seriatim.systems.decoders import Decoding, Onlooker
 from seriatim.systems.infill import Gap, Parts, joined
 from seriatim.systems.system import Sampling
-from seriatim.systems.text_system import TextSystem, answered
+from seriatim.systems.text_system import Answered, TextSystem
 
 
 class InsertedText(TextSystem):
     """Decoded in a gap. The config has `short`: share of the windows that are cut to a random length in training, as a
     model that has seen texts of one length writes texts of that length only."""
 
-    def examples(self, documents: Sequence[str]) -> Any:
-        if isinstance(documents, Pairs):  # a text ends when nothing more is to be inserted
-            return answered(documents, self.tokenizer, (), self.window)
-        return super().examples(documents)
+    def answered(self, side: Pairs) -> Answered:
+        return replace(super().answered(side), end=())  # a text ends when nothing more is to be inserted
 
     def forward(self, batch: Mapping[str, Tensor], random: Generator, step: int, steps: int) -> tuple[Tensor, Tensor]:
         if "counts" not in batch:

@@ -28,7 +28,7 @@ from seriatim.random import Generator, Keyed
 from seriatim.systems.conversing import Conversing
 from seriatim.systems.decoders import Decoding, Onlooker, decoder_of
 from seriatim.systems.generation import Generation, Watch
-from seriatim.systems.system import Sampling, evenly
+from seriatim.systems.system import Sampling
 
 Prompt = str | Sequence[int] | Int[Tensor, " n"]
 
@@ -58,11 +58,6 @@ class LanguageModel(Conversing):
         counts = batch.get("counts", canvas.rank >= 0).to(losses.device)
         return torch.where(counts, losses, 0).sum(), counts.sum()
 
-    def bytes_in(self, examples: Any, most: int | None = None) -> int:
-        batch = examples.take(evenly(len(examples), most or self.score_size))
-        sizes = self.tokenizer.bytes_of[batch["token"]]
-        return int(sizes[batch["counts"]].sum() if "counts" in batch else sizes[:, self._given :].sum())
-
     def answers(self, side: Conversations, length: int | None = None) -> Answers:
         """Conversations as training draws them, by the model's own template, answers alone counting. Raises ValueError
         where there is no template, or nothing to learn."""
@@ -74,7 +69,7 @@ class LanguageModel(Conversing):
         return answers_of(side, self.chat, self.tokenizer, self.stop, length or self.window)
 
     @property
-    def _given(self) -> int:
+    def _given(self) -> int:  # type: ignore[override]
         """First tokens that must be given, and are not scored."""
         return 0 if self._prefix else 1
 

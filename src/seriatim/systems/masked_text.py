@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from seriatim.canvas import Canvas
-from seriatim.data.pairs import Pairs
+from seriatim.data.base import Pairs
 from seriatim.decoding.loop import Decider
 from seriatim.decoding.sample import Above, Select
 from seriatim.decoding.unmask import Unmask
@@ -17,7 +17,7 @@ from seriatim.layout import line
 from seriatim.random import Generator
 from seriatim.systems.infill import Parts
 from seriatim.systems.system import Sampling
-from seriatim.systems.text_system import TextSystem, answered
+from seriatim.systems.text_system import Answered, TextSystem
 
 AT_ONCE = 32  # draws of a forward
 
@@ -28,10 +28,12 @@ class MaskedText(TextSystem):
 
     fills = "known"
 
-    def examples(self, documents: Sequence[str]) -> Any:
-        if isinstance(documents, Pairs):  # lengths are not known before: an end of text fills what is left
-            return answered(documents, self.tokenizer, self.stop[:1], self.window, fill=True)
-        return super().examples(documents)
+    def answered(self, side: Pairs) -> Answered:
+        plain = super().answered(side)
+        if not side.fill:
+            return plain
+        longest = max(len(plain.ids(i)[1]) for i in range(len(side)))  # ends of text fill what is left
+        return replace(plain, fill=longest)
 
     def _settled(self, canvas: Canvas, start: int = 0) -> list[int]:
         ids = super()._settled(canvas, start)

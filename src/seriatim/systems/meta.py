@@ -26,18 +26,36 @@ class Meta:
     summary: str
 
 
+Cards = dict[str, tuple[Meta, str]]  # key -> card and module name
+
+
 @cache
-def catalogue() -> dict[str, tuple[Meta, str]]:
-    """Key -> (card, module name) of every system, by reading the files under `systems`."""
-    found: dict[str, tuple[Meta, str]] = {}
-    root = Path(__file__).parent
-    for path in sorted(root.glob("*/*.py")):
+def catalogue() -> Cards:
+    """Every system, by reading the files under `systems`."""
+    return _cards("systems/*/*.py")
+
+
+@cache
+def studies() -> Cards:
+    """Every study, by reading the files under `studies`: data, a measure and a claim, but no order of its own."""
+    return _cards("studies/*.py")
+
+
+def everything() -> Cards:
+    """Systems and studies."""
+    return catalogue() | studies()
+
+
+def _cards(pattern: str) -> Cards:
+    found: Cards = {}
+    package = Path(__file__).parents[1]
+    for path in sorted(package.glob(pattern)):
         meta = _read(path)
         if meta is None:
             continue
         if meta.key in found:
             raise ValueError(f"two systems are called {meta.key!r}: {found[meta.key][1]} and {path.stem}")
-        found[meta.key] = (meta, f"seriatim.systems.{path.parent.name}.{path.stem}")
+        found[meta.key] = (meta, ".".join(("seriatim", *path.relative_to(package).with_suffix("").parts)))
     return found
 
 
@@ -51,13 +69,13 @@ def _read(path: Path) -> Meta | None:
 
 
 def load(key: str) -> ModuleType:
-    """The module of a system; raises KeyError that lists what there is."""
+    """The module of a system or a study; raises KeyError that lists what there is."""
     _known(key)
-    return importlib.import_module(catalogue()[key][1])
+    return importlib.import_module(everything()[key][1])
 
 
 def _known(key: str) -> None:
-    systems = catalogue()
+    systems = everything()
     if key not in systems:
         import difflib
 
@@ -96,7 +114,8 @@ def source_hash(key: str) -> str:
 
 
 def card_of(key: str) -> tuple[Meta, str, dict[str, str], dict[str, Any] | None]:
-    """Card, docstring, settings as text, and the last result of a system. Raises KeyError for an unknown one."""
+    """Card, docstring, settings as text, and the last result of a system or a study. Raises KeyError for an unknown
+    one."""
     _known(key)
     tree = ast.parse(_path(key).read_text(encoding="utf-8"))
     details: dict[str, str] = {}
@@ -113,11 +132,11 @@ def card_of(key: str) -> tuple[Meta, str, dict[str, str], dict[str, Any] | None]
     ]
     parts = [u.removeprefix("seriatim.") for u in uses if u.split(".")[1] not in ("laws", "systems", "training")]
     details["parts"] = ", ".join(parts)
-    return catalogue()[key][0], ast.get_docstring(tree) or "", details, _result(f"{key}.json")
+    return everything()[key][0], ast.get_docstring(tree) or "", details, _result(f"{key}.json")
 
 
 def _path(key: str) -> Path:
-    return Path(__file__).parents[1].joinpath(*catalogue()[key][1].split(".")[1:]).with_suffix(".py")
+    return Path(__file__).parents[1].joinpath(*everything()[key][1].split(".")[1:]).with_suffix(".py")
 
 
 def _result(name: str) -> dict[str, Any] | None:

@@ -99,7 +99,7 @@ class System(nn.Module):
         if drop and condition:
             dropped = torch.rand(canvas.batch, generator=random.generator) < drop
         losses = self.model.losses(canvas, condition, dropped, random=random)
-        return losses.sum(), (canvas.rank >= 0).sum()
+        return losses.sum(), canvas.open.sum()
 
     drop: float = 0.0  # set by whoever trains
     classes: tuple[str, ...] = ()  # names of labels

@@ -10,10 +10,9 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from seriatim.canvas import GIVEN, Canvas, Truncate
-from seriatim.data.pairs import Pairs
+from seriatim.canvas import GIVEN, Canvas, Delete
+from seriatim.data.base import Pairs
 from seriatim.decoding.loop import Decider, decode
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.shaping import Shaper, Without
@@ -48,33 +47,54 @@ class Windows:
 
 @dataclass(frozen=True)
 class Answered:
-    """Prompts with their answers, padded behind the end of shorter ones."""
+    """Prompts with their answers as ids; what ends a text, if there is anything, belongs to the answer, as often as
+    makes answers `fill` tokens long."""
 
-    rows: tuple[tuple[Int[Tensor, " n"], int], ...]  # ids, and how many of them are the prompt's
+    side: Pairs
+    tokenizer: TextTokenizer
+    end: tuple[int, ...]
+    length: int
+    fill: int = 0
+
+    def __post_init__(self) -> None:
+        many = [x for x in self.side.words if len(self.tokenizer.encode(x)) != 1]
+        if many:
+            raise ValueError(
+                f"{many[0]!r} is {len(self.tokenizer.encode(many[0]))} tokens in this tokenizer, and {len(many) - 1} "
+                "more of the data's words are several, each of which is to be one: leave out --tokenizer, and it is"
+            )
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.side)
+
+    def ids(self, index: int) -> tuple[list[int], list[int]]:
+        """A prompt, and its answer with the end. Raises ValueError for what is longer than a window, and for an empty
+        answer."""
+        prompt, answer = (self.tokenizer.encode(text) for text in self.side.pairs[index])
+        if not answer:
+            raise ValueError(f"the prompt {self.side.pairs[index][0][:40]!r} has an empty answer: nothing to learn")
+        answer = [*answer, *(self.end * max(self.fill - len(answer), 1))]
+        if len(prompt) + len(answer) > self.length:
+            raise ValueError(
+                f"a prompt and its answer take {len(prompt) + len(answer)} tokens, and a window {self.length}: give a "
+                "longer --length"
+            )
+        return prompt, answer
 
     def take(self, index: Int[Tensor, " n"], generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """ "token": Int[n longest]; "counts": Bool[n longest], true for answers."""
-        ids, prompts = zip(*(self.rows[i] for i in index.tolist()), strict=True)
-        place = torch.arange(max(map(len, ids)))
-        counts = (place >= torch.tensor(prompts)[:, None]) & (place < torch.tensor([len(x) for x in ids])[:, None])
-        return {"token": pad_sequence(list(ids), True).long(), "counts": counts}
+        """ "token": Int[n longest], 0 behind an answer; "counts": Bool[n longest], true for answers."""
+        return beside([self.ids(i) for i in index.tolist()])
 
 
-def answered(pairs: Pairs, tokenizer: TextTokenizer, end: Sequence[int], length: int, fill: bool = False) -> Answered:
-    """Prompts with their answers as training draws them, each answer ended by `end`; fill: by as many of it as make all
-    answers equally long. Raises ValueError where one takes more than `length` tokens, or is empty."""
-    ids = [(tokenizer.encode(prompt), [*tokenizer.encode(answer), *end]) for prompt, answer in pairs.pairs]
-    longest = max(len(answer) for _, answer in ids) if fill and end else 0
-    ids = [(prompt, [*answer, *[*end] * (longest - len(answer))]) for prompt, answer in ids]
-    most = max(len(prompt) + len(answer) for prompt, answer in ids)
-    if most > length:
-        raise ValueError(f"a prompt takes {most} tokens with its answer, and there is room for {length}: use --length")
-    if not all(answer for _, answer in ids):
-        raise ValueError("a prompt has an empty answer, from which nothing is learned")
-    return Answered(tuple((torch.tensor(prompt + answer, dtype=torch.int32), len(prompt)) for prompt, answer in ids))
+def beside(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, Tensor]:
+    """Ids of prompts and answers as a batch: "token", 0 behind an answer, and which of them are answers, "counts"."""
+    token = torch.zeros(len(pairs), max(len(prompt) + len(answer) for prompt, answer in pairs), dtype=torch.long)
+    counts = torch.zeros(token.shape, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(pairs):
+        end = len(prompt) + len(answer)
+        token[row, :end] = torch.tensor([*prompt, *answer])
+        counts[row, len(prompt) : end] = True
+    return {"token": token, "counts": counts}
 
 
 class TextSystem(System):
@@ -92,11 +112,14 @@ class TextSystem(System):
     def __init__(self, config: Any, tokenizer: TextTokenizer | None = None):
         super().__init__(config, tokenizer or ByteTokenizer())
 
-    def examples(self, documents: Sequence[str]) -> Windows | Answered:
-        """One side of a data set, as training draws it: windows of all texts, or prompts with answers."""
-        if isinstance(documents, Pairs):
-            return answered(documents, self.tokenizer, self.stop[:1], self.window)
+    def examples(self, documents: Sequence[str]) -> Windows:
+        """One side of a data set, as training draws it."""
         return Windows(id_stream(self.tokenizer, documents, self.stop[:1]), self.window)
+
+    def answered(self, side: Pairs) -> Answered:
+        """One side of a set of prompts and answers, as training draws it. Raises ValueError where a word that is to be
+        one token is not."""
+        return Answered(side, self.tokenizer, self.stop[:1], self.window)
 
     @property
     def window(self) -> int:
@@ -104,16 +127,17 @@ class TextSystem(System):
         return self.config.length
 
     def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, None]:
-        """The tokens of a batch; where some of them count, what stands before these is given, and a text ends with the
-        last of them."""
+        """Texts of any length. Where some of the tokens count, what stands before the last of them is given, and there
+        is nothing behind it."""
         token, counts = batch["token"], batch.get("counts")
-        layout = line(token.shape[1])
-        if counts is None:
-            return self.model.canvas({"token": token}, layout=layout), None
-        end = (counts * torch.arange(1, token.shape[1] + 1, device=counts.device)).amax(1)
-        given = ~counts & (torch.arange(token.shape[1], device=counts.device) < end[:, None])
-        canvas = self.model.canvas({"token": token}, given.cpu(), layout=layout)
-        return canvas.apply([Truncate(end.cpu())]), None
+        known: int | Tensor = 0
+        if counts is not None:
+            behind = counts.flip(1).cumsum(1).flip(1) == 0
+            known = ~(counts | behind)
+        canvas = self.model.canvas({"token": token}, known, layout=line(token.shape[1]))
+        if counts is not None and bool(behind.any()):
+            canvas.apply([Delete(torch.where(behind, torch.arange(token.shape[1]), -1))])
+        return canvas, None
 
     def validate(self, examples: Any) -> dict[str, float]:
         """The loss, and bits per byte of the same windows: an upper bound where the likelihood is one."""
@@ -121,11 +145,13 @@ class TextSystem(System):
         size = self.bytes_in(examples, self.validation_size)
         return {"loss": nats / elements, "bits_per_byte": nats / size / math.log(2)}
 
-    def bytes_in(self, examples: Any, most: int | None = None) -> int:
-        """UTF-8 bytes of what `score` scores."""
+    def bytes_in(self, examples: Windows, most: int | None = None) -> int:
+        """UTF-8 bytes of the windows that `score` scores."""
         batch = examples.take(evenly(len(examples), most or self.score_size))
         sizes = self.tokenizer.bytes_of[batch["token"]]
-        return int((sizes[batch["counts"]] if "counts" in batch else sizes).sum())
+        return int(sizes[batch["counts"]].sum() if "counts" in batch else sizes[:, self._given :].sum())
+
+    _given = 0  # first tokens that must be given, and are not scored
 
     # ---- generation -------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from seriatim.home import HOME
 from seriatim.systems.claim import Arm, Claim, Trial
-from seriatim.systems.meta import catalogue
+from seriatim.systems.meta import everything
 from seriatim.systems.meta import load as load_module
 from seriatim.training.checkpoint import save_json
 from seriatim.verbs.evaluate import evaluate
@@ -96,7 +96,7 @@ def _figures_file(key: str, arm: str, seed: int) -> Path:
 
 def claimed(results: str | Path = "results") -> Iterator[dict[str, Any]]:
     """What is known of every claim: its last result, or that there is none."""
-    for key, (meta, _) in catalogue().items():
+    for key, (meta, _) in everything().items():
         file = Path(results) / f"{key}.json"
         if file.is_file():
             yield json.loads(file.read_text(encoding="utf-8"))

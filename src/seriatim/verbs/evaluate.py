@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from seriatim.data.base import Data, load_data
+from seriatim.data.base import Data, Pairs, load_data
 from seriatim.data.conversations import Conversations
 from seriatim.evaluation.cost import parameters
 from seriatim.evaluation.features import FeatureModel, features_for
@@ -63,12 +63,15 @@ def evaluate(
 
 @torch.no_grad()
 def text_figures(system: TextSystem, data: Data, seed: int) -> dict[str, Any]:
-    """Bits per byte of held-out windows, or of the answers in conversations, and statistics of four continuations: of
-    nothing, or, where a model begins no text by itself, of the windows' first words."""
+    """Bits per byte of held-out windows, or of the answers in conversations or to prompts, and statistics of four
+    continuations: of prompts, where the data have them, of nothing, or, where a model begins no text by itself, of the
+    windows' first words."""
     if isinstance(data.test, Conversations):
         if not isinstance(system, LanguageModel):
             raise ValueError(f"{data.name} holds conversations, which {system.meta.key} cannot lead: give texts")
         examples: Any = system.answers(data.test)
+    elif isinstance(data.test, Pairs):
+        examples = system.answered(data.test)
     else:
         examples = system.examples(data.test.documents)
     nats, ids = system.score(examples)
@@ -76,7 +79,9 @@ def text_figures(system: TextSystem, data: Data, seed: int) -> dict[str, Any]:
     kind = "bound" if system.meta.likelihood == "bound" else "exact"
     bits = bits_per_byte(nats, ids, size, kind)  # type: ignore[arg-type]
     starts = [""] * 4
-    if not system.begins:
+    if isinstance(data.test, Pairs):
+        starts = [data.test.pairs[i][0] for i in evenly(len(data.test), 4).tolist()]
+    elif not system.begins:
         first = examples.take(evenly(len(examples), 4))["token"][:, :8].tolist()
         starts = [system.tokenizer.decode(ids) for ids in first]
     longest = max(len(system.tokenizer.encode(text)) for text in starts)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 import seriatim
-from seriatim.data.base import BUILT_IN, Data, load_data
+from seriatim.data.base import BUILT_IN, Data, Pairs, load_data
 from seriatim.data.conversations import Conversations
 from seriatim.interop.export import describe
 from seriatim.interop.families import CONVERTED
@@ -129,6 +129,8 @@ def sides(system: LanguageModel, data: Data, length: int | None = None) -> tuple
     if isinstance(data.train, Conversations):
         train, test = (system.answers(side, length) for side in (data.train, data.test))
         return train, test, (*train.notes, *(note for note in test.notes if note not in train.notes))
+    if isinstance(data.train, Pairs):
+        return system.answered(data.train), system.answered(data.test), ()
     ids = [id_stream(system.tokenizer, side.documents, system.stop[:1]) for side in (data.train, data.test)]
     window = length or min(system.window, *map(len, ids))
     short = window < system.window and length is None

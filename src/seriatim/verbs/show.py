@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from seriatim.data.base import Pairs
 from seriatim.data.conversations import Conversation, Conversations, answers
 from seriatim.evaluation.pictures import save_curve, save_grid
 from seriatim.systems.image_system import ImageSystem
@@ -25,8 +26,8 @@ PROMPT = "def read(path"
 def show(trained: Trained, samples: int = 0, seed: int = 0) -> dict[str, Any]:
     """Write what there is to see into the run's folder; the figures, as in summary.json.
 
-    samples: pictures to judge (0: none are judged). Text is continued from a line of Python, a conversation by an
-    answer.
+    samples: pictures to judge (0: none are judged). Text is continued from a line of Python, a conversation or a prompt
+    by an answer.
     """
     system, folder, last = trained.system, trained.folder, trained.history[-1]
     figures: dict[str, Any] = {k.removeprefix("held_out_"): v for k, v in last.items() if k.startswith("held_out_")}
@@ -38,6 +39,9 @@ def show(trained: Trained, samples: int = 0, seed: int = 0) -> dict[str, Any]:
     if isinstance(trained.data.test, Conversations):
         figures["answer"] = _answer(system, trained.data.test.conversations[0], seed)
         (folder / "answer.txt").write_text(figures["answer"], encoding="utf-8")
+    elif isinstance(system, TextSystem) and isinstance(trained.data.test, Pairs):
+        figures["answers"] = _answers(system, trained.data.test, seed)
+        (folder / "answers.txt").write_text(figures["answers"], encoding="utf-8")
     elif isinstance(system, TextSystem):
         length = min(200, system.model.layout.size - len(system.tokenizer.encode(PROMPT)))
         figures["continuation"] = PROMPT + system.write(PROMPT, length, seed=seed)
@@ -62,6 +66,16 @@ def _answer(system: Any, said: Conversation, seed: int) -> str:
     made = system.generate(ids, max_new_tokens=room, seed=seed, **more).text if room > 0 else "(no room is left)"
     asked = "".join(f"{message['role']}: {message['content']}\n" for message in said[:first])
     return f"{asked}assistant: {made}\n"
+
+
+def _answers(system: TextSystem, side: Pairs, seed: int) -> str:
+    """Some prompts, each with what the model says to it, in as many tokens as the right answer has."""
+    lines = []
+    for i in evenly(len(side), 10).tolist():
+        prompt, answer = side.pairs[i]
+        length = len(system.tokenizer.encode(answer)) + len(system.stop[:1])
+        lines.append(f"{prompt} {system.write(prompt, length, seed=seed + i)}\n")
+    return "".join(lines)
 
 
 def _pictures(trained: Trained, samples: int, seed: int) -> dict[str, Any]:

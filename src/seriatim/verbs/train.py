@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import seriatim
-from seriatim.data.base import Data, load_data
+from seriatim.data.base import Data, Pairs, load_data
 from seriatim.data.conversations import Conversations
 from seriatim.interop.hub import HUB
 from seriatim.systems.image_system import ImageSystem
@@ -192,6 +192,8 @@ def config_of(cls: type[System], settings: Mapping[str, Any], size: str | None, 
 
 def prepared(system: System, data: Data) -> tuple[Any, Any]:
     """Both sides of the data as the system draws them."""
+    if isinstance(system, TextSystem) and isinstance(data.train, Pairs):
+        return system.answered(data.train), system.answered(data.test)
     if isinstance(system, TextSystem):
         return system.examples(data.train.documents), system.examples(data.test.documents)  # type: ignore[union-attr]
     return data.train, data.test
@@ -248,13 +250,20 @@ def _text_tokenizer(
     cls: type[TextSystem], data: Data, asked: str | Path | None, folder: Path, resume: bool, settings: Mapping[str, Any]
 ) -> TextTokenizer:
     kind, there = str(asked or cls.tokenizers[0]), folder / "tokenizer.json"
+    words = data.train.words if isinstance(data.train, Pairs) else ()
     if resume and there.is_file():
         return load_text_tokenizer(there)
-    if kind == "bytes":
-        made: TextTokenizer = ByteTokenizer()
+    if words and asked is None:
+        made: TextTokenizer = WordTokenizer.of(words)
+    elif kind == "bytes":
+        made = ByteTokenizer()
     elif kind in ("bpe", "words"):
         learn = PairTokenizer.train if kind == "bpe" else WordTokenizer.train
-        made = learn(data.train.documents, int(settings.get("vocab", 4096)))
+        if words:
+            raise ValueError(f"each word of {data.name} is to be one token: leave out --tokenizer, and it is")
+        pairs = isinstance(data.train, Pairs)
+        texts = [a + b for a, b in data.train.pairs] if pairs else data.train.documents
+        made = learn(texts, int(settings.get("vocab", 4096)))
     else:
         made = load_text_tokenizer(where(kind) if kind.startswith("zoo:") else Path(kind))
     save_json(made.to_json(), there)

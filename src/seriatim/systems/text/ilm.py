@@ -55,7 +55,7 @@ META = Meta(
 def paths_found(trained: Any, count: int = 200, turns: int | None = None) -> dict[str, float]:
     """Shares of held-out star graphs whose path is written exactly, and whose first step is right: greedily, in so many
     decoding steps (None: the system's own choice)."""
-    system, pairs = trained.system, trained.data.test.documents.pairs[:count]
+    system, pairs = trained.system, trained.data.test.pairs[:count]
     sampling, exact, first = Sampling(temperature=0.0, steps=turns), 0, 0
     for prompt, answer in pairs:
         room = system.model.layout.size - len(system.tokenizer.encode(prompt))

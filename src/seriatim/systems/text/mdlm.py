@@ -65,13 +65,17 @@ CLAIM = Claim(
 )
 
 
+MASKINGS = MappingProxyType({"time": by_time, "count": by_count})
+
+
 @dataclass(frozen=True)
 class Config:
     """Sizes; `length` is the longest text in tokens, `hidden` the width of the feed-forward layers (None: 8/3 of the
     width, in steps of 8), `tied` makes input and output matrices one. `short`: share of the training batches that are
     cut to a random length. How texts are decoded: `block`, so many tokens together, block after block (None: all at
     once), and `rule`, which of a block first (`Select`; a model that was not trained for long is surest of blanks, and
-    writes little else by confidence)."""
+    writes little else by confidence). `masking`: tokens are hidden by "time", as in the paper, or by "count", which has
+    the same expectation and varies less, much less where few are to be written (answers)."""
 
     length: int = 512
     vocab: int = 272
@@ -84,9 +88,12 @@ class Config:
     short: float = 0.1
     block: int | None = 32
     rule: Rule = "confidence"
+    masking: str = "time"
 
     def __post_init__(self) -> None:
         Select(self.rule)  # refuses what is no rule
+        if self.masking not in MASKINGS:
+            raise ValueError(f"masking is by {' or '.join(MASKINGS)}, not {self.masking!r}")
         if not 0 <= self.short <= 1:
             raise ValueError(f"short is a share of the batches from 0 to 1, got {self.short}")
         if self.block is not None and self.block < 1:
@@ -99,7 +106,7 @@ def build(config: Config | None = None) -> Masked:
     backbone = Transformer(TransformerConfig(c.width, c.depth, c.heads, hidden=c.hidden, rope=RoPE(c.theta)))
     embed = TokenEmbed(c.vocab, c.width, mask=True, start=False)
     head = CategoricalHead(c.width, c.vocab, tied=embed.table if c.tied else None)
-    return Masked(line(c.length), AnyOrder(), embed, backbone, head, masking=by_time, judging=by_count)
+    return Masked(line(c.length), AnyOrder(), embed, backbone, head, masking=MASKINGS[c.masking], judging=by_count)
 
 
 class MDLM(MaskedText):
@@ -142,13 +149,13 @@ class MDLM(MaskedText):
         unit = (torch.randperm(len(index), generator=generator) + torch.rand(len(index), generator=generator)) / len(
             index
         )
-        nats, elements = 0.0, 0
+        nats, tokens = 0.0, 0
         for part, units in zip(index.split(self.validation_batch), unit.split(self.validation_batch), strict=True):
             canvas, _ = self.canvas({k: v.to(self.model.device) for k, v in examples.take(part).items()})
             hidden, weight = by_count(canvas.open, units, torch.rand(canvas.open.shape, generator=generator))
-            elements += int(canvas.open.sum())
             nats += float((self.model.hidden_losses(canvas, hidden).double().sum(1).cpu() * weight).sum())
-        return nats, elements
+            tokens += int(canvas.open.sum())
+        return nats, tokens
 
     # ---- generation -------------------------------------------------------------------------------------------------
 

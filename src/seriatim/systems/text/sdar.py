@@ -12,18 +12,15 @@ first forward of the next. In a block all tokens that the model is sure of (`thr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
-from seriatim.canvas import Canvas
 from seriatim.decoding.sample import Rule, Select
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.static import AnyOrder, Blocks
@@ -129,9 +126,6 @@ class SDAR(MaskedText):
     @property
     def window(self) -> int:
         return self.config.window or self.config.length
-
-    def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, None]:
-        return self.model.canvas({"token": batch["token"]}, layout=line(batch["token"].shape[1])), None
 
 
 # ---- what the laws run -----------------------------------------------------------------------------------------------
