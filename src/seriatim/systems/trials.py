@@ -73,7 +73,7 @@ def quality(
     of all their tokens: the one alone rewards dull texts."""
     from seriatim.verbs.load import load
 
-    said = load(judge)
+    said: Any = load(judge)
     scores = [said.scores([*before, *text], len(text)) for before, text in zip(prompts, texts, strict=True)]
     return -sum(map(sum, scores)) / sum(map(len, scores)), token_entropy(texts)
 

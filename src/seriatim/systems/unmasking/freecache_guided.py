@@ -32,7 +32,7 @@ from seriatim.systems.claim import Claim, Trial
 from seriatim.systems.decoders import Ask, Decoding
 from seriatim.systems.meta import Meta
 from seriatim.systems.system import Sampling
-from seriatim.systems.trials import continued, held_out, quality
+from seriatim.systems.trials import Continued, continued, held_out, quality
 from seriatim.systems.unmasking.unmask import commit_of, selected
 
 META = Meta(
@@ -124,7 +124,8 @@ def trial(spec: str, prompts: int = 2, prompt: int = 64, new_tokens: int = 256) 
 
     def measure(system: Any, seed: int) -> Mapping[str, Any]:
         given = held_out(system, prompts * (seed + 1), prompt)[-prompts:]
-        own, plain = [], []
+        own: list[Continued] = []
+        plain: list[Continued] = []
         for ids in given:
             for found, one in ((plain, PLAIN), (own, spec)):
                 found.append(continued(system, [ids], new_tokens, one, Sampling(temperature=0)))
