@@ -9,18 +9,19 @@ import pytest
 import torch
 
 from seriatim.canvas import DECIDED, GIVEN
-from seriatim.decoding.adjust import Adjusted
+from seriatim.decoding.adjust import Adjusted, described
 from seriatim.decoding.loop import generate
 from seriatim.decoding.sample import Select
 from seriatim.decoding.target import Target
 from seriatim.decoding.unmask import Unmask
+from seriatim.factorization.static import AnyOrder, KnownFirst
 from seriatim.laws.case import randomise
 from seriatim.laws.drafts import untrained
 from seriatim.layout import line
 from seriatim.plan import MASK, VALUE
 from seriatim.posttraining.adjust import Adjust, AdjustConfig, begun, walked
 from seriatim.posttraining.drafting import Base, load_part, save_part
-from seriatim.random import Generator, enumerate_law
+from seriatim.random import Generator, Keyed, enumerate_law
 from seriatim.systems.text.mdlm import MDLM, Config
 from seriatim.systems.text.sdar import SDAR
 from seriatim.systems.text.sdar import Config as Blocks
@@ -99,9 +100,13 @@ def test_every_place_sees_every_other(base):
         assert float((part(other, h, plan) - part(e, h, plan)).abs().amax(-1).min()) > 1e-6
 
 
-def test_a_model_of_blocks_is_refused():
+def test_a_model_in_which_not_everybody_sees_everybody_is_refused():
     with pytest.raises(ValueError, match="everybody sees everybody"):
         Adjust(AdjustConfig(), Base(system_of(SDAR, Blocks)))
+    causal = system_of()
+    causal.model.factorization = KnownFirst()
+    with pytest.raises(ValueError, match="everybody sees everybody"):
+        Adjust(AdjustConfig(), Base(causal))
     for wrong in ({"unroll": 0}, {"rule": "surest"}):
         with pytest.raises(ValueError, match=r"at least once|rule is random"):
             AdjustConfig(**wrong)
@@ -201,6 +206,32 @@ def test_the_loss_is_the_divergence_after_the_last_unroll_and_the_distance_of_st
     assert all(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in part.parameters())
 
 
+def test_of_a_shifted_model_states_stand_where_they_are_read():
+    """Each element is read one slot before its own: with the model itself as sampler, several tokens a forward are one
+    a forward, and ways hold states by the elements that they describe."""
+    system = system_of(block=None)
+    system.model.factorization = AnyOrder(shift=True)
+    randomise(system.model)
+    system.eval()
+
+    def text(sampler, tokens):
+        canvas = system.blocked(system.model.canvas({"token": ids(1)}, 2), LENGTH)
+        law = Target(system.model)
+        one = Adjusted(Unmask(Select("entropy", LENGTH)), sampler, law, tokens)
+        return generate(law, canvas, one, random=Keyed(1)).value["token"].tolist()
+
+    def itself(e, h, plan):
+        return described(system.model.backbone(e, plan), system.model)
+
+    plain = text(None, 1)
+    assert text(itself, 4) == plain
+    assert text(lambda e, h, plan: system.model.backbone(e, plan), 4) != plain
+    way = walked(Base(system), begun(Base(system), ids(), 3, Generator(0)), 2, "entropy", Generator(1))
+    raw = system.model.backbone(way.vectors[-1], way.plan)
+    assert torch.allclose(way.state[-1][:, 1:], raw[:, :-1], rtol=0, atol=1e-9)
+    assert torch.allclose(way.state[-1][:, 0], raw[:, 0], rtol=0, atol=1e-9)
+
+
 # ---- that it learns --------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +258,7 @@ def test_after_training_several_tokens_a_forward_come_near_the_joint_law():
             canvas = system.blocked(
                 system.model.canvas({"token": torch.zeros(1, size).long()}, layout=line(size)), size
             )
-            one = Adjusted(Unmask(Select("entropy", size)), sampler, system.model, tokens)
+            one = Adjusted(Unmask(Select("entropy", size)), sampler, Target(system.model), tokens)
             return tuple(generate(Target(system.model), canvas, one, random=random).value["token"][0].tolist())
 
         return enumerate_law(run)

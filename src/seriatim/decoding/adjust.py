@@ -7,18 +7,18 @@ all others change by it, the next one is decided from these, and so on: a full f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from seriatim.canvas import Canvas, Edit
-from seriatim.decoding.filters import Warper
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.loop import Decider, Step
-from seriatim.decoding.shaping import Shaper
+from seriatim.decoding.target import Target
 from seriatim.decoding.unmask import at_work
 from seriatim.heads.dist import Categorical
 from seriatim.model import Model, Rows
@@ -26,54 +26,55 @@ from seriatim.plan import Plan, Reads
 from seriatim.random import Random
 from seriatim.slots import gather, ragged
 
-# What stands in the slots now, their states before, and how they see each other: their states now.
-Sampler = Callable[[Float[Tensor, "b s d"], Float[Tensor, "b s d"], Plan], Float[Tensor, "b s d"]]
+# What stands in the slots now, the states of their elements before, and who sees whom: the states now.
+Sampler = Callable[[Float[Tensor, "b E d"], Float[Tensor, "b E d"], Plan], Float[Tensor, "b E d"]]
 
 
 class Adjusted:
     """`one` decides `tokens` times on one forward of the model; in between, the sampler refreshes what it goes by.
 
-    With 1 token it is `one` itself. warp, shapers: those of the target.
+    With 1 token it is `one` itself. law: what is sampled, by the same model, filters and penalties as the forward.
     """
 
-    def __init__(
-        self, one: Decider, sampler: Sampler, model: Model, tokens: int, warp: Warper | None = None,
-        shapers: Sequence[Shaper] = (),
-    ):  # fmt: skip
+    def __init__(self, one: Decider, sampler: Sampler, law: Target, tokens: int):
         if tokens < 1:
             raise ValueError(f"at least 1 token is decided a forward, got {tokens}")
-        self.one, self.sampler, self.model, self.tokens = one, sampler, model, tokens
-        self.warp = None if warp is None or warp.neutral else warp
-        self.shapers = tuple(shapers)
+        self.one, self.sampler, self.law, self.tokens = one, sampler, law, tokens
 
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
+        if self.tokens == 1:
+            return self.one.decide(canvas, guess, rows, random)
         edits: tuple[Edit, ...] = ()
-        now = canvas if self.tokens == 1 else canvas.copy()
+        now, h = canvas.copy(), described(rows.hidden, self.law.model)
         for turn in range(self.tokens):
             step = self.one.decide(now, guess, rows, random)
             edits += step.edits
             if turn + 1 == self.tokens or now.apply(step.edits).done:
                 break
-            rows = self.refreshed(now, rows)
+            rows = self.refreshed(now, h)
+            h = rows.hidden
         return Step(edits)
 
-    def refreshed(self, canvas: Canvas, rows: Rows) -> Rows:
+    def refreshed(self, canvas: Canvas, h: Float[Tensor, "b E d"]) -> Rows:
         """What is said of the elements that may be decided next, after others were."""
-        plan = self.model.factorization.step(canvas, None, 0)
+        model = self.law.model
+        plan = model.factorization.step(canvas, None, 0)
         assert plan is not None
-        if plan.size != rows.hidden.shape[1]:
+        if plan.size != h.shape[1]:
             raise ValueError(
-                f"{plan.size} slots are to be refreshed, and the last forward computed {rows.hidden.shape[1]}: a "
-                "sampler takes a model in which everybody sees everybody, and no cache"
+                f"{plan.size} slots are to be refreshed, and the last forward computed {h.shape[1]}: a sampler takes a "
+                "model in which everybody sees everybody, and no cache"
             )
-        h = self.sampler(self.model.vectors(plan, canvas), rows.hidden, plan)
-        next_ = ragged(at_work(canvas, rows._replace(element=plan.reads.element)) >= 0)
-        reads = Reads(gather(plan.reads.slot, next_), gather(plan.reads.element, next_))  # a head is as dear as a layer
-        dist: Any
-        dist, element, slot = self.model.dist(h, replace(plan, reads=reads), canvas)
+        h = self.sampler(model.vectors(plan, canvas), h, plan)
+        element = at_work(canvas, Rows(None, plan.reads.element, h))
+        element = gather(element, ragged(element >= 0))  # a head is as dear as a layer
+        dist: Any = model.dist(h, replace(plan, reads=Reads(element, element)), canvas)[0]
         said = dist
-        for shape in self.shapers:
+        for shape in self.law.shapers:
             dist = Categorical(shape(dist.logits.float(), canvas, None))
-        if self.warp is not None:
-            dist = self.warp(dist)
-        return Rows(dist, element, h, slot, said)
+        return Rows(dist if self.law.warp is None else self.law.warp(dist), element, h, element, said)
+
+
+def described(h: Float[Tensor, "b E d"], model: Model) -> Float[Tensor, "b E d"]:
+    """The state of each element, at which it is read: in a shifted order that stands one slot before its own."""
+    return torch.cat([h[:, :1], h[:, :-1]], 1) if getattr(model.factorization, "shift", False) else h

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from seriatim.backbones.norm import rms_norm
 from seriatim.canvas import Canvas, Set
+from seriatim.decoding.adjust import described
 from seriatim.decoding.sample import Rule, Select
 from seriatim.decoding.target import Target
 from seriatim.decoding.unmask import Unmask, at_work
+from seriatim.factorization.static import AnyOrder
 from seriatim.initial import drawn
 from seriatim.layout import line
 from seriatim.objectives.masked import fewest
@@ -70,12 +72,8 @@ class Adjust(Part):
 
     def __init__(self, config: AdjustConfig, base: Base):
         super().__init__(config, base)
-        order = base.model.factorization
-        if not order.free or getattr(order, "size", None) is not None:
-            raise ValueError(
-                f"{base} does not decide tokens in any order of the whole text: a sampler layer is beside a model in "
-                "which everybody sees everybody (mdlm)"
-            )
+        if type(base.model.factorization) is not AnyOrder:
+            raise ValueError(f"{base}: a sampler layer is beside a model in which everybody sees everybody (mdlm)")
         d, device = base.width, base.device
         self.token_gain = nn.Parameter(torch.ones(d, device=device))
         self.state_gain = nn.Parameter(torch.ones(d, device=device))
@@ -83,7 +81,7 @@ class Adjust(Part):
         self.fuse = nn.Parameter(torch.cat([drawn(d, d, std=0.5 * d**-0.5), torch.eye(d)], 1).to(device))
         self.layer = llama_layer(base, config.heads, hidden=config.hidden)
 
-    def forward(self, e: Float[Tensor, "b s d"], h: Float[Tensor, "b s d"], plan: Plan) -> Float[Tensor, "b s d"]:
+    def forward(self, e: Float[Tensor, "b E d"], h: Float[Tensor, "b E d"], plan: Plan) -> Float[Tensor, "b E d"]:
         """The states now, from what stands in the slots now (as the base embeds it) and the states before."""
         pair = torch.cat([rms_norm(e, self.token_gain, EPS), rms_norm(h, self.state_gain, EPS)], -1)
         return h + rms_norm(self.layer(F.linear(pair, self.fuse), plan).to(h.dtype), self.gain, EPS)
@@ -116,13 +114,13 @@ def _log_softmax(base: Base, h: Float[Tensor, "m d"]) -> Float[Tensor, "m v"]:
 
 @dataclass(frozen=True)
 class Way:
-    """Some steps of a model, a token each. state: of all slots, before the first step and after each; vectors: what
-    stands in the slots after each; plan: of the last forward; next: the slots of elements that may be decided next."""
+    """Some steps of a model, a token each. state: of each element, before the first step and after each; vectors: what
+    stands in the slots after each; plan: of the last forward; next: the elements that may be decided next."""
 
-    state: list[Float[Tensor, "b s d"]]
-    vectors: list[Float[Tensor, "b s d"]]
+    state: list[Float[Tensor, "b E d"]]
+    vectors: list[Float[Tensor, "b E d"]]
     plan: Plan
-    next: Bool[Tensor, "b s"]
+    next: Bool[Tensor, "b E"]
 
 
 @torch.no_grad()
@@ -135,12 +133,10 @@ def walked(base: Base, canvas: Canvas, count: int, rule: Rule, random: Generator
             canvas.apply(one.decide(canvas, None, rows, random).edits)
         plan: Any = target.plan(canvas)
         rows = target.forward(plan, canvas)
-        state.append(rows.hidden)
+        state.append(described(rows.hidden, base.model))
         vectors.append(base.model.vectors(plan, canvas))
     element = at_work(canvas, rows)
-    there = torch.zeros(canvas.batch, plan.size + 1, dtype=torch.bool)
-    slot = torch.where(element >= 0, plan.reads.slot.expand_as(element), plan.size)
-    return Way(state, vectors[1:], plan, there.scatter(1, slot, True)[:, :-1].to(base.device))
+    return Way(state, vectors[1:], plan, element.to(base.device) >= 0)
 
 
 def begun(base: Base, ids: Int[Tensor, "b n"], left: int, random: Generator) -> Canvas:
@@ -151,7 +147,7 @@ def begun(base: Base, ids: Int[Tensor, "b n"], left: int, random: Generator) -> 
     if n < left:
         raise ValueError(f"windows of {n} tokens leave no {left} to decide: give a longer --window")
     start = int(torch.randint(n - left + 1, (), generator=g))
-    block = base.system.config.block or n
+    block = getattr(base.system.config, "block", None) or n
     canvas = base.system.blocked(base.model.canvas({"token": ids}, start, layout=line(n)), block)
     most = min(block - 1, n - start - left)
     count = torch.randint(most + 1, (b,), generator=g)

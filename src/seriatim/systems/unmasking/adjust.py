@@ -82,9 +82,9 @@ def decoder(ask: Ask) -> Decoding:
 
 def adjusted(ask: Ask, sampler: Sampler, rule: Rule, decider: type[Adjusted] = Adjusted) -> Decoding:
     """With this layer."""
-    o, model = ask.options, ask.system.model
-    one = Unmask(Select(o.rule or rule, model.layout.size), ask.stop)
-    return Decoding(decider(one, sampler, model, o.tokens, ask.sampling.warp, ask.sampling.shapers))
+    o, law = ask.options, ask.system.target(None, ask.sampling)
+    one = Unmask(Select(o.rule or rule, law.model.layout.size), ask.stop)
+    return Decoding(decider(one, sampler, law, o.tokens))
 
 
 # ---- what there is to see --------------------------------------------------------------------------------------------
@@ -201,8 +201,9 @@ def shuffling_trial(adjusted: bool) -> Callable[[Any, int], Mapping[str, float]]
         found: dict[str, float] = {}
         for k in AT_ONCE:
             canvas = system.blocked(system.model.blank(DRAWN), ITEMS)
-            one = Adjusted(Unmask(Select("entropy", ITEMS)), sampler, system.model, k)
-            ids = generate(Target(system.model), canvas, one, random=Keyed(seed)).value["token"]
+            law = Target(system.model)
+            one = Adjusted(Unmask(Select("entropy", ITEMS)), sampler, law, k)
+            ids = generate(law, canvas, one, random=Keyed(seed)).value["token"]
             right = ids[(ids.sort(1).values == torch.arange(ITEMS)).all(1)]
             true = bits(shuffled(len(right), torch.Generator().manual_seed(seed)))
             found |= {f"right_{k}": len(right) / DRAWN, f"bits_{k}": bits(right), f"true_bits_{k}": true}
@@ -314,7 +315,7 @@ class _Late(Adjusted):
 
     late: Tensor | None = None
 
-    def refreshed(self, canvas: Canvas, rows: Rows) -> Rows:
+    def refreshed(self, canvas: Canvas, h: Tensor) -> Rows:
         right = self.sampler
 
         def sampler(e: Tensor, h: Tensor, plan: Plan) -> Tensor:
@@ -322,7 +323,7 @@ class _Late(Adjusted):
             return right(e if late is None else late, h, plan)
 
         self.sampler = sampler
-        found = super().refreshed(canvas, rows)
+        found = super().refreshed(canvas, h)
         self.sampler = right
         return found
 
