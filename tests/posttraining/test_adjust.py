@@ -216,9 +216,8 @@ def test_of_a_shifted_model_states_stand_where_they_are_read():
 
     def text(sampler, tokens):
         canvas = system.blocked(system.model.canvas({"token": ids(1)}, 2), LENGTH)
-        law = Target(system.model)
-        one = Adjusted(Unmask(Select("entropy", LENGTH)), sampler, law, tokens)
-        return generate(law, canvas, one, random=Keyed(1)).value["token"].tolist()
+        way = Adjusted(Unmask(Select("entropy", LENGTH)), sampler, tokens)
+        return generate(Target(system.model), canvas, way, way, Keyed(1)).value["token"].tolist()
 
     def itself(e, h, plan):
         return described(system.model.backbone(e, plan), system.model)
@@ -258,8 +257,8 @@ def test_after_training_several_tokens_a_forward_come_near_the_joint_law():
             canvas = system.blocked(
                 system.model.canvas({"token": torch.zeros(1, size).long()}, layout=line(size)), size
             )
-            one = Adjusted(Unmask(Select("entropy", size)), sampler, Target(system.model), tokens)
-            return tuple(generate(Target(system.model), canvas, one, random=random).value["token"][0].tolist())
+            way = Adjusted(Unmask(Select("entropy", size)), sampler, tokens)
+            return tuple(generate(Target(system.model), canvas, way, way, random).value["token"][0].tolist())
 
         return enumerate_law(run)
 

@@ -15,7 +15,7 @@ from seriatim.laws.drafts import untrained
 from seriatim.posttraining.adjust import Adjust, AdjustConfig
 from seriatim.posttraining.drafting import Base, read_card, save_part
 from seriatim.systems import trials
-from seriatim.systems.decoders import decoder_of
+from seriatim.systems.decoders import Decoding, decoder_of
 from seriatim.systems.system import Sampling
 from seriatim.systems.text.next_token import Config, NextToken
 from seriatim.systems.unmasking import adjust
@@ -88,6 +88,21 @@ def test_more_tokens_a_forward_take_fewer_forwards_and_are_not_independent(folde
     independent, as_many = text(system, "unmask+rule=margin+block=24", steps=8)
     assert forwards == as_many == 8
     assert found != independent
+
+
+def test_no_token_of_a_forward_is_what_may_not_be_written(folder, part):
+    """In a gap no end of text, of whichever token, and whatever is asked for beside."""
+    system = load(folder / "base")
+    (end,) = system.stop
+    with torch.no_grad():
+        system.model.heads["token"].weight[end] *= 1000.0  # what the model would write wherever its states point there
+    way = decoder_of(system, f"adjust:{part}+tokens=6", Sampling(temperature=0))
+    kept = []
+    text = "".join(system.infill("the <mask:12> sat", Sampling(temperature=0), decoding=way, trace=kept))
+    assert len(kept) == 2
+    assert text.startswith("the ") and text.endswith(" sat")
+    with pytest.raises(ValueError, match="as proposer, too"):
+        list(system.infill("a<mask:3>b", decoding=Decoding(way.decider.__class__(way.decider.one, None, 2))))
 
 
 def test_mistakes_are_named(folder, part, tmp_path):

@@ -33,17 +33,27 @@ Sampler = Callable[[Float[Tensor, "b E d"], Float[Tensor, "b E d"], Plan], Float
 class Adjusted:
     """`one` decides `tokens` times on one forward of the model; in between, the sampler refreshes what it goes by.
 
-    With 1 token it is `one` itself. law: what is sampled, by the same model, filters and penalties as the forward.
+    With 1 token it is `one` itself. It is proposer and decider: it drafts nothing, but hears so what law is sampled.
     """
 
-    def __init__(self, one: Decider, sampler: Sampler, law: Target, tokens: int):
+    law: Target | None = None
+
+    def __init__(self, one: Decider, sampler: Sampler, tokens: int):
         if tokens < 1:
             raise ValueError(f"at least 1 token is decided a forward, got {tokens}")
-        self.one, self.sampler, self.law, self.tokens = one, sampler, law, tokens
+        self.one, self.sampler, self.tokens = one, sampler, tokens
+
+    def propose(self, canvas: Canvas, target: Target, random: Random) -> None:
+        self.law = target
+
+    def observe(self, canvas: Canvas, rows: Rows, step: Step) -> None:
+        """Learns nothing."""
 
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
         if self.tokens == 1:
             return self.one.decide(canvas, guess, rows, random)
+        if self.law is None:
+            raise ValueError("what law is sampled is not known: give this decider as proposer, too")
         edits: tuple[Edit, ...] = ()
         now, h = canvas.copy(), described(rows.hidden, self.law.model)
         for turn in range(self.tokens):
@@ -51,13 +61,13 @@ class Adjusted:
             edits += step.edits
             if turn + 1 == self.tokens or now.apply(step.edits).done:
                 break
-            rows = self.refreshed(now, h)
+            rows = self.refreshed(now, h, self.law)
             h = rows.hidden
         return Step(edits)
 
-    def refreshed(self, canvas: Canvas, h: Float[Tensor, "b E d"]) -> Rows:
+    def refreshed(self, canvas: Canvas, h: Float[Tensor, "b E d"], law: Target) -> Rows:
         """What is said of the elements that may be decided next, after others were."""
-        model = self.law.model
+        model = law.model
         plan = model.factorization.step(canvas, None, 0)
         assert plan is not None
         if plan.size != h.shape[1]:
@@ -70,9 +80,9 @@ class Adjusted:
         element = gather(element, ragged(element >= 0))  # a head is as dear as a layer
         dist: Any = model.dist(h, replace(plan, reads=Reads(element, element)), canvas)[0]
         said = dist
-        for shape in self.law.shapers:
+        for shape in law.shapers:
             dist = Categorical(shape(dist.logits.float(), canvas, None))
-        return Rows(dist if self.law.warp is None else self.law.warp(dist), element, h, element, said)
+        return Rows(dist if law.warp is None else law.warp(dist), element, h, element, said)
 
 
 def described(h: Float[Tensor, "b E d"], model: Model) -> Float[Tensor, "b E d"]:

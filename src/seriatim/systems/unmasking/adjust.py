@@ -82,9 +82,9 @@ def decoder(ask: Ask) -> Decoding:
 
 def adjusted(ask: Ask, sampler: Sampler, rule: Rule, decider: type[Adjusted] = Adjusted) -> Decoding:
     """With this layer."""
-    o, law = ask.options, ask.system.target(None, ask.sampling)
-    one = Unmask(Select(o.rule or rule, law.model.layout.size), ask.stop)
-    return Decoding(decider(one, sampler, law, o.tokens))
+    o = ask.options
+    way = decider(Unmask(Select(o.rule or rule, ask.system.model.layout.size), ask.stop), sampler, o.tokens)
+    return Decoding(way, way)
 
 
 # ---- what there is to see --------------------------------------------------------------------------------------------
@@ -201,9 +201,8 @@ def shuffling_trial(adjusted: bool) -> Callable[[Any, int], Mapping[str, float]]
         found: dict[str, float] = {}
         for k in AT_ONCE:
             canvas = system.blocked(system.model.blank(DRAWN), ITEMS)
-            law = Target(system.model)
-            one = Adjusted(Unmask(Select("entropy", ITEMS)), sampler, law, k)
-            ids = generate(law, canvas, one, random=Keyed(seed)).value["token"]
+            way = Adjusted(Unmask(Select("entropy", ITEMS)), sampler, k)
+            ids = generate(Target(system.model), canvas, way, way, Keyed(seed)).value["token"]
             right = ids[(ids.sort(1).values == torch.arange(ITEMS)).all(1)]
             true = bits(shuffled(len(right), torch.Generator().manual_seed(seed)))
             found |= {f"right_{k}": len(right) / DRAWN, f"bits_{k}": bits(right), f"true_bits_{k}": true}
@@ -315,7 +314,7 @@ class _Late(Adjusted):
 
     late: Tensor | None = None
 
-    def refreshed(self, canvas: Canvas, h: Tensor) -> Rows:
+    def refreshed(self, canvas: Canvas, h: Tensor, law: Target) -> Rows:
         right = self.sampler
 
         def sampler(e: Tensor, h: Tensor, plan: Plan) -> Tensor:
@@ -323,7 +322,7 @@ class _Late(Adjusted):
             return right(e if late is None else late, h, plan)
 
         self.sampler = sampler
-        found = super().refreshed(canvas, h)
+        found = super().refreshed(canvas, h, law)
         self.sampler = right
         return found
 
