@@ -1,8 +1,8 @@
-"""Probe `sdar` with `freecache-guided`: block diffusion, an approximate cache, and a decider with a model of its own.
+"""Probe `sdar` with FreeCache: block diffusion, and an approximate cache.
 
 SDAR (2025): blocks one after another, the elements of a block in any order, trained in one pass of two streams.
-FreeCache and guided diffusion (FlashDLM, 2025): a masked generator that never computes finished blocks again, and an
-autoregressive model that says how much of a draft to trust.
+FreeCache (FlashDLM, 2025): a masked generator that never computes finished blocks again; how it is guided is held to
+its laws in tests/decoding/test_guide.py.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.canvas import Set
 from seriatim.conditions.condition import ClassCondition
 from seriatim.decoding.filters import Warper
-from seriatim.decoding.guess import Guess
-from seriatim.decoding.loop import Step, decode, generate
+from seriatim.decoding.loop import decode, generate
 from seriatim.decoding.policy import FreeCache
 from seriatim.decoding.sample import Above, Select
 from seriatim.decoding.target import Target
@@ -59,27 +58,6 @@ def masked(model, x, given, random):
     canvas = model.canvas({"token": x.clone()}, given)
     shown = torch.where(hidden | (u == 2.0), -1, torch.arange(x.shape[1]))
     return canvas.apply([Set(x, shown)]), 1 / rate[:, 0]
-
-
-class Guided:
-    """Commit the longest run of the draft (the generator's likeliest values) on which the guide, which reads from left
-    to right, agrees; at least one element. The guide decides how many, never what."""
-
-    def __init__(self, guide, canvas):
-        self.guide, self.canvas = Target(guide), guide.canvas({"token": canvas.value["token"].clone()}, canvas.length)
-
-    def says(self, draft):
-        """What the guide would write in each place of the draft."""
-        self.plan = self.guide.plan(self.canvas, Guess(draft))
-        return self.guide.forward(self.plan, self.canvas, Guess(draft)).dist.mode()[:, : draft.shape[1]]
-
-    def decide(self, canvas, guess, rows, random):
-        unknown = rows.element >= 0
-        draft, element = rows.dist.mode()[unknown][None], rows.element[unknown][None]
-        n = max(int((self.says(draft) == draft).long().cumprod(1).sum()), 1)
-        self.guide.commit(self.plan.size - draft.shape[1] + n - 1, self.plan)
-        self.canvas.apply([Set(draft[:, :n])])
-        return Step((Set(draft[:, :n], element[:, :n]),))
 
 
 # ---- SDAR: laws ------------------------------------------------------------------------------------------------------
@@ -374,89 +352,3 @@ def test_where_everybody_sees_everybody_drift_grows_with_what_is_frozen():
     assert drift[FreeCache(8)] < 1e-12
     assert 1e-5 < drift[FreeCache(4, rewrite=True)] < drift[FreeCache(4)] < drift[FreeCache(2)] < 0.2
     assert 1e-5 < drift[FreeCache(2, rewrite=True)] < drift[FreeCache(2)]
-
-
-# ---- guided diffusion ------------------------------------------------------------------------------------------------
-
-
-def constant(order, token, vocab=VOCAB):
-    """A model that always writes the same token."""
-    model = randomise(generator(8, order))
-    head = CategoricalHead(WIDTH, vocab, bias=True).double()
-    with torch.no_grad():
-        head.weight.zero_()
-        head.bias.copy_(F.one_hot(torch.tensor(token), vocab))
-    model.heads["token"] = head
-    return model
-
-
-def guided(model, make, policy=None, known=2):
-    canvas = model.canvas({"token": text(1)}, known)
-    decider = make(canvas)
-    steps = [step for step in decode(Target(model, policy=policy), canvas, decider)]
-    return canvas.value["token"], [step.edits[0].element.shape[1] for step in steps], decider
-
-
-def left_to_right(model, x, known):
-    """The generator's own greedy text, one element a step."""
-    for e in range(known, 8):
-        canvas = shown(model, x, range(e))
-        x = x.clone()
-        x[0, e] = rows_of(model, model.factorization.step(canvas, None, 0), canvas)[e].argmax()
-    return x
-
-
-def test_a_guide_that_always_agrees_commits_everything_in_one_step():
-    _, counts, _ = guided(constant(AnyOrder(), 1), lambda canvas: Guided(constant(Line(prefix=1), 1), canvas))
-    assert counts == [6]
-
-
-def test_a_guide_that_never_agrees_leaves_the_generators_own_greedy_text():
-    model, never = randomise(generator(8, AnyOrder())), constant(Line(prefix=1), 2, vocab=3)
-    x, counts, _ = guided(model, lambda canvas: Guided(never, canvas))
-    assert counts == [1] * 6
-    assert torch.equal(x, left_to_right(model, text(1), 2))
-
-
-def test_a_perfect_guide_changes_nothing_and_saves_forwards():
-    """It writes what the generator would write there from left to right."""
-    model = randomise(generator(8, AnyOrder()), seed=1)
-
-    class Perfect(Guided):
-        def says(self, draft):
-            super().says(draft)
-            known = self.canvas.length
-            full = torch.cat([self.canvas.value["token"][:, :known], draft], 1)
-            out = []
-            for e in range(known, 8):
-                canvas = shown(model, full, range(e))
-                out.append(rows_of(model, model.factorization.step(canvas, None, 0), canvas)[e].argmax())
-            return torch.stack(out)[None]
-
-    plain = randomise(generator(8, Line(prefix=1)))
-    x, counts, _ = guided(model, lambda canvas: Perfect(plain, canvas))
-    assert torch.equal(x, left_to_right(model, text(1), 2))
-    assert sum(counts) == 6 and len(counts) < 6
-
-
-@pytest.mark.parametrize("policy", [None, FreeCache(2), FreeCache(2, rewrite=True)], ids=str)
-def test_at_least_one_element_a_step_and_a_cropped_guide_equals_a_fresh_one(policy):
-    model, guide = randomise(generator(8, AnyOrder())), randomise(generator(8, Line(prefix=1)), seed=2)
-    checked = []
-
-    class Checked(Guided):
-        def says(self, draft):
-            kept = super().says(draft)
-            fresh, canvas = Target(guide), self.canvas.copy()
-            plan = fresh.plan(canvas, Guess(draft))
-            again = fresh.forward(plan, canvas, Guess(draft)).dist
-            now = self.guide.plan(self.canvas, Guess(draft))
-            mine = self.guide.forward(now, self.canvas, Guess(draft)).dist
-            assert torch.allclose(mine.log_probs(), again.log_probs(), rtol=0, atol=1e-9)
-            checked.append(plan.size - now.size)
-            return kept
-
-    x, counts, decider = guided(model, lambda canvas: Checked(guide, canvas), policy)
-    assert sum(counts) == 6 and min(counts) >= 1
-    assert checked[0] == 0 and min(checked[1:]) > 0  # later, part of the text stands in the cache
-    assert torch.equal(decider.canvas.value["token"], x)

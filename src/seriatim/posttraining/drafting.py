@@ -37,7 +37,8 @@ SAMPLE = 64  # numbers of a tensor that a fingerprint looks at
 
 
 class Base:
-    """A frozen next-token model as its draft parts see it. `system` is the `LanguageModel` itself.
+    """A frozen model of text as its parts see it. `system` is the `LanguageModel` itself, or a `MaskedText`, which has
+    no `states`.
 
     Raises ValueError for a model that does not read tokens out by one matrix.
     """

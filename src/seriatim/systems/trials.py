@@ -5,12 +5,19 @@ Accepted lengths do not depend on the machine, nor on what else it does.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from seriatim.data.base import load_data
-from seriatim.evaluation.metrics import LOOPING
-from seriatim.systems.decoders import forget
+from seriatim.decoding.loop import Step, decode
+from seriatim.evaluation.metrics import LOOPING, token_entropy
+from seriatim.random import Keyed
+from seriatim.systems.decoders import decoder_of, forget
+from seriatim.systems.system import Sampling
 
 TEMPERATURE = 0.7
 
@@ -29,6 +36,46 @@ def held_out(system: Any, count: int = 16, length: int = 200) -> list[list[int]]
         found += some
         start += 2 * length
     return found[:count]
+
+
+@dataclass(frozen=True)
+class Continued:
+    """What stands behind prompts, the steps that it took, and seconds."""
+
+    ids: list[list[int]]
+    steps: list[Step]
+    seconds: float
+
+
+def continued(
+    system: Any, prompts: Sequence[Sequence[int]], length: int, decoder: str, sampling: Sampling, seed: int = 0
+) -> Continued:
+    """So many tokens behind prompts of equal lengths, side by side, by a model that decides tokens in any order;
+    nothing ends a text earlier."""
+    way = decoder_of(system, decoder, sampling, ())
+    canvas = system.begun(prompts[0], length)
+    if way.block is not None:
+        canvas = system.blocked(canvas, way.block)
+    canvas = canvas.select(torch.zeros(len(prompts), dtype=torch.long))
+    canvas.value["token"][:, : len(prompts[0])] = torch.tensor(prompts)
+    canvas.row = torch.arange(len(prompts))
+    target, start = system.target(None, sampling, **way.target), time.perf_counter()
+    with torch.inference_mode():
+        steps = list(decode(target, canvas, way.decider, way.proposer, Keyed(seed)))
+    ids = canvas.value["token"][:, len(prompts[0]) :].tolist()
+    return Continued(ids, steps, time.perf_counter() - start)
+
+
+def quality(
+    prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], judge: str = "zoo:text-base"
+) -> tuple[float, float]:
+    """Nats a token that a next-token model of the same ids finds in texts behind their prompts, and the entropy in bits
+    of all their tokens: the one alone rewards dull texts."""
+    from seriatim.verbs.load import load
+
+    said: Any = load(judge)
+    scores = [said.scores([*before, *text], len(text)) for before, text in zip(prompts, texts, strict=True)]
+    return -sum(map(sum, scores)) / sum(map(len, scores)), token_entropy(texts)
 
 
 def tokens_per_forward(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import seriatim
 from seriatim.data.base import DEFAULT, Data, load_data
+from seriatim.data.conversations import Conversations
 from seriatim.decoding.loop import decode
 from seriatim.evaluation.cost import parameters
 from seriatim.evaluation.draft_trees import Watched, save_trees, some_trees
@@ -27,26 +28,27 @@ from seriatim.home import HOME
 from seriatim.posttraining.drafting import CARD, RECIPE, Base, card_of
 from seriatim.posttraining.heads import AheadHeads, chances
 from seriatim.posttraining.states import States, Tokens, states_of, windows
-from seriatim.systems.decoders import Ask, Decoding
+from seriatim.systems.decoders import FAMILIES, Ask, Decoding
 from seriatim.systems.encoder_decoder import EncoderDecoder
 from seriatim.systems.language_model import LanguageModel
+from seriatim.systems.masked_text import MaskedText
 from seriatim.systems.meta import catalogue
 from seriatim.systems.meta import load as load_module
 from seriatim.systems.system import Sampling
-from seriatim.systems.text_system import Windows
+from seriatim.systems.text_system import TextSystem, Windows
 from seriatim.training.checkpoint import save_json
 from seriatim.training.recipe import Recipe
 from seriatim.verbs.finetune import Begun, found_again, origin, sides
 from seriatim.verbs.load import load, plain
 
-WINDOW = 256  # tokens, where there are so many
+WINDOW = 256  # tokens, where there are so many, and a part says nothing else
 HELD_OUT = 32  # windows that are looked at
 
 
 @dataclass(frozen=True)
 class Reading:
     """What of the text is read. tokens: how many, spread evenly (or all there are); window: how many at a time (None:
-    256, or fewer where the model or the text has no more)."""
+    256, or what the part says, or fewer where the model or the text has no more)."""
 
     tokens: int = 200_000
     window: int | None = None
@@ -58,7 +60,7 @@ class Reading:
 
 def is_draft_part(key: str) -> bool:
     """Whether this names a decoder with a part to train."""
-    return key in catalogue() and catalogue()[key][0].family == "decoder" and hasattr(load_module(key), "Part")
+    return key in catalogue() and catalogue()[key][0].family in FAMILIES and hasattr(load_module(key), "Part")
 
 
 def begin(
@@ -72,8 +74,11 @@ def begin(
     base, name = _base(key, from_), origin(from_ or "")
     asked = DEFAULT["text"] if data in (None, "builtin") else data
     loaded = asked if isinstance(asked, Data) else load_data(asked, "text", **data_options)
+    if isinstance(loaded.train, Conversations) and not isinstance(base.system, LanguageModel):
+        raise ValueError(f"{loaded.name} holds conversations, which {name} does not read: give texts")
     train, test, notes = _streams(base.system, loaded)
-    window = _window(base.system, reading, len(train), len(test))
+    usual = getattr(load_module(key), "WINDOW", WINDOW)
+    window = _window(base.system, reading, usual, len(train), len(test))
     torch.manual_seed(recipe.seed)
     part = kind(config, base)
     if getattr(config, "draft_vocab", None) is not None:
@@ -120,7 +125,10 @@ def _base(key: str, from_: str | Path | None) -> Base:
     if from_ is None:
         raise ValueError(f"{key} is trained beside a model that there is already: say which (--base MODEL)")
     system = load(from_)
-    if not isinstance(system, LanguageModel) or not system.model.factorization.draftable:
+    if catalogue()[key][0].family == "unmasking":
+        if not isinstance(system, MaskedText):
+            raise ValueError(f"{from_} is {system.meta.key}, and {key} is trained beside masked models of text (mdlm)")
+    elif not isinstance(system, LanguageModel) or not system.model.factorization.draftable:
         raise ValueError(f"{from_} is {system.meta.key}, and {key} is trained beside next-token models")
     if isinstance(system, EncoderDecoder):
         raise ValueError(
@@ -131,7 +139,7 @@ def _base(key: str, from_: str | Path | None) -> Base:
     return Base(system)
 
 
-def _streams(system: LanguageModel, data: Data) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+def _streams(system: TextSystem, data: Data) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """The ids of both sides, one text behind another; conversations as their template writes them."""
     train, test, notes = sides(system, data)
     if isinstance(train, Windows):
@@ -140,11 +148,11 @@ def _streams(system: LanguageModel, data: Data) -> tuple[Tensor, Tensor, tuple[s
     return first, second, notes
 
 
-def _window(system: LanguageModel, reading: Reading, *lengths: int) -> int:
+def _window(system: TextSystem, reading: Reading, usual: int, *lengths: int) -> int:
     room = system.model.layout.size
     if reading.window is not None and reading.window > room:
         raise ValueError(f"the model takes {room} tokens in all, and a window of {reading.window} is asked for")
-    return reading.window or min(WINDOW, room, *lengths)
+    return reading.window or min(usual, room, *lengths)
 
 
 def _states(base: Base, train: Tensor, test: Tensor, bar: Callable[[str], Any] | None) -> tuple[States, States]:
@@ -198,6 +206,10 @@ def show_part(key: str, system: Any, folder: Path, history: list[dict[str, float
             title=f"{key}: what its candidates get right",
         )  # fmt: skip
     module = load_module(key)
+    if hasattr(module, "show"):
+        figures |= module.show(system, folder)
+        save_json(figures, folder / "summary.json")
+        return figures
     way = module.decoder(Ask(system, Sampling(temperature=0), system.stop, str(folder), module.Options()))
     watched = None if way.proposer is None else Watched(way.proposer)
     figures |= coloured(system, replace(way, proposer=watched), PROMPT, folder / "drafted.html")

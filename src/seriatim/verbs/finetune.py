@@ -123,7 +123,7 @@ def settings_from(settings: Mapping[str, Any], lora: int | None) -> tuple[Tuning
     return tuning, replace(tuning.recipe, **{k: v for k, v in settings.items() if k in of_recipe})
 
 
-def sides(system: LanguageModel, data: Data, length: int | None = None) -> tuple[Any, Any, tuple[str, ...]]:
+def sides(system: Any, data: Data, length: int | None = None) -> tuple[Any, Any, tuple[str, ...]]:
     """Both sides as training draws them, and what a user should hear of them. Texts that are shorter than a window make
     the window shorter, unless its length was asked for."""
     if isinstance(data.train, Conversations):
