@@ -32,7 +32,7 @@ from seriatim.random import Generator, Keyed, Random
 from seriatim.training.recipe import Recipe
 
 AT_ONCE = 8  # windows that are decided together
-FILTERING = Recipe(1500, batch=256, learning_rate=3e-3, weight_decay=0.0)  # seconds
+FILTERING = Recipe(600, batch=256, learning_rate=3e-3, weight_decay=0.01)  # seconds
 
 
 # ---- the oracle ------------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class Filter(Part):
         ).to(base.device)
 
     def forward(self, sure: Float[Tensor, "b B"]) -> Float[Tensor, "b B"]:
-        weight = self.layers[0].weight
+        weight = next(self.layers.parameters())
         return self.layers(sure.to(weight.device, weight.dtype))
 
     def examples(self, base: Base, ids: Int[Tensor, "w n"], tell: Callable[[int, int], None] | None = None) -> Records:
@@ -242,10 +242,9 @@ class FilterLearner(nn.Module):
 ACCEPTED = 0.96  # the threshold of the paper
 
 
-def reliability(score: Float[Tensor, "n B"], records: Records, bins: int = 10) -> list[tuple[float, float, int]]:
-    """How often guesses of about so high a score (0 to 1) were right: mean score, share, and count, of equally wide
-    bins that hold any."""
+def reliability(score: Float[Tensor, "n B"], records: Records, parts: int = 10) -> list[tuple[float, float]]:
+    """How sure and how often right guesses were: mean score and share, of so many equally large parts of them, from the
+    lowest scores to the highest."""
     score, right = score[records.asked], records.right[records.asked]
-    which = (score * bins).long().clamp(0, bins - 1)
-    found = [which == i for i in range(bins)]
-    return [(float(score[b].mean()), float(right[b].double().mean()), int(b.sum())) for b in found if bool(b.any())]
+    order = score.argsort().tensor_split(min(parts, len(score)))
+    return [(float(score[part].mean()), float(right[part].double().mean())) for part in order]
