@@ -129,8 +129,8 @@ class Select:
     `steps` spreads the elements of a block evenly ("linear", the first steps one more; Nie et al. 2025) or few at first
     ("cosine"; "powers": 1, 2, 4, ... and the rest, of the whole text as far as its blocks allow, whatever `steps` is;
     EOSER-ASS, 2025); `commit` decides instead as many as the scores allow, and at least one. `scorer` changes the
-    scores of the rule "confidence"; `penalty` is taken off a score for every place between an element and the first that
-    was read: near ones go first.
+    scores of the rule "confidence"; `penalty` is taken off a score for every place between an element and the first
+    that was read: near ones go first.
 
     Has no memory: how far a row is follows from what it has decided. Elements of equal rank are a block.
     """
