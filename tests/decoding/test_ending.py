@@ -16,9 +16,11 @@ from seriatim.decoding.sample import Above, Select
 from seriatim.decoding.target import Target
 from seriatim.decoding.unmask import Unmask
 from seriatim.heads.dist import Categorical
-from seriatim.laws.unmasking import UnmaskingCase, plain
+from seriatim.laws.unmasking import plain
 from seriatim.layout import line
 from seriatim.model import Rows
+from seriatim.posttraining.drafting import Base
+from seriatim.posttraining.parallel import Filter, FilterConfig
 from seriatim.random import Keyed
 from seriatim.systems.decoders import Ask
 from seriatim.systems.system import Sampling
@@ -183,12 +185,13 @@ def test_an_end_that_was_given_ends_nothing():
 
 def test_canvases_only_shrink_and_what_no_row_has_any_more_is_not_computed():
     """Forwards of a model: as many slots as are left; with a cache around the block no more."""
-    case = UnmaskingCase(learn2pd._arbitrary, learn2pd.Options(threshold=1.0, floor=0.3), neutral=None)
-    system, shrunk = case.systems[0], 0
+    system, shrunk = learn2pd.case().systems[0], 0
     for cache in ("none", "dual"):
         for seed in range(6):
             options = learn2pd.Options(threshold=1.0, floor=0.0 if seed % 2 else 0.4, cache=cache)
-            way = learn2pd._arbitrary(Ask(system, Sampling(), (END,), None, options))
+            way = learn2pd.filtered(
+                Ask(system, Sampling(), (END,), None, options), Filter(FilterConfig(4), Base(system))
+            )
             canvas = system.blocked(system.begun([1, 0, 1], 13), way.block)
             left, decided = canvas.layout.size, torch.zeros(canvas.layout.size, dtype=torch.bool)
             target = Target(system.model, **way.target)
@@ -204,8 +207,7 @@ def test_canvases_only_shrink_and_what_no_row_has_any_more_is_not_computed():
 
 def test_a_cut_row_is_read_as_a_shorter_text():
     """Rows of unequal lengths beside each other are as each alone."""
-    case = UnmaskingCase(learn2pd._arbitrary, learn2pd.Options(), neutral=None)
-    system = case.systems[0]
+    system = learn2pd.case().systems[0]
     both, long, short = (system.begun([1, 0, 1], n) for n in (13, 13, 5))
     both = both.select(torch.tensor([0, 0]))
     both.apply([Truncate(torch.tensor([16, 8]))])
@@ -219,8 +221,7 @@ def test_a_cut_row_is_read_as_a_shorter_text():
 
 def test_a_cache_policy_outlives_a_cut():
     """What is cut off is forgotten; from the next block on, forwards are those of a shorter text."""
-    case = UnmaskingCase(learn2pd._arbitrary, learn2pd.Options(), neutral=None)
-    system = case.systems[0]
+    system = learn2pd.case().systems[0]
     canvas = system.blocked(system.begun([1, 0, 1], 13), 4)
     target, slots = Target(system.model, policy=OutsideBlock(True)), []
     for n, step in enumerate(decode(target, canvas, plain(system, 4).decider, random=Keyed(1))):

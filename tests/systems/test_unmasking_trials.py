@@ -144,12 +144,26 @@ def test_every_arm_of_the_claim_of_agreement_is_measured(monkeypatch):
         "oracle": learn2pd.by_oracle(8),
     }  # fmt: skip
     told = {name: learn2pd.trial(way, **small_)(system, 0) for name, way in ways.items()}
-    assert set(told) == set(learn2pd.CLAIM.arms) and learn2pd.CLAIM.metric in told["filter"]
+    ends = {"ends kept", "cut behind ends", "cut without a floor"}
+    assert set(told) | ends == set(learn2pd.CLAIM.arms) and learn2pd.CLAIM.metric in told["filter"]
     assert told["oracle"]["agreement"] == 1 and told["oracle"]["setting"] == "oracle"
     for name in ("filter", "threshold"):
         assert sum(k.endswith(": agreement") for k in told[name]) == len(learn2pd.SWEPT)
         assert told[name]["tokens_per_forward"] >= 1
     assert told["oracle"]["tokens_per_forward"] > 1
+
+
+def test_what_cutting_behind_ends_saves_is_measured_apart(monkeypatch):
+    """A model that expects ends nearly everywhere: what it would write behind the first is saved."""
+    task = trials.TASKS["lists"]
+    model = MDLM(Config(length=task.prompt + task.answer, **TINY, block=None)).eval()
+    randomise(model.model, seed=3)
+    bias = torch.zeros(model.config.vocab, dtype=torch.float64)
+    bias[model.stop[0]] = 4.0
+    model.model.heads["token"].bias = torch.nn.Parameter(bias, requires_grad=False)
+    monkeypatch.setattr(learn2pd, "taught", lambda name: model)
+    kept, cut, early = (learn2pd.by_ends(floor, 5)(None, 0)["forwards"] for floor in (None, 2.0, 0.0))
+    assert max(cut, early) < kept <= task.answer
 
 
 def test_prompts_are_drawn_by_the_seed():

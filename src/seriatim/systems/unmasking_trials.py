@@ -96,7 +96,7 @@ class Taught(MDLM):
         return self.model.canvas({"token": ids}, self.prompt, layout=line(ids.shape[1])), None
 
 
-RECIPE = Recipe(800, batch=64, learning_rate=2e-3, weight_decay=0.1, bf16=True)
+RECIPE = Recipe(1000, batch=64, learning_rate=2e-3, weight_decay=0.1, bf16=True)
 SHAPE: Mapping[str, Any] = {"width": 128, "depth": 4, "heads": 4}
 
 
@@ -133,7 +133,7 @@ def answers_of(
 
 
 def answered(
-    model: MDLM, task: Task, some: list[tuple[str, str]], spec: str, steps: int | None = None
+    model: MDLM, task: Task, some: list[tuple[str, str]], spec: str | Decoding, steps: int | None = None
 ) -> dict[str, float]:
     """The figures of `answers_of`."""
     right = error = forwards = 0.0
