@@ -210,8 +210,8 @@ def test_a_block_is_computed_alone_from_its_second_step_on(known, monkeypatch):
     """The first step of a block computes everything."""
     monkeypatch.setattr(Unmask, "decide", only_the_block_at_work)
     model, x = generator(AnyOrder()), text(2)
-    _, prefix = in_blocks(model, OutsideBlock(3), x, known, 3)
-    _, dual = in_blocks(model, OutsideBlock(3, behind=True), x, known, 3)
+    _, prefix = in_blocks(model, OutsideBlock(), x, known, 3)
+    _, dual = in_blocks(model, OutsideBlock(behind=True), x, known, 3)
     blocks = [range(i, min(i + 3, LENGTH)) for i in range(known, LENGTH, 3)]
     assert dual == [LENGTH if i == 0 else len(b) for b in blocks for i in range(len(b))]
     assert prefix == [LENGTH if i == 0 else LENGTH - b.start for b in blocks for i in range(len(b))]
@@ -221,17 +221,16 @@ def only_the_block_at_work(self, canvas, guess, rows, random):
     return self.select.decide(canvas, guess, rows._replace(element=at_work(canvas, rows)), random)
 
 
-def test_blocks_of_lengths_are_those_that_are_given():
+def test_blocks_are_those_of_the_canvas():
     model, x = generator(AnyOrder()), text(1)
     source = torch.where(torch.arange(LENGTH) < 5, VALUE, MASK)[None]
     plan = model.factorization.step(model.canvas({"token": x}, 5), None, 0)
     past = source.clone()
     past[0, 4] = MASK  # decided at the last step, in the block of places 2 to 5
-    policy = OutsideBlock((1, 4, 3), behind=True)
-    assert policy.frozen(plan, past, torch.tensor([[1]])).tolist() == [[True] * 2 + [False] * 4 + [True] * 2]
-    assert not policy.frozen(plan, source, torch.tensor([[1]])).any(), "nothing was decided: the block begins"
-    with pytest.raises(ValueError, match="at least 1"):
-        OutsideBlock((2, 0))
+    rank = torch.tensor([[-1, 0, 1, 1, 1, 1, 2, 2]])
+    assert OutsideBlock(True).frozen(plan, past, rank).tolist() == [[True] * 2 + [False] * 4 + [True] * 2]
+    assert OutsideBlock().frozen(plan, past, rank).tolist() == [[True] * 2 + [False] * 6]
+    assert not OutsideBlock(True).frozen(plan, source, rank).any(), "nothing was decided: the block begins"
 
 
 def test_a_cache_around_blocks_is_exact_where_one_block_is_all_and_drifts_where_it_is_not(monkeypatch):
@@ -242,7 +241,7 @@ def test_a_cache_around_blocks_is_exact_where_one_block_is_all_and_drifts_where_
     for seed in range(6):
         x = text(1, seed)
         for name, policy, block in (
-            ("all", OutsideBlock(8, True), 8), ("prefix", OutsideBlock(2), 2), ("dual", OutsideBlock(2, True), 2),
+            ("all", OutsideBlock(True), 8), ("prefix", OutsideBlock(), 2), ("dual", OutsideBlock(True), 2),
         ):  # fmt: skip
             exact, _ = in_blocks(model, None, x, 0, block)
             rows, _ = in_blocks(model, policy, x, 0, block)
@@ -254,7 +253,7 @@ def test_a_cache_around_blocks_is_exact_where_one_block_is_all_and_drifts_where_
 def test_rows_that_begin_their_blocks_at_different_steps_are_as_alone(monkeypatch):
     """Company: a row at the first step of a block beside one in the middle of it."""
     monkeypatch.setattr(Unmask, "decide", only_the_block_at_work)
-    model, x, policy = generator(AnyOrder()), text(2), OutsideBlock(3, behind=True)
+    model, x, policy = generator(AnyOrder()), text(2), OutsideBlock(behind=True)
     known = torch.arange(LENGTH) < torch.tensor([[1], [3]])
     select = Recorder("confidence", commit=Above(1.0))
 

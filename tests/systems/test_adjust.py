@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from seriatim.systems.decoders import Decoding, decoder_of
 from seriatim.systems.system import Sampling
 from seriatim.systems.text.next_token import Config, NextToken
 from seriatim.systems.unmasking import adjust
-from seriatim.systems.unmasking.adjust import CLAIM, independently, show, shuffling_trial, trial, written
+from seriatim.systems.unmasking.adjust import CLAIM, independently, shown, shuffling_trial, trial, written
 from seriatim.verbs import drafting
 from seriatim.verbs import load as loading
 from seriatim.verbs.load import load
@@ -130,7 +131,7 @@ def test_mistakes_are_named(folder, part, tmp_path):
 
 
 def test_the_page_shows_both_texts_and_which_tokens_repeat(folder, part):
-    found = show(load(folder / "base"), part, length=20, tokens=4)
+    found = shown(SimpleNamespace(system=load(folder / "base")), part, length=20, tokens=4)
     page = (part / "texts.html").read_text()
     assert page.count("<pre>") == 2
     assert page.count("outline") == round(20 * sum(found.values()))

@@ -16,16 +16,17 @@ from torch import Tensor
 
 from seriatim.plan import OrderError, Plan
 from seriatim.slots import MASK, VALUE, Slots, gather, ragged
+from seriatim.view import INF
 
 
 class CachePolicy(Protocol):
     """What is not computed again. A value: what was computed, and from what, is remembered for it by `Memory`."""
 
-    def frozen(self, plan: Plan, past: Int[Tensor, "b s"], start: Int[Tensor, "b 1"]) -> Bool[Tensor, "b s"]:
+    def frozen(self, plan: Plan, past: Int[Tensor, "b s"], rank: Int[Tensor, "b s"]) -> Bool[Tensor, "b s"]:
         """The slots of the exact plan that are to be read from memory, of those that stand there.
 
         `past` says from which source (VALUE, MASK, ...) the newest entry of each slot was computed; -1: there is none;
-        `start`: how many first slots were known when it all began (a prompt).
+        `rank`: the rank on the canvas of the element that each carries, equal ones are a block (-1: given).
         """
         ...
 
@@ -47,7 +48,7 @@ class FreeCache:
         if self.block < 1:
             raise ValueError(f"a block has at least 1 element, got {self.block}")
 
-    def frozen(self, plan: Plan, past: Int[Tensor, "b s"], start: Int[Tensor, "b 1"]) -> Bool[Tensor, "b s"]:
+    def frozen(self, plan: Plan, past: Int[Tensor, "b s"], rank: Int[Tensor, "b s"]) -> Bool[Tensor, "b s"]:
         done = (plan.slots.source == VALUE) & (past == VALUE if self.rewrite else past >= 0)
         finished = done.long().cumprod(1).sum(1, keepdim=True) // self.block * self.block
         return torch.arange(plan.size) < finished
@@ -59,29 +60,20 @@ class OutsideBlock:
     step, which computes everything (Fast-dLLM, Wu et al. 2025, arXiv 2505.22618: its prefix cache; with `behind`, its
     dual cache: what lies behind the block stays, too).
 
-    Blocks of this many tokens, or of these lengths, are counted from the end of the prompt. Neutral: one block as long
-    as the sample, without a prompt.
+    Blocks are those of the canvas, elements of equal rank. Neutral: one block as long as the sample, without a prompt.
     """
 
-    block: int | tuple[int, ...]
     behind: bool = False
 
-    def __post_init__(self) -> None:
-        if min((self.block,) if isinstance(self.block, int) else self.block, default=0) < 1:
-            raise ValueError(f"blocks have at least 1 element, got {self.block}")
-
-    def frozen(self, plan: Plan, past: Int[Tensor, "b s"], start: Int[Tensor, "b 1"]) -> Bool[Tensor, "b s"]:
-        source, e = plan.slots.source, torch.arange(plan.size)
-        place = (e - start).clamp(min=0)
-        if isinstance(self.block, int):
-            number = torch.where(e < start, -1, place // self.block)
-        else:
-            last = torch.tensor(self.block).cumsum(0)
-            number = torch.where(e < start, -1, torch.searchsorted(last, place, right=True))
-        now = torch.where(source == MASK, number, plan.size).amin(1, keepdim=True)
-        inside = number == now
-        going_on = (inside & (source == VALUE) & (past == MASK)).any(1, keepdim=True)  # a step decided some of it
-        return going_on & (~inside if self.behind else number < now)
+    def frozen(self, plan: Plan, past: Int[Tensor, "b s"], rank: Int[Tensor, "b s"]) -> Bool[Tensor, "b s"]:
+        source, place = plan.slots.source, torch.arange(plan.size)
+        now = torch.where(source == MASK, rank, INF).amin(1, keepdim=True)
+        work = rank == now
+        going_on = (work & (source == VALUE) & (past == MASK)).any(1, keepdim=True)  # a step decided some of it
+        before = place < torch.where(work, place, INF).amin(1, keepdim=True)
+        if self.behind:
+            before = before | (place > torch.where(work, place, -1).amax(1, keepdim=True))
+        return going_on & before
 
 
 class Change(NamedTuple):
@@ -101,22 +93,19 @@ class Memory:
         self.policy = policy
         self.element = torch.zeros(1, 0, dtype=torch.long)  # of each committed column; -1 behind shorter rows
         self.source = torch.zeros(1, 0, dtype=torch.long)
-        self.start: Int[Tensor, "b 1"] | None = None  # first elements that were known when it all began
         self.pending: Slots | None = None  # what was computed last and stands behind the committed columns
 
-    def next(self, plan: Plan) -> Change:
+    def next(self, plan: Plan, rank: Int[Tensor, "b E"]) -> Change:
         """What to keep of the last forward, now that it is known what it decided, and what to compute of the exact
-        `plan`. Whoever runs it says so by `pending`."""
+        `plan`, given the ranks of the canvas. Whoever runs it says so by `pending`."""
         now, size, held = _elements(plan), plan.rank.shape[1], self.element.shape[1]
         element, source = self.element, self.source
-        if self.start is None:
-            self.start = (plan.slots.source == VALUE).long().cumprod(1).sum(1, keepdim=True)
         if self.pending is not None:
             element, source = _beside(element, self.pending.element[..., 0]), _beside(source, self.pending.source)
         columns = torch.arange(element.shape[1]).expand_as(element)
         newest = torch.full((len(element), size + 1), -1)  # column of each element; the last is for padding
         newest = newest.scatter_reduce(1, torch.where(element < 0, size, element), columns, "amax")[:, now]
-        frozen = self.policy.frozen(plan, gather(source, newest), self.start) & (newest >= 0) & ~_read(plan)
+        frozen = self.policy.frozen(plan, gather(source, newest), rank[:, now]) & (newest >= 0) & ~_read(plan)
         stay = torch.zeros(len(frozen), element.shape[1] + 1, dtype=torch.bool)
         stay = stay.scatter(1, torch.where(frozen, newest, element.shape[1]).expand(len(frozen), -1), True)[:, :-1]
         keep, present = ragged(stay[:, held:]), (element[:, :held] >= 0).expand(len(stay), -1)
@@ -137,8 +126,6 @@ class Memory:
         if bool((rows < 0).any()):
             raise ValueError("rows cannot be admitted to a target with a cache policy: their past is not remembered")
         self.element, self.source = (x if len(x) == 1 else x[rows] for x in (self.element, self.source))
-        if self.start is not None and len(self.start) > 1:
-            self.start = self.start[rows]
         self.pending = None
 
 

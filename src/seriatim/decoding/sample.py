@@ -108,6 +108,17 @@ class Budget:
         return ((-score).cumsum(1) <= self.nats).long().cumprod(1).sum(1)
 
 
+class Scorer(Protocol):
+    """Ranks elements otherwise than by their confidence alone. A value; draws nothing, and changes no value drawn."""
+
+    def __call__(
+        self, canvas: Canvas, element: Int[Tensor, "b m"], x: Int[Tensor, "b m"], score: Float[Tensor, "b m"]
+    ) -> Float[Tensor, "b m"]:
+        """The score of each element (-1: padding, whatever), for which the value x was drawn with confidence `score`;
+        the higher, the earlier it is decided, and `commit` sees it so."""
+        ...
+
+
 @dataclass
 class Select:
     """Decide only some of the unknown elements that were read: masked generation (MaskGIT, LLaDA and kin).
@@ -116,9 +127,10 @@ class Select:
     2022), largest margin between the two likeliest values, or smallest entropy. Scores are those of the model (guided,
     where it is), before temperature and filters, which would make all values look certain: as in LLaDA and Fast-dLLM.
     `steps` spreads the elements of a block evenly ("linear", the first steps one more; Nie et al. 2025) or few at first
-    ("cosine"; "powers": 1, 2, 4, ... and the rest, whatever `steps` is; EOSER-ASS, 2025); `commit` decides instead as
-    many as the scores allow, and at least one. `penalty` is taken off a score for every place between an element
-    and the first that was read: near ones go first.
+    ("cosine"; "powers": 1, 2, 4, ... and the rest, of the whole text as far as its blocks allow, whatever `steps` is;
+    EOSER-ASS, 2025); `commit` decides instead as many as the scores allow, and at least one. `scorer` changes the
+    scores of the rule "confidence"; `penalty` is taken off a score for every place between an element and the first
+    that was read: near ones go first.
 
     Has no memory: how far a row is follows from what it has decided. Elements of equal rank are a block.
     """
@@ -128,6 +140,7 @@ class Select:
     schedule: Schedule = "linear"
     commit: Commit | None = None
     penalty: float = 0.0
+    scorer: Scorer | None = None
 
     def __post_init__(self) -> None:
         if self.rule not in ("random", "confidence", "margin", "entropy"):
@@ -138,17 +151,20 @@ class Select:
             raise ValueError(
                 f"{type(self.commit).__name__} goes by {self.commit.rules[0]}, and the rule is {self.rule}"
             )
+        if self.scorer is not None and self.rule != "confidence":
+            raise ValueError(f"a scorer goes by confidence, and the rule is {self.rule}")
         if self.steps < 1:
             raise ValueError(f"at least one step is needed, got {self.steps}")
 
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
         element = _elements(canvas, guess, rows)
         left = (element >= 0).sum(1)
-        total = _block(canvas, element)
         count = left.clamp(max=1)
         if self.commit is None:
-            below = [self._below(n, t) for n, t in zip(left.tolist(), total.tolist(), strict=True)]
-            count = left - torch.tensor(below)
+            whole = self.schedule == "powers"
+            unknown, total = (canvas.open.sum(1), ours(canvas)) if whole else (left, _block(canvas, element))
+            below = [self._below(n, t) for n, t in zip(unknown.tolist(), total.tolist(), strict=True)]
+            count = torch.minimum(unknown - torch.tensor(below), left)
         decided = (canvas.status == DECIDED).sum(1, keepdim=True)
         edit, _, _ = self._some(canvas, element, count, decided, rows, random)
         return Step((edit,))
@@ -170,7 +186,10 @@ class Select:
         live = element >= 0
         if self.rule == "confidence":  # noise is drawn anew: the choice depends on what was drawn
             x = rows.dist.sample(random, Key(canvas.row, element, numbered(VALUE, turn)))
-            score = self._nearer(_categorical(rows.said, self.rule).log_prob(x).exp().cpu(), element)
+            score = _categorical(rows.said, self.rule).log_prob(x).exp().cpu()
+            if self.scorer is not None:
+                score = self.scorer(canvas, element, x.cpu(), score)
+            score = self._nearer(score, element)
             chosen = self._best(score, live, count)
             return Set(x, torch.where(chosen, element, -1)), chosen, score
         if self.rule == "random":
@@ -188,7 +207,7 @@ class Select:
         """Scores less the penalty of distance."""
         if not self.penalty:
             return score
-        return score - self.penalty * (element - torch.where(element < 0, INF, element).amin(1, keepdim=True))
+        return score - self.penalty * (element - first_of(element))
 
     redraws = False  # may an element be decided more than once?
 
@@ -272,6 +291,16 @@ class Remask(Select):
             )
 
 
+def ours(canvas: Canvas) -> Int[Tensor, "b"]:
+    """How many elements of each row are decided in all: what was not given, and is not cut off."""
+    return ((canvas.status != GIVEN) & (canvas.status != DELETED)).sum(1)
+
+
+def first_of(element: Int[Tensor, "b m"]) -> Int[Tensor, "b 1"]:
+    """The first of these elements of each row (-1 is none); far behind all where there are none."""
+    return torch.where(element >= 0, element, INF).amin(1, keepdim=True)
+
+
 @lru_cache(maxsize=4096)
 def schedule(total: int, steps: int, kind: str) -> tuple[int, ...]:
     """Unknown elements that remain of `total` after each step: at least one fewer each time, none at the end."""
@@ -319,7 +348,7 @@ def _any(
     live = element >= 0
     chosen = live & (count == live.sum(1))[:, None]  # where all are taken nothing is drawn
     wanted = torch.where(chosen.any(1), 0, count)[:, None]
-    first = torch.where(live, element, INF).amin(1, keepdim=True)
+    first = first_of(element)
     for i in range(int(wanted.max())):
         active = wanted > i
         free = torch.where(live & ~chosen, 0.0, -torch.inf).masked_fill(~active, 0.0)

@@ -152,7 +152,7 @@ class Target:
             self._shorten(guess, plan, self.codec.buffer if cache is None else cache.room)
         if plan is not None and self.skipping is not None:
             return self.skipping.along(plan, canvas)
-        return plan if plan is None or self.memory is None else self._remember(plan, self.memory)
+        return plan if plan is None or self.memory is None else self._remember(plan, canvas, self.memory)
 
     def _follow(self, canvas: Canvas) -> None:
         """Start anew with another canvas."""
@@ -208,9 +208,9 @@ class Target:
             self.cache = self._new_cache(canvas.batch * self.copies, canvas.layout.size + MARGIN)
         return self.cache
 
-    def _remember(self, plan: Plan, memory: Memory) -> Plan:
+    def _remember(self, plan: Plan, canvas: Canvas, memory: Memory) -> Plan:
         """What is left of an exact plan when the policy has its way with the cache."""
-        keep, labels, retain, live = memory.next(plan)
+        keep, labels, retain, live = memory.next(plan, canvas.rank)
         if self.cache is not None and labels is not None:
             self.cache.commit(_plain_keep(self._times(keep)), repeated(labels, self.copies))
         if self.cache is not None and retain is not None:

@@ -154,18 +154,16 @@ class AnyOrder(Factorization):
         if canvas.done:
             return None
         layout = canvas.layout
-        e = torch.arange(layout.size)[None]
-        unknown = canvas.open
-        source = torch.where(unknown, MASK, VALUE)
-        rank = torch.where(unknown, 0, -1)
-        slots = Slots(e[..., None], source, layout.coord[None], torch.full_like(source, -1))
-        read = torch.where(unknown, e, -1)
-        view = full(layout.size)
         gone = canvas.status == DELETED
+        size = int((~gone).any(0).nonzero().amax()) + 1  # what stands behind the end of all rows is not computed
+        unknown, gone, e = canvas.open[:, :size], gone[:, :size], torch.arange(size)[None]
+        source, read = torch.where(unknown, MASK, VALUE), torch.where(unknown, e, -1)
+        slots = Slots(e[..., None], source, layout.coord[:size][None], torch.full_like(source, -1))
+        view = full(size)
         if bool(gone.any()):
             view = view.narrow(lane=torch.where(gone, -1, 0))
         slot = torch.where(unknown, (e - int(self.shift)).clamp(min=0), -1)
-        nothing = torch.zeros(1, 0, dtype=torch.long)
+        rank, nothing = torch.where(canvas.open, 0, -1), torch.zeros(1, 0, dtype=torch.long)
         return Plan(slots, {"all": view}, Reads(slot, read), rank, layout=layout, kept=nothing)
 
 

@@ -25,7 +25,7 @@ from seriatim.laws.case import Limit, randomise
 from seriatim.laws.laws import LAWS, NotApplicable, require
 from seriatim.model import Rows
 from seriatim.random import Keyed, Random
-from seriatim.systems.decoders import Ask, Decoding
+from seriatim.systems.decoders import Ask, Block, Decoding
 from seriatim.systems.system import Sampling
 
 PROMPT = (1, 0, 1)
@@ -100,7 +100,7 @@ class UnmaskingCase:
         return self.write(system, sampling, way, **more)[0].value["token"][0].tolist()
 
 
-def plain(system: Any, block: int | Sequence[int] | None) -> Decoding:
+def plain(system: Any, block: Block | None) -> Decoding:
     """One token at a time, the surest first."""
     return Decoding(Unmask(Select("confidence", system.model.layout.size)), block=block)
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from types import MappingProxyType
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,8 @@ class Adjust(Part):
     """h + norm(layer(W [norm(e); norm(h)])). At first nothing changes: the gain of the last norm is zero, so that
     tokens are those of one forward, independent of each other."""
 
-    key, Config = "adjust", AdjustConfig
+    key, Config, free = "adjust", AdjustConfig, True
+    reading: ClassVar[Mapping[str, int]] = MappingProxyType({"window": 96})
     config: AdjustConfig
 
     def __init__(self, config: AdjustConfig, base: Base):

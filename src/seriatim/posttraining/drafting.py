@@ -12,11 +12,12 @@ how much is accepted, and never what is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -295,12 +296,16 @@ def losses_ahead(
 class Part(nn.Module):
     """A part that is trained beside a frozen base, which is no part of it. Subclasses say their `key` and `Config`.
 
-    on_states: it learns from the base's states, which are computed once, and not from runs of the base. `chance`: of
-    what drafts, how often candidate i at depth d stands, as measured on held-out text (empty: it was not)."""
+    on_states: it learns from the base's states, which are computed once, and not from runs of the base; free: it stands
+    beside models of tokens in any order, not next-token models; reading: how much of a text it reads unless it is told
+    (`Reading`). `chance`: of what drafts, how often candidate i at depth d stands, as measured on held-out text (empty:
+    it was not)."""
 
     key: ClassVar[str]
     Config: ClassVar[type]
     on_states: ClassVar[bool] = False
+    free: ClassVar[bool] = False
+    reading: ClassVar[Mapping[str, int]] = MappingProxyType({})
     chance: tuple[tuple[float, ...], ...] = ()
 
     def __init__(self, config: Any, base: Base):
@@ -314,6 +319,15 @@ class Part(nn.Module):
 
     def read_from(self, base: Base) -> None:
         """Take what is the base's own, as it is now."""
+
+    def examples(
+        self, base: Base, ids: Int[Tensor, "windows n"], tell: Callable[[int, int], None] | None = None
+    ) -> Any:
+        """What it learns from, of these windows of a text, where it is not on states; `tell` hears how many of how many
+        windows are done."""
+        from seriatim.posttraining.states import Tokens
+
+        return Tokens(ids)
 
     def learner(self, base: Base) -> Any:
         """How it is trained (`training.trainer.Learner`)."""

@@ -24,6 +24,7 @@ from seriatim.systems.meta import load as load_module
 from seriatim.systems.system import Sampling
 
 T = TypeVar("T")
+Block = int | Sequence[int] | Callable[[int], Sequence[int]]
 KEPT: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()  # what decoders have read, by model
 LEARNED: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()  # what they have learned from its texts
 SPEC = re.compile(r"(?P<key>[^:+]+)(:(?P<source>.*?))?(?P<options>(\+[a-z_]+=[^+]*)*)")
@@ -33,12 +34,12 @@ SPEC = re.compile(r"(?P<key>[^:+]+)(:(?P<source>.*?))?(?P<options>(\+[a-z_]+=[^+
 class Decoding:
     """A way to decode: who decides, who proposes, and (`target`) further arguments of the `Target` that is sampled.
     Parts have state, so this serves one generation. block: tokens that are decided together, or of each block in turn,
-    where the order leaves it open (None: as the system has it)."""
+    or what these lengths are for so many tokens, where the order leaves it open (None: as the system has it)."""
 
     decider: Decider
     proposer: Proposer | None = None
     target: Mapping[str, Any] = field(default_factory=dict)
-    block: int | Sequence[int] | None = None
+    block: Block | None = None
 
 
 Onlooker = Callable[[Decoding], Decoding]  # takes a way to decode, and gives it back with an eye on it

@@ -15,6 +15,7 @@ from seriatim.decoding.unmask import Unmask
 from seriatim.factorization.static import Blocks
 from seriatim.layout import line
 from seriatim.random import Generator
+from seriatim.systems.decoders import Block
 from seriatim.systems.infill import Parts
 from seriatim.systems.system import Sampling
 from seriatim.systems.text_system import Answered, TextSystem
@@ -82,13 +83,15 @@ class MaskedText(TextSystem):
         self.train(was)
         return nats / draws
 
-    def blocked(self, canvas: Canvas, block: int | Sequence[int]) -> Canvas:
+    def blocked(self, canvas: Canvas, block: Block) -> Canvas:
         size, start = canvas.layout.size, canvas.given_length
         own = getattr(self.model.factorization, "size", None)
         if own is not None:
             if block != own:
                 raise ValueError(f"this model was trained to decide blocks of {own} tokens; leave the block out")
             return canvas
+        if callable(block):
+            block = block(size - start)
         lengths = [block] * -(-(size - start) // block) if isinstance(block, int) and block > 0 else block
         if isinstance(lengths, int) or min(lengths, default=0) < 1 or sum(lengths) < size - start:
             raise ValueError(f"blocks hold at least 1 token, and {size - start} in all; got {block}")

@@ -18,7 +18,7 @@ from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.shaping import Shaper, Without
 from seriatim.layout import line
 from seriatim.random import Keyed
-from seriatim.systems.decoders import Decoding, Onlooker
+from seriatim.systems.decoders import Block, Decoding, Onlooker
 from seriatim.systems.infill import Filled, Fills, Parts, known_gaps, parted, refuse, settled
 from seriatim.systems.system import Sampling, System, evenly
 from seriatim.tokenizers.text import ByteTokenizer, Detokenizer, TextTokenizer, id_stream
@@ -265,9 +265,9 @@ class TextSystem(System):
         value = torch.nn.functional.pad(torch.tensor([ids], dtype=torch.long), (0, length))
         return self.model.canvas({"token": value}, len(ids), layout=line(len(ids) + length))
 
-    def blocked(self, canvas: Canvas, block: int | Sequence[int]) -> Canvas:
-        """The same canvas, decided in blocks of so many tokens, or of these lengths, behind what stands at its
-        beginning. Raises ValueError where that is not the decoder's choice, or blocks do not fit."""
+    def blocked(self, canvas: Canvas, block: Block) -> Canvas:
+        """The same canvas, decided in blocks (`Decoding.block`) behind what stands at its beginning. Raises ValueError
+        where that is not the decoder's choice, or blocks do not fit."""
         raise ValueError(f"{self.meta.key} has no blocks that a decoder may choose")
 
     @property

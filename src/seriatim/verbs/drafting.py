@@ -25,13 +25,12 @@ from seriatim.evaluation.cost import parameters
 from seriatim.evaluation.draft_trees import Watched, save_trees, some_trees
 from seriatim.evaluation.pictures import save_curve, write_beside
 from seriatim.home import HOME
-from seriatim.posttraining.drafting import CARD, RECIPE, Base, card_of
+from seriatim.posttraining.drafting import CARD, RECIPE, Base, Part, card_of
 from seriatim.posttraining.heads import AheadHeads, chances
-from seriatim.posttraining.states import States, Tokens, states_of, windows
+from seriatim.posttraining.states import states_of, windows
 from seriatim.systems.decoders import FAMILIES, Ask, Decoding
 from seriatim.systems.encoder_decoder import EncoderDecoder
 from seriatim.systems.language_model import LanguageModel
-from seriatim.systems.masked_text import MaskedText
 from seriatim.systems.meta import catalogue
 from seriatim.systems.meta import load as load_module
 from seriatim.systems.system import Sampling
@@ -71,14 +70,11 @@ def begin(
     standard library). Raises ValueError, OSError that say what is wrong with the base, the data or the settings."""
     kind = load_module(key).Part
     config, recipe, reading = settings_from(key, size, settings)
-    base, name = _base(key, from_), origin(from_ or "")
+    base, name = _base(key, kind, from_), origin(from_ or "")
     asked = DEFAULT["text"] if data in (None, "builtin") else data
     loaded = asked if isinstance(asked, Data) else load_data(asked, "text", **data_options)
-    if isinstance(loaded.train, Conversations) and not isinstance(base.system, LanguageModel):
-        raise ValueError(f"{loaded.name} holds conversations, which {name} does not read: give texts")
     train, test, notes = _streams(base.system, loaded)
-    usual = getattr(load_module(key), "WINDOW", WINDOW)
-    window = _window(base.system, reading, usual, len(train), len(test))
+    window = _window(base.system, reading, len(train), len(test))
     torch.manual_seed(recipe.seed)
     part = kind(config, base)
     if getattr(config, "draft_vocab", None) is not None:
@@ -88,7 +84,7 @@ def begin(
         share = float(counts[often].sum() / counts.sum())
         notes += (f"{len(often):,} tokens are drafted, which make up {share:.1%} of the training text",)
     first, second = windows(train, window, reading.tokens), windows(test, window, HELD_OUT * window)
-    examples, held_out = _states(base, first, second, bar) if kind.on_states else (Tokens(first), Tokens(second))
+    examples, held_out = _examples(part, base, first, second, bar)
     passes = recipe.steps * recipe.batch / len(examples)
     notes += (f"{recipe.steps:,} steps of {recipe.batch} go through {first.numel():,} tokens {passes:.2g} times",)
     card = {
@@ -118,17 +114,20 @@ def settings_from(key: str, size: str | None, settings: Mapping[str, Any]) -> tu
             raise ValueError(f"{key} has no setting {name!r}{hint} Its settings: {', '.join(sorted(every))}")
     of_config, of_recipe, of_reading = ({k: v for k, v in settings.items() if k in own} for own in names)
     config = module.Config(**{**(sizes.get(size, {}) if size else {}), **of_config})
-    return config, replace(recipe, **of_recipe), Reading(**of_reading)
+    return config, replace(recipe, **of_recipe), Reading(**{**module.Part.reading, **of_reading})
 
 
-def _base(key: str, from_: str | Path | None) -> Base:
+def _base(key: str, kind: type[Part], from_: str | Path | None) -> Base:
     if from_ is None:
         raise ValueError(f"{key} is trained beside a model that there is already: say which (--base MODEL)")
     system = load(from_)
-    if catalogue()[key][0].family == "unmasking":
-        if not isinstance(system, MaskedText):
-            raise ValueError(f"{from_} is {system.meta.key}, and {key} is trained beside masked models of text (mdlm)")
-    elif not isinstance(system, LanguageModel) or not system.model.factorization.draftable:
+    if kind.free:
+        if not isinstance(system, TextSystem) or not system.model.factorization.free:
+            raise ValueError(
+                f"{from_} is {system.meta.key}, and {key} is trained beside models of tokens in any order, such as mdlm"
+            )
+        return Base(system)
+    if not isinstance(system, LanguageModel) or not system.model.factorization.draftable:
         raise ValueError(f"{from_} is {system.meta.key}, and {key} is trained beside next-token models")
     if isinstance(system, EncoderDecoder):
         raise ValueError(
@@ -139,8 +138,10 @@ def _base(key: str, from_: str | Path | None) -> Base:
     return Base(system)
 
 
-def _streams(system: TextSystem, data: Data) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+def _streams(system: Any, data: Data) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """The ids of both sides, one text behind another; conversations as their template writes them."""
+    if isinstance(data.train, Conversations) and not isinstance(system, LanguageModel):
+        raise ValueError(f"{data.name} holds conversations, which {system.meta.key} does not read: give texts")
     train, test, notes = sides(system, data)
     if isinstance(train, Windows):
         return train.ids, test.ids, ()
@@ -148,27 +149,30 @@ def _streams(system: TextSystem, data: Data) -> tuple[Tensor, Tensor, tuple[str,
     return first, second, notes
 
 
-def _window(system: TextSystem, reading: Reading, usual: int, *lengths: int) -> int:
+def _window(system: Any, reading: Reading, *lengths: int) -> int:
     room = system.model.layout.size
     if reading.window is not None and reading.window > room:
         raise ValueError(f"the model takes {room} tokens in all, and a window of {reading.window} is asked for")
-    return reading.window or min(usual, room, *lengths)
+    return reading.window or min(WINDOW, room, *lengths)
 
 
-def _states(base: Base, train: Tensor, test: Tensor, bar: Callable[[str], Any] | None) -> tuple[States, States]:
-    display, made = bar("states") if bar else None, []
+def _examples(part: Part, base: Base, train: Tensor, test: Tensor, bar: Callable[[str], Any] | None) -> list[Any]:
+    """What a part learns from, of windows of both sides."""
+    displays: list[Any] = []
+    made: list[Any] = []
     total, before = len(train) + len(test), 0
     for ids in (train, test):
 
         def tell(done: int, of: int, before: int = before) -> None:
-            if display is not None:
-                display.update(before + done, total, {})
+            if bar is not None:
+                displays[:] = displays or [bar("states" if part.on_states else "examples")]
+                displays[0].update(before + done, total, {})
 
-        made.append(states_of(base, ids, HOME / "states", tell))
+        made.append(states_of(base, ids, HOME / "states", tell) if part.on_states else part.examples(base, ids, tell))
         before += len(ids)
-    if display is not None:
+    for display in displays:
         display.close()
-    return made[0], made[1]
+    return made
 
 
 def _facts(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,7 +198,7 @@ def finish(begun: Begun, folder: Path, history: list[dict[str, float]]) -> None:
 
 def show_part(key: str, system: Any, folder: Path, history: list[dict[str, float]]) -> dict[str, Any]:
     """Write what there is to see of a trained part: accuracy by distance, the loss, a text coloured by what was
-    drafted, and some of the drafts. The figures, as in summary.json."""
+    drafted, and some of the drafts; or what its own file shows (`shown`). The figures, as in summary.json."""
     last = history[-1]
     figures: dict[str, Any] = {k.removeprefix("held_out_"): v for k, v in last.items() if k.startswith("held_out_")}
     save_curve({"training": [h["loss"] for h in history]}, folder / "loss.png", y_label="nats per token", smooth=20)
@@ -206,11 +210,12 @@ def show_part(key: str, system: Any, folder: Path, history: list[dict[str, float
             title=f"{key}: what its candidates get right",
         )  # fmt: skip
     module = load_module(key)
-    if hasattr(module, "show"):
-        figures |= module.show(system, folder)
+    ask = Ask(system, Sampling(temperature=0), system.stop, str(folder), module.Options())
+    if hasattr(module, "shown"):
+        figures |= module.shown(ask, folder)
         save_json(figures, folder / "summary.json")
         return figures
-    way = module.decoder(Ask(system, Sampling(temperature=0), system.stop, str(folder), module.Options()))
+    way = module.decoder(ask)
     watched = None if way.proposer is None else Watched(way.proposer)
     figures |= coloured(system, replace(way, proposer=watched), PROMPT, folder / "drafted.html")
     if watched is not None and watched.drafts:

@@ -62,7 +62,6 @@ META = Meta(
 EXAMPLE = "adjust:runs/adjust"
 Part, Config = Adjust, AdjustConfig
 RECIPE = Recipe(300, batch=16, learning_rate=3e-3, weight_decay=0.0, bf16=True)  # some minutes on two cores
-WINDOW = 96
 
 
 @dataclass(frozen=True)
@@ -96,9 +95,10 @@ PROMPT = '''def read(path):
 COLOURS = ("#ffffff", "#c7e9c0", "#74c476", "#238b45")
 
 
-def show(system: Any, folder: Path, length: int = 96, tokens: int = 4) -> dict[str, float]:
+def shown(ask: Ask, folder: Path, length: int = 96, tokens: int = 4) -> dict[str, float]:
     """Two texts of as many tokens a forward, drawn independently and adjusted, as a page: the darker a token, the later
     it was decided of those of its forward; one that repeats its neighbour is framed. The share of these."""
+    system = ask.system
     prompt, found, page = system.tokenizer.encode(PROMPT), {}, ["<meta charset=utf-8>"]
     ways = {"independent": "unmask+rule=entropy", "adjusted": f"adjust:{folder}+tokens={tokens}"}
     for name, spec in ways.items():

@@ -52,7 +52,7 @@ def decoder(ask: Ask) -> Decoding:
     way = Unmask(selected(ask, o.rule, commit), ask.stop)
     if ask.own_blocks:
         return Decoding(way)
-    cache = {} if o.cache == "none" else {"policy": OutsideBlock(o.block, o.cache == "dual")}
+    cache = {} if o.cache == "none" else {"policy": OutsideBlock(o.cache == "dual")}
     return Decoding(way, target=cache, block=o.block)
 
 
