@@ -119,7 +119,7 @@ def test_mistakes_are_named(folder, part, tmp_path):
     line = tmp_path / "line"
     settings = {"steps": 1, "batch": 2, "length": 24, "width": 16, "depth": 1, "heads": 2, "bf16": False}
     train("next-token", folder / "texts", out=line, settings=settings)
-    with pytest.raises(ValueError, match="next-token, and adjust is trained beside masked models"):
+    with pytest.raises(ValueError, match="next-token, and adjust is trained beside models of tokens in any order"):
         train("adjust", folder / "texts", from_=line, out=tmp_path / "a")
     with pytest.raises(ValueError, match="mdlm, and medusa is trained beside next-token models"):
         train("medusa", folder / "texts", from_=folder / "base", out=tmp_path / "b")
