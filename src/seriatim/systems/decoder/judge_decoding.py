@@ -122,7 +122,7 @@ def answering(base: str, wording: int, wrong: float, steps: int) -> Any:
     return load(folder)
 
 
-TARGET, SMALL = (0, 0.0, 400), (2, 0.3, 300)  # wording, share of wrong answers, steps: other words, more errors
+TARGET, SMALL = (0, 0.0, 1500), (2, 0.3, 1000)  # wording, share of wrong answers, steps: other words, more errors
 
 
 def trial(kind: Literal["usual", "judge", "random"], delta: float = 0.5) -> Callable[[Any, int], Mapping[str, Any]]:
