@@ -36,6 +36,7 @@ class Agreement(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class Equal:
     """It would write the very same."""
 
@@ -71,6 +72,7 @@ class Among:
         return ((better < self.k) & near).double()
 
 
+@dataclass(frozen=True)
 class Chance:
     """As often as it would write this: what speculative sampling accepts of a draft without randomness."""
 
