@@ -207,7 +207,7 @@ def test_an_adapter_is_trained_on_an_adapter(adapter_run, talks, tmp_path):
         (["train", "next-token", "--from", "{base}"], "say on what to train the model further"),
         (["train", "next-token", "--from", "{base}", "--data", "gone.jsonl"], "no data at 'gone.jsonl'"),
         (["train", "next-token", "--lora", "8"], "an adapter is on a model that there is already"),
-        (["train", "mdlm", "--from", "{base}", "--data", "{talks}"], "next-token models are trained further"),
+        (["train", "ilm", "--from", "{base}", "--data", "{talks}"], "next-token models are trained further"),
         (["train", "next-token", "--from", "{base}", "--data", "{talks}", "--size", "tiny"], "are not chosen anew"),
         (["train", "next-token", "--from", "{base}", "--data", "{talks}", "--widht", "3"], "no setting 'widht'"),
         (["train", "next-token", "--from", "{base}", "--data", "{talks}", "--lenght", "3"], "did you mean length?"),

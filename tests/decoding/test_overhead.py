@@ -125,7 +125,7 @@ def test_a_step_makes_no_labels(bench, drafts):
         pass
     assert target.cache.plain and plans.pop() is None and len(plans) > 5
     for plan in plans[1:]:  # the first is checked for peeking, label by label
-        assert set(vars(plan)) == {"shape", "base", "prefix", "elements", "size", "run", "windows"}
+        assert set(vars(plan)) == {"shape", "base", "prefix", "elements", "size", "run", "windows", "masks"}
 
 
 def test_a_tree_costs_no_operation_a_layer_more(bench):

@@ -393,7 +393,7 @@ def test_greedy_pictures_are_those_of_plain_decoding():
 def test_decoders_of_next_tokens_suit_no_other_order():
     from seriatim.verbs.generate import generate
 
-    with pytest.raises(ValueError, match="var decodes in an order of its own; --decoder sjd needs a next-token model"):
+    with pytest.raises(ValueError, match="--decoder sjd needs a next-token model; for var there are own"):
         generate("zoo:var", decoder="sjd")
     with pytest.raises(ValueError, match="did you mean sjd"):
         generate("zoo:raster-ar", decoder="sj")

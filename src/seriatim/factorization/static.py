@@ -88,7 +88,7 @@ class Blocks(Factorization):
         slots = Slots(both[..., None], source, layout.coord[None].repeat(1, 2, 1), needs)
         view = two_stream(block.repeat(1, 2), query)
         gone = canvas.status == DELETED
-        if bool(gone.any()):
+        if self.inside == "any" and bool(gone.any()):  # padding; a row that ended had its whole block before it did
             view = view.narrow(lane=torch.where(gone, -1, 0).repeat(1, 2))
         at = e
         if self.shift:
