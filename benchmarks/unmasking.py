@@ -29,7 +29,7 @@ from seriatim.verbs.load import load
 PLAIN = "unmask"  # one token a forward, the surest first
 ARMS = (
     PLAIN, "unmask+rule=random", "unmask+rule=margin", "unmask+rule=entropy",
-    *(f"unmask+threshold={t}" for t in (0.99, 0.95, 0.9, 0.8, 0.7, 0.5)),
+    *(f"unmask+threshold={t}" for t in (0.9, 0.8, 0.7, 0.5, 0.3, 0.2)),
     *(f"unmask+factor={f}" for f in (0.25, 0.5, 1.0, 1.5)),
     *(f"unmask+rule=entropy+budget={b}" for b in (0.1, 0.35, 1.0)),
     "unmask+schedule=powers", "fast-dllm+cache=prefix", "fast-dllm+cache=dual", "fast-dllm+cache=dual+threshold=none",
