@@ -53,7 +53,7 @@ def measure(model: str, arms: tuple[str, ...], lines: int, prompts: int) -> dict
         out[spec] = row
         text, seconds = row["text"], time.perf_counter() - start
         print(
-            f"{model} {spec:42s} lines {row['lines']['matches']:.3f} at {row['lines']['tokens_per_forward']:.2f} a "
+            f"{model} {spec:42s} lines {row['lines']['matches']:.3f} ({row['lines']['leading']:.3f}) at {row['lines']['tokens_per_forward']:.2f} a "
             f"forward   text {text['nats_per_token']:.3f} nats, distinct {text['distinct_3']:.3f}, entropy "
             f"{text['entropy']:.2f} at {text['tokens_per_forward']:.2f}   {seconds:.0f} s",
             flush=True,
@@ -68,7 +68,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(len(found), 2, squeeze=False)
     for row, (model, arms) in zip(axes, found.items(), strict=True):
         for ax, part, metric, label in (
-            (row[0], "lines", "matches", "held-out lines written as they stand"),
+            (row[0], "lines", "leading", "letters of held-out lines, from the front"),
             (row[1], "text", "nats_per_token", f"nats a token under {JUDGE}"),
         ):
             kinds: dict[str, list[tuple[float, float]]] = {}

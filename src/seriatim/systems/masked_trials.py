@@ -4,6 +4,7 @@ they stand there, and continuations as another model finds them."""
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,8 @@ ROOM = 32  # tokens that are written behind a context: a line and a little more
 
 @dataclass(frozen=True)
 class Line:
-    """A line of held-out code and the tokens in front of it."""
+    """A line of held-out code and the tokens in front of it, but for the line break: a token may hold it and what
+    follows it."""
 
     context: tuple[int, ...]
     text: str
@@ -41,7 +43,7 @@ def lines_of(system: TextSystem, count: int = 500, context: int = 160) -> list[L
     found: list[Line] = []
     for f, i in places[:: max(len(places) // (count * 2), 1)]:
         if len(system.tokenizer.encode(files[f][i])) <= ROOM - 4 and len(found) < count:
-            before = system.tokenizer.encode("".join(files[f][max(i - 60, 0) : i]))
+            before = system.tokenizer.encode("".join(files[f][max(i - 60, 0) : i]).removesuffix("\n"))
             found.append(Line(tuple(before[-context:]), files[f][i].rstrip("\n")))
     return found
 
@@ -94,14 +96,21 @@ def _some(edit: Any, rows: int) -> int:
 
 
 def next_lines(system: TextSystem, decoder: str, lines: Sequence[Line]) -> dict[str, Any]:
-    """How many lines are written greedily as they stand in the file, which ones, and tokens a forward."""
+    """How many lines are written greedily as they stand in the file, which ones, the share of their letters that are
+    right from the front, and tokens a forward."""
     made = written(system, decoder, [line.context for line in lines], ROOM, 0.0)
-    texts = [system.tokenizer.decode(ids).split("\n")[0] for ids in made.ids]
-    right = [text.rstrip() == line.text.rstrip() for text, line in zip(texts, lines, strict=True)]
+    texts = [system.tokenizer.decode(ids).split("\n")[1:2] for ids in made.ids]  # behind the end of the line before
+    right = [text == [line.text] for text, line in zip(texts, lines, strict=True)]
+    leading = [_leading("".join(text), line.text) for text, line in zip(texts, lines, strict=True)]
     return {
-        "matches": sum(right) / len(right), "tokens_per_forward": made.tokens / made.forwards,
+        "matches": sum(right) / len(right), "leading": sum(leading) / len(leading), "tokens_per_forward": made.tokens / made.forwards,
         "slots_per_token": made.slots / made.tokens, "right": [int(r) for r in right],
     }  # fmt: skip
+
+
+def _leading(text: str, line: str) -> float:
+    """The share of a line's letters that are right from the front, indentation among them."""
+    return len(os.path.commonprefix([text, line])) / len(line)
 
 
 def continuations(
