@@ -51,11 +51,12 @@ def measure(model: str, arms: tuple[str, ...], lines: int, prompts: int) -> dict
         if plain is not None:
             row["lines"]["against_plain"] = paired(right, plain)
         out[spec] = row
-        text, seconds = row["text"], time.perf_counter() - start
+        line, text, seconds = row["lines"], row["text"], time.perf_counter() - start
         print(
-            f"{model} {spec:42s} lines {row['lines']['matches']:.3f} ({row['lines']['leading']:.3f}) at {row['lines']['tokens_per_forward']:.2f} a "
-            f"forward   text {text['nats_per_token']:.3f} nats, distinct {text['distinct_3']:.3f}, entropy "
-            f"{text['entropy']:.2f} at {text['tokens_per_forward']:.2f}   {seconds:.0f} s",
+            f"{model} {spec:42s} lines {line['matches']:.3f} ({line['leading']:.3f}) at "
+            f"{line['tokens_per_forward']:.2f} a forward   text {text['nats_per_token']:.3f} nats, distinct "
+            f"{text['distinct_3']:.3f}, entropy {text['entropy']:.2f} at {text['tokens_per_forward']:.2f}   "
+            f"{seconds:.0f} s",
             flush=True,
         )
     return out

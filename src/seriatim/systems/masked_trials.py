@@ -4,7 +4,7 @@ they stand there, and continuations as another model finds them."""
 from __future__ import annotations
 
 import math
-import os
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,18 +34,19 @@ class Line:
 
 
 def lines_of(system: TextSystem, count: int = 500, context: int = 160) -> list[Line]:
-    """So many lines of held-out files of the standard library, spread evenly, each of at least 6 letters and at most
+    """So many lines of held-out files of the standard library, drawn evenly, each of at least 6 letters and at most
     `ROOM` - 4 tokens. Raises ValueError where there are not so many."""
     files = [f.splitlines(keepends=True) for f in load_data("stdlib", "text").test.documents]
     places = [(f, i) for f, lines in enumerate(files) for i in range(20, len(lines)) if len(lines[i].strip()) >= 6]
-    if len(places) < count:
-        raise ValueError(f"the held-out files have {len(places)} lines, not {count}")
+    random.Random(0).shuffle(places)
     found: list[Line] = []
-    for f, i in places[:: max(len(places) // (count * 2), 1)]:
-        if len(system.tokenizer.encode(files[f][i])) <= ROOM - 4 and len(found) < count:
+    for f, i in places:
+        if len(system.tokenizer.encode(files[f][i])) <= ROOM - 4:
             before = system.tokenizer.encode("".join(files[f][max(i - 60, 0) : i]).removesuffix("\n"))
             found.append(Line(tuple(before[-context:]), files[f][i].rstrip("\n")))
-    return found
+        if len(found) == count:
+            return found
+    raise ValueError(f"the held-out files have {len(found)} such lines, not {count}")
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,16 @@ def next_lines(system: TextSystem, decoder: str, lines: Sequence[Line]) -> dict[
     right = [text == [line.text] for text, line in zip(texts, lines, strict=True)]
     leading = [_leading("".join(text), line.text) for text, line in zip(texts, lines, strict=True)]
     return {
-        "matches": sum(right) / len(right), "leading": sum(leading) / len(leading), "tokens_per_forward": made.tokens / made.forwards,
-        "slots_per_token": made.slots / made.tokens, "right": [int(r) for r in right],
+        "matches": sum(right) / len(right), "leading": sum(leading) / len(leading),
+        "tokens_per_forward": made.tokens / made.forwards, "slots_per_token": made.slots / made.tokens,
+        "right": [int(r) for r in right],
     }  # fmt: skip
 
 
 def _leading(text: str, line: str) -> float:
     """The share of a line's letters that are right from the front, indentation among them."""
-    return len(os.path.commonprefix([text, line])) / len(line)
+    wrong = (i for i, (a, b) in enumerate(zip(text, line, strict=False)) if a != b)
+    return next(wrong, min(len(text), len(line))) / len(line)
 
 
 def continuations(
