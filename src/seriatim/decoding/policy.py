@@ -84,6 +84,38 @@ class OutsideBlock:
         return going_on & (~inside if self.behind else number < now)
 
 
+@dataclass(frozen=True)
+class InsideBlock:
+    """In a model of blocks, compute only the part of a block at work, from the step on in which the part's first element
+    is known: what stands outside it stays as it was at the block's last whole step (Fast-dLLM v2, Wu et al. 2025, arXiv
+    2509.26328: its sub-block cache). Finished blocks are computed once more, whole, and then kept: exact.
+
+    block: the model's; part: how many elements of it are decided before the next ones. Neutral: a part as long as a
+    block.
+    """
+
+    block: int
+    part: int
+
+    def __post_init__(self) -> None:
+        check_part(self.block, self.part)
+
+    def frozen(self, plan: Plan, past: Int[Tensor, "b s"], start: Int[Tensor, "b 1"]) -> Bool[Tensor, "b s"]:
+        source, e = plan.slots.source, torch.arange(plan.size)
+        done = (source == VALUE) & (past == VALUE)
+        finished = done.long().cumprod(1).sum(1, keepdim=True) // self.block * self.block
+        first = torch.where(source == MASK, e, plan.size).amin(1, keepdim=True)  # of the part at work
+        going_on = first % self.part > 0  # the first element of a part is read outside it, where outputs are shifted
+        inside = (e // self.block == first // self.block) & (e // self.part != first // self.part)
+        return (e < finished) | (inside & going_on)
+
+
+def check_part(block: int, part: int) -> None:
+    """Refuse parts that do not fill a block."""
+    if not 1 <= part <= block or block % part:
+        raise ValueError(f"parts fill a block of {block} elements: {block} is no multiple of {part}")
+
+
 class Change(NamedTuple):
     """What a step does to the cache before its forward: pending entries to commit, with their labels as they are now,
     and committed columns to retain (None: all); and the plan that is left to compute."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from seriatim.canvas import Canvas
 from seriatim.decoding.loop import Decider
@@ -53,17 +55,34 @@ class MaskedText(TextSystem):
         return nats / draws
 
     def blocked(self, canvas: Canvas, block: int | Sequence[int]) -> Canvas:
+        """As of all texts; where the model has blocks of its own, in parts of them, of `block` tokens each."""
         size, start = canvas.layout.size, canvas.given_length
         own = getattr(self.model.factorization, "size", None)
         if own is not None:
-            if block != own:
-                raise ValueError(f"this model was trained to decide blocks of {own} tokens; leave the block out")
-            return canvas
+            if not isinstance(block, int) or not 1 <= block <= own or own % block:
+                raise ValueError(
+                    f"this model was trained to decide blocks of {own} tokens, and takes parts that fill one; got "
+                    f"{block}: leave the block out"
+                )
+            return ranked(canvas, in_parts(size, own, block, self.model.factorization.shift))  # type: ignore[union-attr, arg-type]
         lengths = [block] * -(-(size - start) // block) if isinstance(block, int) and block > 0 else block
         if isinstance(lengths, int) or min(lengths, default=0) < 1 or sum(lengths) < size - start:
             raise ValueError(f"blocks hold at least 1 token, and {size - start} in all; got {block}")
         last = torch.tensor(lengths).cumsum(0)
-        rank = torch.searchsorted(last, (torch.arange(size) - start).clamp(min=0), right=True)
-        new = Canvas(canvas.layout, canvas.value, canvas.known, rank[None], row=canvas.row)
-        new.given_length = start
-        return new
+        return ranked(canvas, torch.searchsorted(last, (torch.arange(size) - start).clamp(min=0), right=True))
+
+
+def in_parts(size: int, block: int, part: int, shift: bool = False) -> Int[Tensor, "E"]:
+    """When each of `size` tokens is decided: block after block, and of a block part after part. shift: what the end of
+    a block says of the next one is decided first, and alone."""
+    place = torch.arange(size)
+    inside = place % block
+    turn = torch.where(inside > 0, inside // part + 1, 0) if shift else inside // part
+    return (place // block * (block + 1) + turn).unique(return_inverse=True)[1]
+
+
+def ranked(canvas: Canvas, rank: Int[Tensor, "E"]) -> Canvas:
+    """The same canvas, decided in another order."""
+    new = Canvas(canvas.layout, canvas.value, canvas.known, rank[None], row=canvas.row)
+    new.given_length = canvas.given_length
+    return new
