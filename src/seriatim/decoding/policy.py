@@ -86,9 +86,9 @@ class OutsideBlock:
 
 @dataclass(frozen=True)
 class InsideBlock:
-    """In a model of blocks, compute only the part of a block at work, from the step on in which the part's first element
-    is known: what stands outside it stays as it was at the block's last whole step (Fast-dLLM v2, Wu et al. 2025, arXiv
-    2509.26328: its sub-block cache). Finished blocks are computed once more, whole, and then kept: exact.
+    """In a model of blocks, compute only the part of a block at work, from the step on in which the part's first
+    element is known: what stands outside it stays as it was at the block's last whole step (Fast-dLLM v2, Wu et al.
+    2025, arXiv 2509.26328: its sub-block cache). Finished blocks are computed once more, whole, and then kept: exact.
 
     block: the model's; part: how many elements of it are decided before the next ones. Neutral: a part as long as a
     block.

@@ -209,8 +209,8 @@ class MaskedBlocks(Masked):
 
 class PairedBlocks(MaskedBlocks):
     """Trained on two views of each row: the second hides what the first one shows, so that each element is read once,
-    and the loss is the plain mean of all that is read (Fast-dLLM v2, Wu et al. 2025, arXiv 2509.26328). With times drawn
-    evenly that is a bound's sum with a weight of 2 in place of 1/t, and no bound; in evaluation mode, `judging` alone.
+    and the loss is the plain mean of all that is read (Fast-dLLM v2, Wu et al. 2025, arXiv 2509.26328). With times
+    drawn evenly that is a bound's sum with a weight of 2 in place of 1/t, and no bound; in evaluation mode it is.
 
     complementary: False hides a second draw instead, of other elements at other times, to compare with.
     """

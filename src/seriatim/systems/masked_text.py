@@ -12,6 +12,7 @@ from seriatim.canvas import Canvas
 from seriatim.decoding.loop import Decider
 from seriatim.decoding.sample import Above, Select
 from seriatim.decoding.unmask import Unmask
+from seriatim.factorization.static import Blocks
 from seriatim.layout import line
 from seriatim.random import Generator
 from seriatim.systems.system import Sampling
@@ -57,14 +58,15 @@ class MaskedText(TextSystem):
     def blocked(self, canvas: Canvas, block: int | Sequence[int]) -> Canvas:
         """As of all texts; where the model has blocks of its own, in parts of them, of `block` tokens each."""
         size, start = canvas.layout.size, canvas.given_length
-        own = getattr(self.model.factorization, "size", None)
-        if own is not None:
+        order = self.model.factorization
+        if isinstance(order, Blocks):
+            own = order.size
             if not isinstance(block, int) or not 1 <= block <= own or own % block:
                 raise ValueError(
                     f"this model was trained to decide blocks of {own} tokens, and takes parts that fill one; got "
                     f"{block}: leave the block out"
                 )
-            return ranked(canvas, in_parts(size, own, block, self.model.factorization.shift))  # type: ignore[union-attr, arg-type]
+            return ranked(canvas, in_parts(size, own, block, order.shift))
         lengths = [block] * -(-(size - start) // block) if isinstance(block, int) and block > 0 else block
         if isinstance(lengths, int) or min(lengths, default=0) < 1 or sum(lengths) < size - start:
             raise ValueError(f"blocks hold at least 1 token, and {size - start} in all; got {block}")

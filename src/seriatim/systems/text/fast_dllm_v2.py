@@ -2,8 +2,9 @@
 v2).
 
 New in it: outputs stay shifted by one, as those of a next-token model are, so that little has to be learned anew; and
-each text is trained on by two views of complementary masks, so that every token is learned once, by plain cross-entropy.
-A block is decided part after part, and inside it a second, approximate cache computes the part at work only (`reuse`).
+each text is trained on in two views of complementary masks, so that every token is learned once, by plain
+cross-entropy. A block is decided part after part, and inside it a second, approximate cache computes the part at work
+only (`reuse`).
 
 The first token of a block is read at the last one of the block before. Official training reads it there in the noisy
 stream, official decoding in the clean one; here both read the clean one, so that what starts a block is predicted as by

@@ -33,8 +33,8 @@ META = Meta(
 @dataclass(frozen=True)
 class Options:
     """cache: "prefix", "dual" or "none"; block: tokens that are decided together (a model of blocks has its own, with
-    an exact cache, and takes parts of them); threshold: above which confidence (None: one at a time), unless a `factor` is given.
-    Neutral: no cache, no threshold."""
+    an exact cache, and takes parts of them); threshold: above which confidence (None: one at a time), unless a `factor`
+    is given. Neutral: no cache, no threshold."""
 
     cache: str = "dual"
     block: int = 32
