@@ -151,7 +151,12 @@ class Memory:
         frozen = self.policy.frozen(plan, gather(source, newest), self.start) & (newest >= 0) & ~_read(plan)
         stay = torch.zeros(len(frozen), element.shape[1] + 1, dtype=torch.bool)
         stay = stay.scatter(1, torch.where(frozen, newest, element.shape[1]).expand(len(frozen), -1), True)[:, :-1]
-        keep, present = ragged(stay[:, held:]), (element[:, :held] >= 0).expand(len(stay), -1)
+        live = plan if not bool(frozen.any()) else plan.take(_shared(ragged(~frozen)))
+        present = (element[:, :held] >= 0).expand(len(stay), -1)
+        if not bool(stay[:, held:].any()) and torch.equal(stay[:, :held], present):  # nothing comes and nothing goes
+            nothing, self.pending = torch.zeros(1, 0, dtype=torch.long), None
+            return Change(nothing, plan, None, live)
+        keep = ragged(stay[:, held:])
         order = ragged(torch.cat([present, stay[:, held:]], 1))  # as the cache will stand after the commit
         wanted = gather(stay, order) & (order >= 0)
         retain = None if torch.equal(wanted, order >= 0) else ragged(wanted)
@@ -161,7 +166,6 @@ class Memory:
             place = torch.full((size + 1,), -1).scatter(0, now, torch.arange(len(now)))
             labels = plan.take(place[self.pending.element[..., 0]])
         self.element, self.source, self.pending = gather(element, order), gather(source, order), None
-        live = plan if not bool(frozen.any()) else plan.take(_shared(ragged(~frozen)))
         return Change(_shared(keep), labels, retain, live)
 
     def select(self, rows: Int[Tensor, "b2"]) -> None:
@@ -196,7 +200,7 @@ def _elements(plan: Plan) -> Int[Tensor, "s"]:
     element = plan.slots.element
     if element.shape[0] == 1 and element.shape[2] == 1 and bool((element >= 0).all()) and plan.layers is None:
         first = element[0, :, 0]
-        if first.unique().numel() == first.numel():
+        if bool((first[1:] > first[:-1]).all()) or first.unique().numel() == first.numel():
             return first
     raise OrderError(
         "a cache policy needs an order that computes one slot for each element, the same in all rows, such as "
