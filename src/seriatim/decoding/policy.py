@@ -76,6 +76,38 @@ class OutsideBlock:
         return going_on & before
 
 
+@dataclass(frozen=True)
+class InsideBlock:
+    """In a model of blocks, compute only the part of a block at work, from the step on in which the part's first
+    element is known: what stands outside it stays as it was at the block's last whole step (Fast-dLLM v2, Wu et al.
+    2025, arXiv 2509.26328: its sub-block cache). Finished blocks are computed once more, whole, and then kept: exact.
+
+    block: the model's; part: how many elements of it are decided before the next ones. Neutral: a part as long as a
+    block.
+    """
+
+    block: int
+    part: int
+
+    def __post_init__(self) -> None:
+        check_part(self.block, self.part)
+
+    def frozen(self, plan: Plan, past: Int[Tensor, "b s"], rank: Int[Tensor, "b s"]) -> Bool[Tensor, "b s"]:
+        source, e = plan.slots.source, torch.arange(plan.size)
+        done = (source == VALUE) & (past == VALUE)
+        finished = done.long().cumprod(1).sum(1, keepdim=True) // self.block * self.block
+        first = torch.where(source == MASK, e, plan.size).amin(1, keepdim=True)  # of the part at work
+        going_on = first % self.part > 0  # the first element of a part is read outside it, where outputs are shifted
+        inside = (e // self.block == first // self.block) & (e // self.part != first // self.part)
+        return (e < finished) | (inside & going_on)
+
+
+def check_part(block: int, part: int) -> None:
+    """Refuse parts that do not fill a block."""
+    if not 1 <= part <= block or block % part:
+        raise ValueError(f"parts fill a block of {block} elements: {block} is no multiple of {part}")
+
+
 class Change(NamedTuple):
     """What a step does to the cache before its forward: pending entries to commit, with their labels as they are now,
     and committed columns to retain (None: all); and the plan that is left to compute."""
@@ -108,7 +140,12 @@ class Memory:
         frozen = self.policy.frozen(plan, gather(source, newest), rank[:, now]) & (newest >= 0) & ~_read(plan)
         stay = torch.zeros(len(frozen), element.shape[1] + 1, dtype=torch.bool)
         stay = stay.scatter(1, torch.where(frozen, newest, element.shape[1]).expand(len(frozen), -1), True)[:, :-1]
-        keep, present = ragged(stay[:, held:]), (element[:, :held] >= 0).expand(len(stay), -1)
+        live = plan if not bool(frozen.any()) else plan.take(_shared(ragged(~frozen)))
+        present = (element[:, :held] >= 0).expand(len(stay), -1)
+        if not bool(stay[:, held:].any()) and torch.equal(stay[:, :held], present):  # nothing comes and nothing goes
+            nothing, self.pending = torch.zeros(1, 0, dtype=torch.long), None
+            return Change(nothing, plan, None, live)
+        keep = ragged(stay[:, held:])
         order = ragged(torch.cat([present, stay[:, held:]], 1))  # as the cache will stand after the commit
         wanted = gather(stay, order) & (order >= 0)
         retain = None if torch.equal(wanted, order >= 0) else ragged(wanted)
@@ -118,7 +155,6 @@ class Memory:
             place = torch.full((size + 1,), -1).scatter(0, now, torch.arange(len(now)))
             labels = plan.take(place[self.pending.element[..., 0]])
         self.element, self.source, self.pending = gather(element, order), gather(source, order), None
-        live = plan if not bool(frozen.any()) else plan.take(_shared(ragged(~frozen)))
         return Change(_shared(keep), labels, retain, live)
 
     def select(self, rows: Int[Tensor, "b2"]) -> None:
@@ -151,7 +187,7 @@ def _elements(plan: Plan) -> Int[Tensor, "s"]:
     element = plan.slots.element
     if element.shape[0] == 1 and element.shape[2] == 1 and bool((element >= 0).all()) and plan.layers is None:
         first = element[0, :, 0]
-        if first.unique().numel() == first.numel():
+        if bool((first[1:] > first[:-1]).all()) or first.unique().numel() == first.numel():
             return first
     raise OrderError(
         "a cache policy needs an order that computes one slot for each element, the same in all rows, such as "

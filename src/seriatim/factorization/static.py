@@ -18,7 +18,7 @@ from seriatim.factorization.base import Factorization
 from seriatim.layout import Layout
 from seriatim.plan import DERIVED, MASK, NOISE, VALUE, OrderError, Plan, Reads, Slots
 from seriatim.random import Random
-from seriatim.view import View, full, inclusive, two_stream
+from seriatim.view import INF, View, full, inclusive, two_stream
 
 
 class Scales(Factorization):
@@ -57,7 +57,7 @@ class Blocks(Factorization):
     shift: each element is read at the slot before its own, as in models that began as next-token ones (Fast-dLLM v2,
     Wu et al. 2025): inside a block at the query of the element before, the first of a block at the clean value that
     ends the block before (the very first at its own). That value so stays out of the cache while its successor's block
-    is at work.
+    is at work. Where a canvas gives the first of a block a rank of its own, the step that decides it needs no query.
     """
 
     def __init__(self, size: int, inside: str = "parallel", source: int = MASK, shift: bool = False):
@@ -118,19 +118,28 @@ class Blocks(Factorization):
             )
         clean = torch.arange(cached, first * size)
         work = torch.arange(first * size, min((first + 1) * size, layout.size))
+        if before and self._alone(canvas, unknown, work):
+            work = work[:0]  # the first of a block is read at a value, which sees no query
         element = torch.cat([clean, work])[None]
         open_ = unknown[:, element[0]]
         now = canvas.rank.masked_fill(unknown, -1).amax(1, keepdim=True).clamp(min=-1) + 1
         source = torch.where(open_, self.source, VALUE)
         block = torch.cat([clean, work])[None] // size
         rank = torch.where(unknown, now, -1)
-        read = torch.where(open_, element, -1)[:, len(clean) :]
-        at = (torch.arange(len(clean), element.shape[1]) - int(self.shift)).clamp(min=0)
+        read = torch.where(unknown, torch.arange(layout.size), -1)[:, first * size : first * size + max(len(work), 1)]
+        at = (torch.arange(read.shape[1]) + len(clean) - int(self.shift)).clamp(min=0)
         slot = torch.where(read >= 0, at, -1)
         slots = Slots(element[..., None], source, layout.coord[element[0]][None], torch.full_like(source, -1))
         kept = torch.arange(len(clean) - before)[None]
         # one stream will do: no value stands here beside the query of its element
         return Plan(slots, {"all": inclusive(block)}, Reads(slot, read), rank, layout=layout, kept=kept)
+
+    @staticmethod
+    def _alone(canvas: Canvas, unknown: Bool[Tensor, "b E"], work: Int[Tensor, "w"]) -> bool:
+        """Whether no row decides anything of a block in this step but its first element."""
+        rank = torch.where(unknown, canvas.rank, INF)[:, work]
+        rest = rank[:, 1:].amin(1) if len(work) > 1 else INF
+        return bool(((rank[:, 0] < rest) | (rank.amin(1) == INF)).all())
 
 
 class AnyOrder(Factorization):

@@ -213,3 +213,40 @@ class MaskedBlocks(Masked):
         (kind,) = canvas.layout.kinds
         element = torch.where(canvas.open & ~hidden, torch.arange(canvas.layout.size), -1)
         return shown.apply([Set(canvas.value[kind], element)])
+
+
+class PairedBlocks(MaskedBlocks):
+    """Trained on two views of each row: the second hides what the first one shows, so that each element is read once,
+    and the loss is the plain mean of all that is read (Fast-dLLM v2, Wu et al. 2025, arXiv 2509.26328). With times
+    drawn evenly that is a bound's sum with a weight of 2 in place of 1/t, and no bound; in evaluation mode it is.
+
+    complementary: False hides a second draw instead, of other elements at other times, to compare with.
+    """
+
+    def __init__(self, *parts: Any, masking: Masking, judging: Masking | None = None, complementary: bool = True):
+        super().__init__(*parts, masking=masking, judging=judging)
+        self.complementary = complementary
+
+    def losses(
+        self,
+        canvas: Canvas,
+        condition: Mapping[str, Tensor] | Condition | None = None,
+        drop: Bool[Tensor, "b"] | None = None,
+        strict: bool = False,
+        random: Random | None = None,
+    ) -> Float[Tensor, "b E"]:
+        """In training the losses of both views, scaled so that their mean over all elements to be decided is that over
+        all that are read."""
+        if strict or not self.training:
+            return super().losses(canvas, condition, drop, strict, random)
+        random, twice = random or Generator(), torch.arange(canvas.batch).repeat(2)
+        if self.complementary:
+            hidden, _ = self.drawn(canvas, random)
+            both = torch.cat([hidden, canvas.open & ~hidden])
+        else:
+            rows = canvas.select(twice)
+            rows.row = torch.cat([canvas.row, canvas.row + int(canvas.row.max()) + 1])  # whose noise is another
+            both, _ = self.drawn(rows, random)
+        encoded = condition if isinstance(condition, Condition) else self.encode(condition, drop)
+        losses = self.hidden_losses(canvas.select(twice), both, encoded.select(twice), random=random)
+        return losses.view(2, canvas.batch, -1).sum(0) * (canvas.open.sum() / both.sum().clamp(min=1))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from seriatim.canvas import Canvas
 from seriatim.data.base import Pairs
@@ -84,8 +86,17 @@ class MaskedText(TextSystem):
         return nats / draws
 
     def blocked(self, canvas: Canvas, block: Block) -> Canvas:
+        """As of all texts; where the model has blocks of its own, in parts of them, of `block` tokens each."""
         size, start = canvas.layout.size, canvas.given_length
-        own = getattr(self.model.factorization, "size", None)
+        order = self.model.factorization
+        own = getattr(order, "size", None)
+        if isinstance(order, Blocks):
+            if not isinstance(block, int) or not 1 <= block <= order.size or order.size % block:
+                raise ValueError(
+                    f"this model was trained to decide blocks of {own} tokens, and takes parts that fill one; got "
+                    f"{block}: leave the block out"
+                )
+            return ranked(canvas, in_parts(size, order.size, block, order.shift))
         if own is not None:
             if block != own:
                 raise ValueError(f"this model was trained to decide blocks of {own} tokens; leave the block out")
@@ -96,7 +107,20 @@ class MaskedText(TextSystem):
         if isinstance(lengths, int) or min(lengths, default=0) < 1 or sum(lengths) < size - start:
             raise ValueError(f"blocks hold at least 1 token, and {size - start} in all; got {block}")
         last = torch.tensor(lengths).cumsum(0)
-        rank = torch.searchsorted(last, (torch.arange(size) - start).clamp(min=0), right=True)
-        new = Canvas(canvas.layout, canvas.value, canvas.known, rank[None], row=canvas.row)
-        new.given_length = start
-        return new
+        return ranked(canvas, torch.searchsorted(last, (torch.arange(size) - start).clamp(min=0), right=True))
+
+
+def in_parts(size: int, block: int, part: int, shift: bool = False) -> Int[Tensor, "E"]:
+    """When each of `size` tokens is decided: block after block, and of a block part after part. shift: what the end of
+    a block says of the next one is decided first, and alone."""
+    place = torch.arange(size)
+    inside = place % block
+    turn = torch.where(inside > 0, inside // part + 1, 0) if shift else inside // part
+    return (place // block * (block + 1) + turn).unique(return_inverse=True)[1]
+
+
+def ranked(canvas: Canvas, rank: Int[Tensor, "E"]) -> Canvas:
+    """The same canvas, decided in another order."""
+    new = Canvas(canvas.layout, canvas.value, canvas.known, rank[None], row=canvas.row)
+    new.given_length = canvas.given_length
+    return new

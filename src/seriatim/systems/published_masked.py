@@ -194,12 +194,4 @@ class PublishedMasked(Conversing, MaskedText):
         size = min(math.ceil(plain.layout.size / block) * block, room)
         value = torch.nn.functional.pad(plain.value["token"], (0, size - plain.layout.size))
         plain = self.model.canvas({"token": value}, known, layout=line(size))
-        place = torch.arange(size)
-        inside = place % block
-        part = inside // (self.config.within or block)
-        if self.config.shift:  # what the end of a block says of the next one is decided first, and alone
-            part = torch.where(inside > 0, part + 1, 0)
-        rank = (place // block) * (block + 1) + part
-        canvas = Canvas(plain.layout, plain.value, known, rank.unique(return_inverse=True)[1][None])
-        canvas.given_length = known
-        return canvas
+        return self.blocked(plain, self.config.within or block)

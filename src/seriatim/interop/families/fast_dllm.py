@@ -2,6 +2,8 @@
 those of a next-token model: a token is read one slot before its own, the first of a block at the end of the one
 before."""
 
+from math import gcd
+
 from seriatim.interop.blueprint import MaskedBlueprint, masked
 from seriatim.interop.families.qwen import read as qwen
 from seriatim.interop.fields import Fields
@@ -15,6 +17,6 @@ def read(f: Fields) -> MaskedBlueprint:
     plan = qwen(f)
     return masked(
         plan, f.where, f.number("mask_token_id", default=151_665, least=0), shift=True, block=block,
-        within=min(8, block), threshold=0.9, ends=tuple(i for i in (END_OF_TEXT, END_OF_TURN) if i < plan.vocab),
+        within=gcd(8, block), threshold=0.9, ends=tuple(i for i in (END_OF_TEXT, END_OF_TURN) if i < plan.vocab),
         sampling={"temperature": 0.0},
     )  # fmt: skip
