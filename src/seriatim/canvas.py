@@ -76,7 +76,15 @@ class Grow:
     segment: Segment
 
 
-Edit = Set | Unset | Revise | Insert | Delete | Truncate | Grow
+@dataclass(slots=True)
+class Reorder:
+    """Plan unknown elements for other steps: `rank` (batch, elements), -1 where nothing changes. What is known keeps
+    its rank."""
+
+    rank: Int[Tensor, "b E"]
+
+
+Edit = Set | Unset | Revise | Insert | Delete | Truncate | Grow | Reorder
 
 
 class Canvas:
@@ -307,6 +315,11 @@ class Canvas:
         if self.level is not None:
             self.level = torch.cat([self.level, self.level.new_zeros(self.batch, n)], 1)
 
+    def _reorder(self, edit: Reorder) -> None:
+        if edit.rank.shape != (self.batch, self.layout.size):
+            raise EditError(f"ranks are {(self.batch, self.layout.size)}, got {tuple(edit.rank.shape)}")
+        self._rank = torch.where((edit.rank >= 0) & self.open, edit.rank, self.rank)
+
     # ---- rows -------------------------------------------------------------------------------------------------------
 
     def select(self, rows: Int[Tensor, "b2"], new: Canvas | None = None) -> Canvas:
@@ -358,6 +371,7 @@ _EDITS = {
     Delete: Canvas._delete,
     Truncate: Canvas._truncate,
     Grow: Canvas._grow,
+    Reorder: Canvas._reorder,
 }
 
 
