@@ -16,10 +16,10 @@ from seriatim.view import INF, inclusive
 class VaryingBlocks(Blocks):
     """`Blocks(inside="any")` whose lengths are data: along the line, elements of equal rank on the canvas are a block.
 
-    What is given in front (a prompt) stands in blocks of `size`, with a block of its own at its end; what is given
-    further on belongs to the block before it. Without ranks of its own a canvas has blocks of `size`. Rows may have
-    blocks of other lengths, and be at work on different ones; an end may be set while what stands before it is decided
-    (`canvas.Reorder`). Raises OrderError for ranks that fall along the line.
+    What is given in front (a prompt) stands in blocks of `size`, and the first block behind it completes the last of
+    them; what is given further on belongs to the block before it. Without ranks of its own a canvas has blocks of
+    `size`. Rows may have blocks of other lengths, and be at work on different ones; an end may be set while what stands
+    before it is decided (`canvas.Reorder`). Raises OrderError for ranks that fall along the line.
     """
 
     def __init__(self, size: int, source: int = MASK):
@@ -32,7 +32,7 @@ class VaryingBlocks(Blocks):
             raise OrderError("blocks stand one after another, and ranks fall along the line here")
         prompt = (rank < 0).long().cumprod(1)
         begins = torch.diff(highest, dim=1, prepend=torch.full_like(rank[:, :1], -1)) > 0
-        before = -(-prompt.sum(1, keepdim=True) // self.size)
+        before = prompt.sum(1, keepdim=True) // self.size
         inside = torch.arange(rank.shape[1]) // self.size
         return torch.where(prompt.bool(), inside, before + begins.long().cumsum(1) - 1)
 
@@ -49,8 +49,8 @@ class VaryingBlocks(Blocks):
         end = torch.where(at_work, (block <= now).sum(1, keepdim=True), held)
         if bool((held > first).any()):
             raise OrderError(
-                "an element of a finished block is unknown again, but the cache holds it: blocks that are finished stay "
-                "so (remask within the block at work, or decode without a cache)"
+                "an element of a finished block is unknown again, but the cache holds it: blocks that are finished "
+                "stay so (remask within the block at work, or decode without a cache)"
             )
         slot = torch.arange(int((end - held).max()))[None]
         element = torch.where(held + slot < end, held + slot, -1)
