@@ -25,6 +25,7 @@ from seriatim.decoding.guidance import Guidance
 from seriatim.decoding.layers import LayerPlan, Skipping, begun
 from seriatim.decoding.policy import CachePolicy, Memory
 from seriatim.decoding.shaping import Shaper
+from seriatim.decoding.steering import Steer
 from seriatim.heads.dist import Categorical
 from seriatim.model import Model, Rows
 from seriatim.plan import DERIVED, MASK, VALUE, Plan
@@ -58,7 +59,8 @@ class Target:
     the branches to move away from; warp: temperature and filters; cached: use the exact cache (False recomputes
     everything, for tests); policy: what an order without an exact cache may read as it once was; shapers: penalties and
     constraints, before temperature and filters; layers: which layers compute which token (None: all); codec: how
-    the keys and values of a line are remembered (None: as they are). The cache belongs to one canvas: another one
+    the keys and values of a line are remembered (None: as they are); steer: what else changes the law of what is read,
+    by what stands on the canvas (a classifier), before shapers. The cache belongs to one canvas: another one
     starts anew.
     """
 
@@ -73,6 +75,7 @@ class Target:
         shapers: Sequence[Shaper] = (),
         layers: LayerPlan | None = None,
         codec: Codec | None = None,
+        steer: Steer | None = None,
     ):
         if isinstance(guidance, Guidance):
             if not model.conditions:
@@ -88,6 +91,7 @@ class Target:
         if policy is not None and not cached:
             raise ValueError("a cache policy needs a cache; use cached=True, or no policy to recompute everything")
         self.cached = cached
+        self.steer = steer
         self.policy = policy
         self.memory: Memory | None = None
         if layers is not None and (policy is not None or self.branches):
@@ -232,6 +236,8 @@ class Target:
         else:
             h = model.hidden(plan, canvas, self.cache, self.conditions[0], guess)
             dist, element, slot = model.dist(h, plan, canvas)
+        if self.steer is not None:
+            dist = self.steer(dist, element, canvas)
         self._unseen = (h, dist)
         if plan.run is None or self._turn % EXAMINE == 0:
             self._examine()

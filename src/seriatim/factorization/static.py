@@ -72,11 +72,15 @@ class Blocks(Factorization):
     def order(self, layout: Layout, random: Random | None = None) -> Int[Tensor, "1 E"]:
         return (torch.arange(layout.size) // self.size)[None]
 
+    def block(self, canvas: Canvas) -> Int[Tensor, "#b E"]:
+        """The number of the block of each element."""
+        return (torch.arange(canvas.layout.size) // self.size)[None]
+
     def packed(self, canvas: Canvas) -> Plan:
         """[queries; values]: values of the last block are fed too, so that prefixes and whole samples look alike."""
         layout, rank = canvas.layout, canvas.rank
         e = torch.arange(layout.size)
-        block = (e // self.size)[None]
+        block = self.block(canvas)
         hidden = rank >= 0
         if self.inside == "any":  # what is shown of a block is decided before the rest of it
             hidden = canvas.open

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seriatim.canvas import DELETED, Canvas, Delete, Set
 from seriatim.conditions.condition import Condition
 from seriatim.factorization.static import Blocks
+from seriatim.factorization.varying import VaryingBlocks
 from seriatim.model import Model
 from seriatim.random import ORDER, Generator, Key, Random, numbered
 
@@ -180,20 +180,27 @@ class MaskedBlocks(Masked):
         super().__init__(*parts, masking=masking, judging=judging)
         self.together = together
 
+    def places(self, canvas: Canvas) -> tuple[Int[Tensor, "#b E"], Int[Tensor, "#b E"]]:
+        """The number of the block of each element, and its place in it."""
+        e = torch.arange(canvas.layout.size)[None]
+        return e // self.factorization.size, e % self.factorization.size
+
     def drawn(self, canvas: Canvas, random: Random) -> tuple[Bool[Tensor, "b E"], Float[Tensor, "b E"]]:
         """As of `Masked`, block by block."""
-        (b, n), size = canvas.open.shape, self.factorization.size
-        blocks = -(-n // size)
+        (b, n), (block, place) = canvas.open.shape, self.places(canvas)
+        blocks, size = int(block.max()) + 1, int(place.max()) + 1
+        cell, block = (block * size + place).expand(b, n), block.expand(b, n)
         rows, together = torch.arange(b)[:, None], self.together and self.training
         unit = random.uniform((b, 1 if together else blocks), Key(canvas.row, 0, numbered(ORDER, 0, 1)))
         noise = random.uniform((b, n), Key(canvas.row, 0, numbered(ORDER)))
         apart = torch.arange(unit.shape[1]) / blocks  # those of a row lie evenly, and those of a block in all rows
         unit = (((rows + unit) / b + apart) % 1).expand(b, blocks)
-        free, noise = (F.pad(x, (0, blocks * size - n)).view(b * blocks, size) for x in (canvas.open, noise))
+        free, noise = (
+            x.new_zeros(b, blocks * size).scatter(1, cell, x).view(b * blocks, size) for x in (canvas.open, noise)
+        )
         masking = self.masking if self.training else self.judging
         hidden, weight = masking(free, unit.reshape(-1), noise)
-        weight = weight.view(b, blocks, 1).expand(b, blocks, size)
-        return hidden.view(b, -1)[:, :n], weight.reshape(b, -1)[:, :n]
+        return hidden.view(b, -1).gather(1, cell), weight.view(b, blocks).gather(1, block)
 
     def hidden_losses(
         self,
@@ -209,10 +216,24 @@ class MaskedBlocks(Masked):
 
     def shown(self, canvas: Canvas, hidden: Bool[Tensor, "b E"]) -> Canvas:
         """The sample with all elements decided but the hidden ones."""
-        shown = self._shown(canvas, ~canvas.open)
+        gone = canvas.status == DELETED
+        shown = Canvas(canvas.layout, canvas.value, ~canvas.open & ~gone, canvas.rank, canvas.row)  # in its own blocks
+        if bool(gone.any()):
+            shown.apply([Delete(torch.where(gone, torch.arange(gone.shape[1]), -1))])
         (kind,) = canvas.layout.kinds
         element = torch.where(canvas.open & ~hidden, torch.arange(canvas.layout.size), -1)
         return shown.apply([Set(canvas.value[kind], element)])
+
+
+class MaskedVaryingBlocks(MaskedBlocks):
+    """The same with blocks of the lengths that stand on each canvas (`VaryingBlocks`)."""
+
+    factorization: VaryingBlocks
+
+    def places(self, canvas: Canvas) -> tuple[Int[Tensor, "#b E"], Int[Tensor, "#b E"]]:
+        block, e = self.factorization.block(canvas), torch.arange(canvas.layout.size)[None]
+        first = torch.diff(block, dim=1, prepend=torch.full_like(block[:, :1], -1)) > 0
+        return block, e - torch.where(first, e, 0).cummax(1).values
 
 
 class PairedBlocks(MaskedBlocks):
