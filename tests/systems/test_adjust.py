@@ -62,7 +62,7 @@ def test_the_command_trains_a_layer_that_decodes(folder, monkeypatch, capsys):
     out = folder / "run"
     command = ["train", "adjust", "--base", str(folder / "base"), "--data", str(folder / "texts"), "--out", str(out)]
     assert main([*command, "--steps", "3", "--batch", "2", "--window", "40", "--unroll", "2"]) == 0
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "marginal" in said and f"--decoder adjust:{out}" in said
     card = read_card(out)
     assert card["key"] == "adjust"
