@@ -31,7 +31,10 @@ class Steer(Protocol):
 class Classifier(Protocol):
     """Says how likely something is of a text that is known in part."""
 
-    table: Float[Tensor, "v d"]  # the vector of each value
+    @property
+    def table(self) -> Float[Tensor, "v d"]:
+        """The vector of each value."""
+        ...
 
     def vectors(self, ids: Int[Tensor, "b E"], known: Bool[Tensor, "b E"]) -> Float[Tensor, "b E d"]:
         """What stands in each place: a value's vector, or a mask's."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from seriatim.canvas import Canvas, Set
 from seriatim.decoding.loop import Decider, decode
 from seriatim.decoding.target import Target
+from seriatim.layout import Layout
 from seriatim.objectives.masked import Masked
 from seriatim.random import Random
 
@@ -78,8 +79,11 @@ def coupled(turn: Int[Tensor, "r n"], generator: torch.Generator) -> list[Sight]
     return [Sight(first, first), Sight(second, second)]
 
 
-def log_probs(model: Masked, ids: Int[Tensor, "r n"], sights: Sequence[Sight]) -> Float[Tensor, "r n"]:
-    """The log-probability of each element, from the forward in which it counts; 0 where it counts in none."""
+def log_probs(
+    model: Masked, ids: Int[Tensor, "r n"], sights: Sequence[Sight], layout: Layout | None = None
+) -> Float[Tensor, "r n"]:
+    """The log-probability of each element, from the forward in which it counts; 0 where it counts in none. layout: of
+    the samples, where it is not the model's."""
     (kind,) = model.layout.kinds
     seen = [(i, rows) for i, s in enumerate(sights) if len(rows := s.counts.any(1).nonzero()[:, 0])]
     if not seen:
@@ -87,7 +91,7 @@ def log_probs(model: Masked, ids: Int[Tensor, "r n"], sights: Sequence[Sight]) -
     rows = torch.cat([r for _, r in seen])
     hidden = torch.cat([sights[i].hidden[r] for i, r in seen])
     counts = torch.cat([sights[i].counts[r] for i, r in seen])
-    losses = model.hidden_losses(model.canvas({kind: ids[rows]}), hidden)
+    losses = model.hidden_losses(model.canvas({kind: ids[rows]}, layout=layout), hidden)
     losses = torch.where(counts.to(losses.device), losses, 0)
     return losses.new_zeros(ids.shape).index_add(0, rows.to(losses.device), -losses)
 
