@@ -87,7 +87,7 @@ def steered(
         "texts": [system.tokenizer.decode(row) for row in ids[:2].tolist()],
     }  # fmt: skip
     if judge is not None:
-        law = torch.log_softmax(judge.logits(ids)[:, :-1].float(), -1)  # type: ignore[attr-defined]
+        law = torch.log_softmax(judge.logits(ids)[:, :-1].float(), -1)  # type: ignore[attr-defined, operator]
         found["nats_per_token"] = -float(law.gather(-1, ids[:, 1:, None]).mean())
     return found
 
