@@ -118,8 +118,8 @@ class _NoTokenizer:
 # ---- what it claims --------------------------------------------------------------------------------------------------
 
 STEPS = 3  # of either schedule for most puzzles: as many as powers of two make of 6 to 10 cells (2 for 6 and 7)
-TUNING = Recipe(320, batch=32, learning_rate=1e-4, weight_decay=0.0, warm_up=0.05, floor=1.0)
-REINFORCED = Reinforcement(prompts=32, inner=4)
+TUNING = Recipe(240, batch=32, learning_rate=3e-4, weight_decay=0.0, warm_up=0.05, floor=1.0)
+REINFORCED = Reinforcement(prompts=32, inner=2)
 
 
 def few(schedule: Schedule) -> Callable[[], Select]:
