@@ -231,13 +231,15 @@ class _Politely:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("estimate", ["trajectory", "diffu"])
-def test_rewards_rise(tmp_path, estimate):
-    made = learner(Reinforcement(estimate, prompts=8, group=6, inner=2, kl=0.0), steps=3)
+@pytest.mark.parametrize(
+    "estimate, rule", [("trajectory", "random"), ("diffu", "random"), ("trajectory", "confidence")]
+)
+def test_rewards_rise(tmp_path, estimate, rule):
+    made = learner(Reinforcement(estimate, prompts=8, group=6, inner=2, kl=0.0), steps=3, rule=rule)
     batch_ = Prompts().take(torch.arange(60))
-    before = float(decoded(made.model, batch_, Select("random", 3), alike, 1.0).mean())
+    before = float(decoded(made.model, batch_, Select(rule, 3), alike, 1.0).mean())
     train(made, Prompts(), Recipe(40, batch=8, learning_rate=1e-2, weight_decay=0.0), RunFolder(tmp_path / "r"), {})
-    after = float(decoded(made.model, batch_, Select("random", 3), alike, 1.0).mean())
+    after = float(decoded(made.model, batch_, Select(rule, 3), alike, 1.0).mean())
     assert after > before + 0.15
 
 
@@ -295,6 +297,6 @@ def test_what_the_claim_measures(tmp_path, monkeypatch):
     monkeypatch.setattr(trials.reinforced, "__defaults__", (Recipe(9, batch=2, learning_rate=1e-3),))
     for estimate, schedule in (("trajectory", "powers"), (None, "linear")):
         found = trials.solved(estimate, schedule, 16)(None, 0)
-        assert 0 <= found["solved"] <= 1 and len(found["curve"]) == (3 if estimate else 0)
+        assert 0 <= found["solved"] <= 1 and len(found["curve"]) == (5 if estimate else 0)
     assert all(isinstance(arm, Trial) for arm in trials.CLAIM.arms.values()) and len(trials.CLAIM.arms) == 8
     assert {trials.CLAIM.ours, trials.CLAIM.baseline} <= trials.CLAIM.arms.keys()
