@@ -24,6 +24,7 @@ from seriatim.decoding.unmask import Unmask
 from seriatim.laws.case import Limit, randomise
 from seriatim.laws.laws import LAWS, NotApplicable, require
 from seriatim.model import Rows
+from seriatim.posttraining.parallel import begun
 from seriatim.random import Keyed, Random
 from seriatim.systems.decoders import Ask, Block, Decoding
 from seriatim.systems.system import Sampling
@@ -80,11 +81,7 @@ class UnmaskingCase:
     ) -> tuple[Canvas, list[Step]]:  # fmt: skip
         """Decode to the end, or `most` steps; prompts are equally long."""
         if canvas is None:
-            canvas = system.begun(prompts[0], NEW)
-            if way.block is not None:
-                canvas = system.blocked(canvas, way.block)
-            canvas = canvas.select(torch.zeros(len(prompts), dtype=torch.long))
-            canvas.value["token"][:, : len(prompts[0])] = torch.tensor(prompts)
+            canvas = begun(system, torch.tensor(prompts), NEW, way.block)
             canvas.row = torch.tensor(names)
         target = Target(system.model, warp=sampling.warp, **{"cached": cached, **way.target})
         steps: list[Step] = []

@@ -158,8 +158,7 @@ class LanguageModel(Conversing):
         temperature 0 is greedy; penalties: see `Penalties`; stop: ids and strings that end a row (None: the model's
         own ids, which are also those beside strings); grammar: what the new text must be; stream: called with pieces of
         text, for one prompt, as they are decided for good; watch: who looks on (`evaluation.text_film.Recorder`).
-        Raises ValueError for prompts that are empty or too long, and decoders that do not exist.
-        """
+        Raises ValueError for prompts that are empty or too long, and decoders that do not exist."""
         rows, many = self._rows(prompt)
         if stream is not None and (many or n > 1):
             raise ValueError("text is streamed for one prompt, not for a batch")

@@ -9,16 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from seriatim.canvas import Set
 from seriatim.data.base import load_data
-from seriatim.decoding.loop import decode
-from seriatim.evaluation.metrics import distinct, token_entropy
-from seriatim.random import Keyed
-from seriatim.systems.decoders import decoder_of
+from seriatim.evaluation.metrics import distinct
 from seriatim.systems.text_system import TextSystem
-from seriatim.systems.trials import held_out
+from seriatim.systems.trials import continued, held_out, quality
 
 AT_ONCE = 16  # rows of a forward
 ROOM = 32  # tokens that are written behind a context: a line and a little more
@@ -73,27 +67,12 @@ def written(
     for length in sorted({len(prompt) for prompt in prompts}):
         alike = [n for n, prompt in enumerate(prompts) if len(prompt) == length]
         for rows in (alike[i : i + AT_ONCE] for i in range(0, len(alike), AT_ONCE)):
-            way = decoder_of(system, decoder, sampling, ())
-            canvas = system.begun(prompts[rows[0]], new)
-            canvas = canvas if way.block is None else system.blocked(canvas, way.block)
-            canvas = canvas.select(torch.zeros(len(rows), dtype=torch.long))
-            canvas.value["token"][:, :length] = torch.tensor([prompts[n] for n in rows])
-            canvas.row = torch.tensor(rows)
-            target = system.target(None, sampling, **way.target)
-            with torch.inference_mode():
-                for step in decode(target, canvas, way.decider, way.proposer, Keyed(seed)):
-                    active = sum(_some(edit, len(rows)) for edit in step.edits)
-                    forwards, slots = forwards + active, slots + active * step.slots
-            for n, row in zip(rows, canvas.value["token"].tolist(), strict=True):
-                ids[n] = row[length:]
+            made = continued(system, [prompts[n] for n in rows], new, decoder, sampling, 1000 * seed + rows[0])
+            forwards += sum(made.active)
+            slots += sum(n * step.slots for n, step in zip(made.active, made.steps, strict=True))
+            for n, text in zip(rows, made.ids, strict=True):
+                ids[n] = text
     return Written(ids, forwards, slots)
-
-
-def _some(edit: Any, rows: int) -> int:
-    """How many rows an edit decides something of."""
-    if not isinstance(edit, Set):
-        return 0
-    return rows if edit.element is None else int((edit.element >= 0).any(1).sum())
 
 
 def next_lines(system: TextSystem, decoder: str, lines: Sequence[Line]) -> dict[str, Any]:
@@ -124,13 +103,9 @@ def continuations(
     them, distinct trigrams and entropy of their tokens (dull texts flatter the first), and tokens a forward."""
     given = held_out(system, prompts, 96)
     made = written(system, decoder, given, new, temperature, seed)
-    nats = 0.0
-    for prompt, ids in zip(given, made.ids, strict=True):
-        row = torch.tensor([[*prompt, *ids]])
-        law = torch.log_softmax(judge.logits(row)[0, :-1].float(), -1)
-        nats -= float(law.gather(1, row[0, 1:, None])[len(prompt) - 1 :].sum())
+    nats, entropy = quality(given, made.ids, judge)
     return {
-        "nats_per_token": nats / made.tokens, "distinct_3": distinct(made.ids, 3), "entropy": token_entropy(made.ids),
+        "nats_per_token": nats, "distinct_3": distinct(made.ids, 3), "entropy": entropy,
         "tokens_per_forward": made.tokens / made.forwards, "slots_per_token": made.slots / made.tokens,
     }  # fmt: skip
 

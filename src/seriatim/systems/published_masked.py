@@ -82,9 +82,6 @@ class PublishedMasked(Conversing, MaskedText):
 
     # ---- scoring ----------------------------------------------------------------------------------------------------
 
-    def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, None]:
-        return self.model.canvas({"token": batch["token"]}, layout=line(batch["token"].shape[1])), None
-
     @torch.no_grad()
     def logits(
         self, ids: Int[Tensor, "batch length"], hidden: Bool[Tensor, "batch length"]

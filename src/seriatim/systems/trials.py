@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from seriatim.canvas import Set
 from seriatim.data.base import load_data
 from seriatim.decoding.loop import Step, decode
 from seriatim.evaluation.metrics import LOOPING, token_entropy
+from seriatim.posttraining.parallel import begun
 from seriatim.random import Keyed
 from seriatim.systems.decoders import decoder_of, forget
 from seriatim.systems.system import Sampling
@@ -46,6 +48,13 @@ class Continued:
     steps: list[Step]
     seconds: float
 
+    @property
+    def active(self) -> list[int]:
+        """Of each step, how many rows it decides something of."""
+        rows = len(self.ids)
+        sets = ([e for e in step.edits if isinstance(e, Set)] for step in self.steps)
+        return [sum(rows if e.element is None else int((e.element >= 0).any(1).sum()) for e in edits) for edits in sets]
+
 
 def continued(
     system: Any, prompts: Sequence[Sequence[int]], length: int, decoder: str, sampling: Sampling, seed: int = 0
@@ -53,12 +62,7 @@ def continued(
     """So many tokens behind prompts of equal lengths, side by side, by a model that decides tokens in any order;
     nothing ends a text earlier."""
     way = decoder_of(system, decoder, sampling, ())
-    canvas = system.begun(prompts[0], length)
-    if way.block is not None:
-        canvas = system.blocked(canvas, way.block)
-    canvas = canvas.select(torch.zeros(len(prompts), dtype=torch.long))
-    canvas.value["token"][:, : len(prompts[0])] = torch.tensor(prompts)
-    canvas.row = torch.arange(len(prompts))
+    canvas = begun(system, torch.tensor(prompts), length, way.block)
     target, start = system.target(None, sampling, **way.target), time.perf_counter()
     with torch.inference_mode():
         steps = list(decode(target, canvas, way.decider, way.proposer, Keyed(seed)))
@@ -67,13 +71,13 @@ def continued(
 
 
 def quality(
-    prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], judge: str = "zoo:text-base"
+    prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], judge: Any = "zoo:text-base"
 ) -> tuple[float, float]:
     """Nats a token that a next-token model of the same ids finds in texts behind their prompts, and the entropy in bits
     of all their tokens: the one alone rewards dull texts."""
     from seriatim.verbs.load import load
 
-    said: Any = load(judge)
+    said: Any = load(judge) if isinstance(judge, str) else judge
     scores = [said.scores([*before, *text], len(text)) for before, text in zip(prompts, texts, strict=True)]
     return -sum(map(sum, scores)) / sum(map(len, scores)), token_entropy(texts)
 

@@ -141,9 +141,6 @@ class CtrlDiff(MaskedText):
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, None]:
-        return self.model.canvas({"token": batch["token"]}, layout=line(batch["token"].shape[1])), None
-
     def losses(self, batch: Mapping[str, Tensor], random: Generator, drop: float) -> tuple[Tensor, Tensor]:
         """In blocks of random lengths, other ones in each text."""
         ids, sizes = batch["token"], torch.tensor(self.config.lengths)

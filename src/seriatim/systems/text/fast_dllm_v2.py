@@ -175,9 +175,6 @@ class FastDLLMv2(MaskedText):
     def window(self) -> int:
         return self.config.window or self.config.length
 
-    def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, None]:
-        return self.model.canvas({"token": batch["token"]}, layout=line(batch["token"].shape[1])), None
-
     def begun(self, ids: Sequence[int], length: int | None) -> Canvas:
         return self.blocked(super().begun(ids, length), self.config.part)
 
