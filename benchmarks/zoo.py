@@ -54,7 +54,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
         "key": "sdar",
         "data": "stdlib",
         "from_": "zoo:text-base",
-        "settings": {"window": 256, "batch": 8, "steps": 600},
+        "settings": {"window": 256, "batch": 8, "steps": 3000, "compile": True},
     },
     "text-as-arm": {
         "key": "as-arm",
