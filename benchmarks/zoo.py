@@ -62,6 +62,19 @@ ENTRIES: dict[str, dict[str, Any]] = {
         "from_": "zoo:text-draft",
         "settings": {"length": 256, "batch": 16, "steps": 1500, "learning_rate": 2e-3},
     },
+    "text-lists": {
+        "key": "mdlm",
+        "data": "list-tasks",
+        "settings": {
+            "width": 128,
+            "depth": 4,
+            "heads": 4,
+            "batch": 64,
+            "learning_rate": 1e-3,
+            "masking": "count",
+            "steps": 4800,
+        },
+    },
     "text-draft": {"key": "next-token", **TEXT, "settings": {**DRAFT, "steps": 3000, "batch": 8, "compile": True}},
     "var": {"key": "var", "size": "small", **PICTURES, "tokenizer": "zoo:image-msvq", "settings": {"steps": 1500}},
     "raster-ar": {
