@@ -17,14 +17,14 @@ from types import ModuleType
 from typing import Any
 
 from seriatim.systems.decoders import FAMILIES, example_of
-from seriatim.systems.meta import Meta, card_of, catalogue, load, recorded, status_of
+from seriatim.systems.meta import Meta, card_of, catalogue, everything, load, recorded, status_of, studies
 
 IMAGES = Path(__file__).parent / "images"
 RESULTS = Path(__file__).parents[1] / "results"
 SHOWN = {
     "L": "the laws hold", "E": "runs from end to end", "C": "its claim was measured", "W": "published weights load",
 }  # fmt: skip
-ORDERLESS = ("tokenizer", *FAMILIES)  # families that have no order of their own
+ORDERLESS = ("tokenizer", "study", *FAMILIES)  # families that have no order of their own
 
 
 # ---- one page --------------------------------------------------------------------------------------------------------
@@ -44,9 +44,10 @@ def page(key: str) -> str:
 def _card(meta: Meta, details: Mapping[str, str]) -> Iterator[str]:
     yield f"*{meta.summary}*"
     marks = [text for letter, text in SHOWN.items() if status_of(meta.key)[letter]]
+    none = "nothing yet" if meta.family == "study" else "nothing yet, for this state of its file"
     rows = [
         ("key", f"`{meta.key}`"), ("family", meta.family), ("modality", meta.modality), ("paper", _linked(meta.paper)),
-        ("likelihood", meta.likelihood), ("shown", "; ".join(marks) or "nothing yet, for this state of its file"),
+        ("likelihood", meta.likelihood), ("shown", "; ".join(marks) or none),
         ("parts", ", ".join(f"`{p}`" for p in details["parts"].split(", ") if p)),
     ]  # fmt: skip
     yield table(("", ""), rows)
@@ -97,6 +98,8 @@ def _commands(meta: Meta) -> str:
         lines += [] if free else [f"seriatim bench zoo:text-base --decoders ancestral,{spec}"]
         lines += [f"seriatim laws {meta.key} --verbose"]
         return "```\n" + "\n".join(lines) + "\n```"
+    if meta.family == "study":
+        return f"```\nseriatim show {meta.key}\nseriatim claim {meta.key}\n```"
     lines = [f"seriatim show {meta.key}", f"seriatim train {meta.key}"]
     if meta.family != "tokenizer":
         lines += [f"seriatim generate runs/{meta.key}", f"seriatim evaluate runs/{meta.key}"]
@@ -206,6 +209,24 @@ def overview() -> str:
     return table(("key", "family", "likelihood", "shown", "what it is"), rows) + f"\n\n{legend}."
 
 
+def questions() -> str:
+    """Every study in a line."""
+    rows = [(f"[`{key}`](systems/{key}.md)", meta.modality, meta.summary) for key, (meta, _) in studies().items()]
+    return table(("key", "modality", "what it measures"), rows)
+
+
+def verdicts() -> str:
+    """Every claim that was measured: what came out, beside the paper's figure."""
+    rows = []
+    for key in sorted(everything()):
+        _, _, _, result = card_of(key)
+        if result is not None:
+            ours, baseline = (_number(result[k]) for k in ("ours", "baseline"))
+            found = f"{result['metric']} {ours} against {baseline}"
+            rows.append((f"[`{key}`](systems/{key}.md)", result["verdict"], found, result["claim"], result["paper"]))
+    return table(("key", "verdict", "measured", "claim", "the paper"), rows)
+
+
 def requests() -> str:
     """What every decoder answers to every request, as it was last run."""
     known = recorded()
@@ -250,6 +271,8 @@ def assisted() -> str:
 
 TABLES = {  # what a page writes where it wants one
     "<!-- table of systems -->": overview,
+    "<!-- table of studies -->": questions,
+    "<!-- table of claims -->": verdicts,
     "<!-- table of requests -->": requests,
     "<!-- table of decoding speed -->": speeds,
     "<!-- table of drafting -->": drafting,
@@ -273,7 +296,7 @@ def on_files(files: Any, config: Any) -> Any:
 
     section = next(item["Systems"] for item in config.nav if "Systems" in item)
     families: dict[str, list[dict[str, str]]] = {}
-    for key, (meta, _) in catalogue().items():
+    for key, (meta, _) in everything().items():
         files.append(File.generated(config, f"systems/{key}.md", content=page(key)))
         families.setdefault(meta.family, []).append({meta.title: f"systems/{key}.md"})
         if meta.family not in ORDERLESS:
