@@ -16,7 +16,7 @@ from seriatim.laws.enumeration import enumerate_rows
 from seriatim.posttraining.policy import advantages, log_probs, roll_out, trajectory, weights
 from seriatim.posttraining.reinforce import ESTIMATORS, Reinforced, Reinforcement, decoded
 from seriatim.random import Generator
-from seriatim.systems import reinforced_trials as trials
+from seriatim.studies import cj_grpo as trials
 from seriatim.systems.claim import Trial
 from seriatim.systems.text import ctrldiff, mdlm, sdar
 from seriatim.training.recipe import Recipe

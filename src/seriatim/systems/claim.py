@@ -30,9 +30,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Trial:
-    """An arm that trains nothing: what a function measures on a loaded model (whatever `load` takes) with a seed."""
+    """An arm that is no training of a system: what a function measures on a loaded model (whatever `load` takes; None:
+    it has a model of its own) with a seed."""
 
-    model: str
+    model: str | None
     measure: Callable[[Any, int], Mapping[str, float]]
 
 

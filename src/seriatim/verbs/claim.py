@@ -72,8 +72,8 @@ def _run(key: str, claim: Claim, name: str, seed: int, bar: Bar | None) -> None:
     folder = _figures_file(key, name, seed).parent
     if isinstance(arm, Trial):
         folder.mkdir(parents=True, exist_ok=True)
-        measured = dict(arm.measure(load(arm.model), seed))
-        save_json({"seed": seed, **measured, "train_seconds": 0.0}, folder / "figures.json")
+        measured = dict(arm.measure(None if arm.model is None else load(arm.model), seed))
+        save_json({"seed": seed, "train_seconds": 0.0, **measured}, folder / "figures.json")
         return
     settings = {**arm.settings, "seed": seed} | ({} if arm.steps is None else {"steps": arm.steps})
     trained: Trained = train(

@@ -1,6 +1,9 @@
-"""What the reinforcement of masked generators is measured on: sudokus of 4 x 4 cells, decided in few steps.
+"""CJ-GRPO: reinforcement of masked generators by the steps that were taken (Yang et al. 2025, arXiv 2509.23924).
 
-A model that was trained on puzzles decides cells one at a time almost without error; several at once it fills with
+New in it: the log-probability of a sample is that of its own steps, each from what that step saw, so that what is
+reinforced is the decoder that is used; estimates from one forward score something else (`posttraining.policy`).
+
+It is measured on sudokus of 4 x 4 cells that are decided in few steps. A model that was trained on puzzles decides cells one at a time almost without error; several at once it fills with
 what does not go together. Reinforcement by the decoder's own steps should mend that. Cells are elements and digits
 values: what is given is known, there is no text. The base is trained once, in minutes, and kept under SERIATIM_HOME.
 """
@@ -24,11 +27,23 @@ from seriatim.home import HOME
 from seriatim.objectives.masked import Masked
 from seriatim.posttraining.reinforce import Estimate, Reinforced, Reinforcement, decoded
 from seriatim.systems.claim import Claim, Trial
+from seriatim.systems.meta import Meta
 from seriatim.systems.text.mdlm import MDLM, Config
 from seriatim.training.checkpoint import load_weights
 from seriatim.training.recipe import Recipe
 from seriatim.training.run import RunFolder
 from seriatim.training.trainer import train
+
+META = Meta(
+    key="cj-grpo",
+    title="CJ-GRPO: trajectory-consistent reinforcement",
+    family="study",
+    modality="text",
+    paper="Taming Masked Diffusion Language Models via Consistency Trajectory Reinforcement Learning with Fewer "
+    "Decoding Step (2025), arXiv 2509.23924",
+    likelihood="none",
+    summary="Estimates of what a decoder's sample was worth, by how many sudokus are solved after reinforcement.",
+)
 
 # ---- sudokus ---------------------------------------------------------------------------------------------------------
 
@@ -132,7 +147,7 @@ def reinforced(
 
 
 def solved(estimate: Estimate | None, schedule: Schedule, count: int = 512) -> Callable[[Any, int], Mapping[str, Any]]:
-    """A measure of a `Trial`, by the solver in place of the model that is loaded: the share of held-out puzzles that
+    """A measure of a `Trial` on the solver: the share of held-out puzzles that
     are solved in few steps, greedily, after reinforcement by an estimate (None: without)."""
 
     def measure(system: Any, seed: int) -> Mapping[str, Any]:
@@ -148,7 +163,7 @@ def solved(estimate: Estimate | None, schedule: Schedule, count: int = 512) -> C
 
 
 def _arm(estimate: Estimate | None, schedule: Schedule) -> Trial:
-    return Trial("zoo:text-mdlm", solved(estimate, schedule))
+    return Trial(None, solved(estimate, schedule))
 
 
 NAMES: Mapping[str, Estimate | None] = {
