@@ -239,6 +239,13 @@ def test_prompts_that_cannot_be_are_refused(published):
         ours.generate([1], "magic")
 
 
+def test_number_formats_go_by_name(copy):
+    assert load(copy, "bfloat16").model.dtype == load(copy, torch.bfloat16).model.dtype == torch.bfloat16
+    for wrong in ("bf16", "int8", torch.int32):
+        with pytest.raises(ValueError, match="a number format is float32, bfloat16"):
+            load(copy, wrong)
+
+
 def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()

@@ -18,14 +18,12 @@ COLOUR = {"holds": "green", "fails": "red", "not tested": "yellow"}
 
 def run_bench(options: argparse.Namespace) -> int:
     """Measure, and print tables or one JSON object."""
-    import torch
-
     progress = Console(stderr=True)
     decoders = [name.strip() for name in options.decoders.split(",") if name.strip()]
     result = bench(
         options.source, decoders, options.prompts, count=options.count,
         new_tokens=options.new_tokens, temperature=options.temperature, weights=options.weights,
-        dtype=None if options.dtype is None else getattr(torch, options.dtype), compile=options.compile,
+        dtype=options.dtype, compile=options.compile,
         runs=options.runs, draws=options.draws, memory=not options.no_memory, seed=options.seed, out=options.out,
         bar=lambda name: Bar(name, progress),
     )  # fmt: skip

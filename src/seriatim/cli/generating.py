@@ -74,10 +74,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def loaded(options: argparse.Namespace) -> System:
     """The model that was asked for, in the format that was asked for."""
-    import torch
-
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    system = load(options.source, dtype, options.adapter, options.weights)
+    system = load(options.source, options.dtype, options.adapter, options.weights)
     if options.compile:
         if not isinstance(system, LanguageModel):
             raise ValueError(f"--compile is for language models, and this is {system.meta.key}")
@@ -218,12 +215,9 @@ def _pictures(system: ImageSystem, options: argparse.Namespace, sampling: dict[s
 
 def run_export(options: argparse.Namespace) -> int:
     """Write the folder, and say what reads it."""
-    import torch
-
     from seriatim.verbs.export import export
 
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    out = export(options.source, options.out, options.format, dtype)
+    out = export(options.source, options.out, options.format, options.dtype)
     print(f"{out}: transformers reads it, by from_pretrained({str(out)!r})")
     return 0
 

@@ -3,9 +3,10 @@
 New in it: the log-probability of a sample is that of its own steps, each from what that step saw, so that what is
 reinforced is the decoder that is used; estimates from one forward score something else (`posttraining.policy`).
 
-It is measured on sudokus of 4 x 4 cells that are decided in few steps. A model that was trained on puzzles decides cells one at a time almost without error; several at once it fills with
-what does not go together. Reinforcement by the decoder's own steps should mend that. Cells are elements and digits
-values: what is given is known, there is no text. The base is trained once, in minutes, and kept under SERIATIM_HOME.
+It is measured on sudokus of 4 x 4 cells that are decided in few steps. A model that was trained on puzzles decides
+cells one at a time almost without error; several at once it fills with what does not go together. Reinforcement by the
+decoder's own steps should mend that. Cells are elements and digits values: what is given is known, there is no text.
+The base is trained once, in minutes, and kept under SERIATIM_HOME.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from seriatim.training.checkpoint import save_json
 from seriatim.verbs.bench_lossless import Sampled, dtype_of, lossless, sampled
 from seriatim.verbs.bench_prompts import asked
 from seriatim.verbs.claim import commit, machine
-from seriatim.verbs.load import load
+from seriatim.verbs.load import load, number_format
 from seriatim.verbs.train import Bar
 
 PLAIN = "ancestral"  # what the others are compared with
@@ -58,7 +58,7 @@ def bench(
     new_tokens: int = 64,
     temperature: float = 0.0,
     weights: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     compile: bool = False,
     runs: int = 3,
     draws: int = 0,
@@ -79,7 +79,8 @@ def bench(
     names, added = decoders_of(decoders)
     _check(count, temperature, runs, draws, out)
     questions = None if str(prompts) == "builtin" else read_questions(prompts)
-    way = Way(new_tokens, temperature, seed, weights, None if dtype is None else _name(dtype), compile)
+    kind = number_format(dtype)
+    way = Way(new_tokens, temperature, seed, weights, None if kind is None else _name(kind), compile)
     system = opened(source, way)
     size = parameters(system.model)  # of integers none are counted
     made_ready(system, way)
@@ -135,13 +136,12 @@ def decoders_of(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def opened(source: str | Path | System, way: Way) -> LanguageModel:
     """The model in its number format. Raises ValueError where it is none that continues texts token by token."""
-    dtype = None if way.dtype is None else getattr(torch, way.dtype)
     if isinstance(source, System):
-        if way.weights is not None or dtype is not None:
+        if way.weights is not None or way.dtype is not None:
             raise ValueError("weights and dtype are for a model that is loaded here: give its folder or name")
         system = source
     else:
-        system = load(source, dtype)
+        system = load(source, way.dtype)
     if not isinstance(system, LanguageModel) or not system.model.factorization.draftable:
         raise ValueError(f"{system.meta.key} is no next-token language model, and only decoders of these are compared")
     return system

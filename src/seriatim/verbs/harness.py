@@ -54,8 +54,7 @@ class Harness(TemplateLM):
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size is a whole number of at least 1, got {batch_size!r}")
-        kind = None if dtype in (None, "auto") else getattr(torch, str(dtype))
-        model = load(pretrained, kind, adapter, weights)
+        model = load(pretrained, None if dtype == "auto" else dtype, adapter, weights)
         if not isinstance(model, LanguageModel | MaskedText) or model.tokenizer is None:
             raise ValueError(f"{pretrained} is no language model with a tokenizer: the harness asks about texts")
         if isinstance(model, MaskedText):

@@ -32,18 +32,31 @@ ZOO = (Path(__file__).parents[1] / "zoo", Path(__file__).parents[3] / "zoo")  # 
 MOST_ADAPTERS = 8  # one on another
 
 
+FORMATS = ("float32", "bfloat16", "float16", "float64")
+
+
+def number_format(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A number format by its name. Raises ValueError for what is none."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and name not in FORMATS:
+        raise ValueError(f"a number format is {', '.join(FORMATS)}, not {dtype!r}")
+    return None if dtype is None else getattr(torch, name)
+
+
 def load(
-    source: str | Path, dtype: torch.dtype | None = None, adapter: str | Path | None = None, weights: str | None = None
-) -> System:
+    source: str | Path, dtype: torch.dtype | str | None = None, adapter: str | Path | None = None,
+    weights: str | None = None,
+) -> System:  # fmt: skip
     """A system with weights, ready to generate: a run's folder, `zoo:NAME`, the folder of a published language model
     (config.json and safetensors), its name on the Hugging Face hub (`owner/name`), or an adapter's folder, which names
     its base.
 
-    dtype: the number format of a language model (None: as stored); adapter: the folder or name of a LoRA adapter in
-    PEFT's format, which is folded into the weights; weights: keep matrices as "int8" or "int4", or "packed" for
-    this processor (`quantize`). Raises ValueError, OSError that says what is wrong: nothing there, a checkpoint cut
+    dtype: the number format of a language model, or its name (None: as stored); adapter: the folder or name of a LoRA
+    adapter in PEFT's format, which is folded into the weights; weights: keep matrices as "int8" or "int4", or "packed"
+    for this processor (`quantize`). Raises ValueError, OSError that says what is wrong: nothing there, a checkpoint cut
     short or of another system, an adapter of another model, no network.
     """
+    dtype = number_format(dtype)
     adapters = [] if adapter is None else [_found(adapter)]
     place = _found(source)
     while (place / ADAPTER).is_file():
