@@ -126,9 +126,10 @@ class _NoTokenizer:
 
 # ---- what it claims --------------------------------------------------------------------------------------------------
 
+UNSEEN = 1_000_000  # puzzles from here on are for the figures alone: recipes were tried on others
 STEPS = 3  # of either schedule for most puzzles: as many as powers of two make of 6 to 10 cells (2 for 6 and 7)
-TUNING = Recipe(240, batch=32, learning_rate=3e-4, weight_decay=0.0, warm_up=0.05, floor=1.0)
-REINFORCED = Reinforcement(prompts=32, inner=2)
+TUNING = Recipe(120, batch=128, learning_rate=1e-4, weight_decay=0.0, warm_up=0.05, floor=1.0)
+REINFORCED = Reinforcement(prompts=128, group=4, inner=2)
 
 
 def few(schedule: Schedule) -> Callable[[], Select]:
@@ -156,7 +157,7 @@ def solved(estimate: Estimate | None, schedule: Schedule, count: int = 512) -> C
         if estimate is not None:
             curve = [h["reward"] for h in reinforced(model, estimate, schedule, seed)][:: REINFORCED.inner]
         puzzles = Puzzles(test=True)
-        batch = puzzles.take(torch.arange(count) + count * seed)
+        batch = puzzles.take(UNSEEN + torch.arange(count) + count * seed)
         reward = decoded(model.eval(), batch, few(schedule)(), units_right)
         return {"solved": float((reward == 1).double().mean()), "units": float(reward.mean()), "curve": curve}
 
@@ -186,5 +187,5 @@ CLAIM = Claim(
     baseline="mean field, ascending",
     better="higher",
     seeds=(0, 1, 2),
-    spread_seeds=(0, 1, 2, 3, 4),
+    other_seeds=(0,),
 )
