@@ -154,6 +154,30 @@ def _table(results: Sequence[Result]) -> str:
     )
 
 
+def grid(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> str:
+    """A table of anything, for a section: the first column names the row. Escaped."""
+    first, *others = head
+    cells = "".join(f'<th scope="col">{_text(name)}</th>' for name in others)
+    body = "".join(
+        f'<tr><th scope="row">{_text(name)}</th>'
+        + "".join(f'<td data-name="{_text(h)}">{_text(x)}</td>' for h, x in zip(others, row, strict=True))
+        + "</tr>"
+        for name, *row in rows
+    )
+    return (
+        f'<div class="scroll"><table><caption>{_text(caption)}</caption><thead><tr><th scope="col">{_text(first)}</th>'
+        f"{cells}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def cards(charts: Mapping[str, str]) -> str:
+    """Charts side by side, for a section: SVG by its heading."""
+    shown = "".join(
+        f'<section class="card chart"><h3>{_text(heading)}</h3>{svg}</section>' for heading, svg in charts.items()
+    )
+    return f'<div class="cards">{shown}</div>'
+
+
 def _number(value: Figure) -> float | None:
     """The value as a number, if it is one that can be compared."""
     if isinstance(value, Bits):
@@ -215,7 +239,7 @@ def _webp(opened: Image.Image) -> tuple[bytes, tuple[int, int]]:
 
 
 def _samples(results: Sequence[Result]) -> str:
-    cards = []
+    shown = []
     for r in results:
         parts = [f"<h3>{r.heading}</h3>"]
         for picture, what in ((r.grid, "samples"), (r.film, "film of their making")):
@@ -224,24 +248,23 @@ def _samples(results: Sequence[Result]) -> str:
                 parts.append(f"<figure>{image}<figcaption>{what}</figcaption></figure>")
         parts += [f"<pre>{_text(text)}</pre>" for text in r.texts]
         if len(parts) > 1:
-            cards.append(f'<article class="card">{"".join(parts)}</article>')
-    return f'<h2>Samples</h2><div class="cards">{"".join(cards)}</div>' if cards else ""
+            shown.append(f'<article class="card">{"".join(parts)}</article>')
+    return f'<h2>Samples</h2><div class="cards">{"".join(shown)}</div>' if shown else ""
 
 
 def _charts(results: Sequence[Result], quality: str) -> str:
     losses = {r.key if len(r.losses) == 1 else f"{r.key} {name}": p for r in results for name, p in r.losses.items()}
     tradeoffs = {r.key: r.tradeoff for r in results if r.tradeoff}
-    cards = []
+    charts = {}
     if tradeoffs:
-        cards.append(f"<h3>{_text(quality)} against forwards</h3>{scatter(tradeoffs, 'forwards a sample', quality)}")
+        charts[f"{quality} against forwards"] = scatter(tradeoffs, "forwards a sample", quality)
     if losses:
-        cards.append(f"<h3>Loss while training</h3>{lines(losses, 'step', 'loss')}")
-    shown = "".join(f'<section class="card chart">{c}</section>' for c in cards)
-    return f'<h2>Curves</h2><div class="cards">{shown}</div>' if cards else ""
+        charts["Loss while training"] = lines(losses, "step", "loss")
+    return f"<h2>Curves</h2>{cards(charts)}" if charts else ""
 
 
 def _recipes(results: Sequence[Result]) -> str:
-    cards = []
+    shown = []
     for r in results:
         notes = "".join(f"<li>{_text(note)}</li>" for note in r.notes)
         settings = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in r.settings.items())
@@ -251,8 +274,8 @@ def _recipes(results: Sequence[Result]) -> str:
             f"<dl>{settings}</dl>" if settings else "",
         ]
         if any(parts):
-            cards.append(f'<article class="card"><h3>{r.heading}</h3>{"".join(parts)}</article>')
-    return f'<h2>How to make it again</h2><div class="cards">{"".join(cards)}</div>' if cards else ""
+            shown.append(f'<article class="card"><h3>{r.heading}</h3>{"".join(parts)}</article>')
+    return f'<h2>How to make it again</h2><div class="cards">{"".join(shown)}</div>' if shown else ""
 
 
 def _text(value: object) -> str:
@@ -271,8 +294,10 @@ def write_report(
     results: Sequence[Result],
     notes: Sequence[str] = (),
     quality: str = "quality",
+    sections: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the report; rows stand in the order given. `quality` names the second number of each `tradeoff`.
+    """Write the report; rows stand in the order given. `quality` names the second number of each `tradeoff`; sections:
+    what else is to be shown before the samples, HTML (`charts`, `cards`, `grid`) by its heading.
 
     Raises ValueError for no results, two with one key, or a picture that is none; FileNotFoundError for a missing one.
     Nothing is written then, and an older report stays.
@@ -298,7 +323,13 @@ def write_report(
             "</header>\n<main>",
             *(
                 "\n" + part
-                for part in (_table(results), _charts(results, quality), _samples(results), _recipes(results))
+                for part in (
+                    _table(results),
+                    _charts(results, quality),
+                    *(f"<h2>{_text(heading)}</h2>{body}" for heading, body in (sections or {}).items()),
+                    _samples(results),
+                    _recipes(results),
+                )
             ),
             "\n</main></body></html>\n",
         ]
