@@ -9,6 +9,7 @@ import torch
 
 from seriatim.evaluation.ceilings import total_correlation
 from seriatim.posttraining import policy
+from seriatim.studies import survey_estimates
 from seriatim.studies.survey_estimates import chain, knowing, missed, side_by_side
 
 N = 4
@@ -44,6 +45,20 @@ def test_of_a_correlated_law_coupled_is_closer_on_average():
         assert one["coupled"].bias < 0.5 * one["mean-field"].bias
         assert one["coupled"].error > 3 * one["coupled"].bias
     assert all(one["trajectory"].error < 1e-9 for one in found)
+
+
+def _read_where_shown(turn, generator):
+    return [policy.Sight(a.hidden, ~a.counts & (turn >= 0)) for a in policy.coupled(turn, generator)]
+
+
+def _one_half_only(turn, generator):
+    return policy.coupled(turn, generator)[:1]
+
+
+@pytest.mark.parametrize("wrong", [_read_where_shown, _one_half_only])
+def test_halves_that_are_read_wrongly_are_seen_on_a_factorised_law(wrong, monkeypatch):
+    monkeypatch.setitem(survey_estimates.ESTIMATORS, "coupled", wrong)
+    assert missed(factorised(0), 2, draws=6)["coupled"].bias > 0.1
 
 
 def test_mean_field_misses_the_total_correlation():

@@ -53,6 +53,8 @@ def save_survey(
         f"{result['baseline']:.3f}).",
         "One seed of training each. Bits per byte of next-token prediction and of any subset are exact, the others are "
         "bounds. At this size next-token prediction is expected to have the fewest.",
+        "All draw as many windows; insertion and edit flows cut theirs to random lengths, half the tokens on the mean.",
+        "A gap is filled from both sides where a system sees them, else from the left alone.",
         "Low nats a token alone praise dull text: the entropy of all tokens is taken off, and stands beside.",
         f"Made by {result['command']} ({result['machine']}).",
     ]

@@ -32,7 +32,7 @@ from seriatim.decoding.loop import Step
 from seriatim.evaluation.cost import parameters
 from seriatim.evaluation.metrics import bits_per_byte, distinct
 from seriatim.home import HOME
-from seriatim.studies.parallelbench import held_out as problems_of
+from seriatim.studies import parallelbench as bench
 from seriatim.systems.claim import Claim, Trial
 from seriatim.systems.decoders import decoder_names, decoder_of, example_of
 from seriatim.systems.infill import Gap
@@ -201,7 +201,7 @@ def answered(system: TextSystem, way: Way, k: int, count: int = 10, seed: int = 
     made: list[Written] = []
     right: dict[str, float] = {}
     for task in LISTS:
-        some = problems_of(task, 6, count, seed)
+        some = bench.held_out(task, 6, count, seed)
         new = len(some[0].answer(random.Random(0))) + 1
         said = [write(system, " ".join(p.prompt), new, way, k, 1000 * seed + n) for n, p in enumerate(some)]
         right[task] = statistics.fmean(p.right(w.text.split()) for p, w in zip(some, said, strict=True))
@@ -302,6 +302,25 @@ def list_row(name: str, count: int = 10) -> Callable[[Any, int], Mapping[str, An
     return measure
 
 
+def ideal(tasks: Sequence[str], draws: int = 256) -> Callable[[Any, int], Mapping[str, Any]]:
+    """What a model with the true conditionals would answer, by order and tokens a step: nothing is trained."""
+
+    def measure(judge: Any, seed: int) -> Mapping[str, Any]:
+        models = [bench.Ideal(bench.held_out(task, 6 if task in LISTS else 0, 1, seed)[0]) for task in tasks]
+        longest, cells = max(m.length for m in models), []
+        for way in ("random", "confidence", "left to right"):
+            make = bench.FIXED[way.replace(" ", "-")]
+            for k in TOKENS:
+                if k < 2 * longest:
+                    right = [m.accuracy(make(min(k, m.length), m.length), draws=draws, seed=seed) for m in models]
+                    steps = sum(bench.steps_of(m.length, k) for m in models)
+                    each = sum(m.length for m in models) / steps
+                    cells.append({"way": way, "k": k, "exact": statistics.fmean(right), "tokens_per_forward": each})
+        return {"cells": cells}
+
+    return measure
+
+
 def costs(run: Any) -> dict[str, Any]:
     """What a training took, and its curve."""
     seconds = round(sum(h.get("seconds", 0.0) for h in run.history), 1)
@@ -364,6 +383,8 @@ CLAIM = Claim(
         "every decoder": Trial(BASE, every_decoder()),
         **{f"text, {name}": Trial(JUDGE, row(name)) for name in OBJECTIVES},
         **{f"lists, {name}": Trial(JUDGE, list_row(name)) for name in ON_LISTS},
+        "lists, the true law": Trial(JUDGE, ideal(LISTS)),
+        "lists, the true law of Latin squares": Trial(JUDGE, ideal(("latin-square",))),
     },
     ours="confidence",
     baseline="random",
