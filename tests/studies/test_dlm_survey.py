@@ -73,7 +73,7 @@ def by_hand(name, way, k, tokens):
     if name == "insertion":  # all that is there each time, and once to see that it is done
         return n + 1, sum(1 + p + i for i in range(n + 1))
     if name == "mdlm" or name == "blocks of 16":  # everything each time (the texts fill one block of 16)
-        forwards = max(1, n // k) if way != "left to right" else -(-n // k)
+        forwards = -(-n // k)
         return forwards, forwards * (p + n)
     if name == "any subset":  # what was decided last, and as many masks as are read
         forwards = -(-n // k)

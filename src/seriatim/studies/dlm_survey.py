@@ -162,13 +162,13 @@ def write(
 
 
 def steps_of(system: TextSystem, prompt: str | Sequence[int], new: int, way: Way, k: int, sampling: Sampling) -> int:
-    """In how many steps `new` tokens are decided, `k` at each: in blocks, as many in all as the largest takes, times
-    their number, since a decoder shares its steps evenly among them."""
+    """In how many steps `new` tokens are decided, at most `k` at each: in blocks, what the largest takes times their
+    number, since a decoder shares its steps evenly among them."""
     block, canvas = decoder_of(system, way.decoder, sampling).block, system.prompted(prompt, new)
     canvas = canvas if block is None else system.blocked(canvas, block)
     sizes = canvas.rank[0][canvas.open[0]].unique(return_counts=True)[1]
     most = int(sizes.max())
-    return len(sizes) * max(1, most // k) if most > 1 else max(1, new // k)
+    return len(sizes) * bench.steps_of(most, k) if most > 1 else bench.steps_of(new, k)
 
 
 def means(made: Sequence[Written]) -> dict[str, float]:
