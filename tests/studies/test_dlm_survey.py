@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from seriatim.data.base import Data, Texts
+from seriatim.data.list_tasks import vocabulary
 from seriatim.evaluation.survey_page import save_survey
 from seriatim.factorization.static import Blocks
 from seriatim.laws.case import randomise
@@ -22,8 +23,9 @@ from seriatim.systems.decoders import decoder_names, named
 from seriatim.systems.system import Sampling, config_from
 from seriatim.systems.taxonomy import system_row
 from seriatim.systems.text import sdar
+from seriatim.systems.text.mdlm import MDLM
 from seriatim.systems.text_system import TextSystem
-from seriatim.tokenizers.text import ByteTokenizer
+from seriatim.tokenizers.text import ByteTokenizer, WordTokenizer
 from seriatim.verbs import claim as verb
 from seriatim.verbs.load import system_class
 
@@ -234,6 +236,17 @@ def test_where_all_places_are_equally_unsure_the_surest_first_are_neighbours_and
     model = bench.Ideal(bench.held_out("latin-square", 0, 1)[0])
     sure, chance = (model.accuracy(bench.FIXED[rule](2, 16), draws=64) for rule in ("confidence", "random"))
     assert sure < chance - 0.2
+
+
+def test_a_model_that_there_is_answers_in_every_order_of_the_grid():
+    tokenizer = WordTokenizer.of(vocabulary())
+    config = config_from(MDLM, {**TINY, "block": 2}, vocab=tokenizer.vocab)
+    cells = study.of_base(1)(MDLM(config, tokenizer).eval(), 0)["cells"]
+    assert {(c["way"], c["k"]) for c in cells} == {
+        (way, k) for way in ("random", "confidence", "left to right") for k in (1, 2, 4, 8)
+    }
+    at_once = [c for c in cells if c["k"] == 8]
+    assert all(c["forwards"] == 1 and c["exact"] <= 1 for c in at_once), "not in blocks of its own"
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ META = Meta(
 )
 
 TOKENS = (1, 2, 4, 8, 16)  # a step
-JUDGE, BASE = "zoo:text-base", "zoo:text-mdlm"
+JUDGE, BASE, LISTED = "zoo:text-base", "zoo:text-mdlm", "zoo:text-lists"
 AS_IT_IS = Sampling()  # temperature 1, no filters
 
 
@@ -288,24 +288,40 @@ def row(name: str, prompts: int = 16, gaps: int = 100) -> Callable[[Any, int], M
 def list_row(name: str, count: int = 10) -> Callable[[Any, int], Mapping[str, Any]]:
     """An objective on list tasks: trained where it is not, then every cell that an answer of six names leaves."""
 
-    def measure(judge: Any, seed: int) -> Mapping[str, Any]:
+    def measure(nothing: Any, seed: int) -> Mapping[str, Any]:
         run = trained(name, "lists", seed)
-        system = run.system.eval().requires_grad_(False)
-        cells = [
+        return {**list_cells(run.system.eval().requires_grad_(False), name, count, seed), **costs(run)}
+
+    return measure
+
+
+def of_base(count: int = 10) -> Callable[[Any, int], Mapping[str, Any]]:
+    """The same cells as of "mdlm", of a masked model that there is already."""
+
+    def measure(system: Any, seed: int) -> Mapping[str, Any]:
+        whole = copy.copy(system)
+        whole.config = replace(system.config, **OBJECTIVES["mdlm"].settings)
+        return list_cells(whole, "mdlm", count, seed)
+
+    return measure
+
+
+def list_cells(system: TextSystem, name: str, count: int, seed: int) -> dict[str, Any]:
+    """Answers by each way of an objective, up to all of an answer at once."""
+    return {
+        "cells": [
             {"way": way, "k": k, **answered(system, WAYS[way](k), k, count, seed)}
             for way, several in OBJECTIVES[name].ways.items()
             for k in several
             if k <= 8
         ]
-        return {"cells": cells, **costs(run)}
-
-    return measure
+    }
 
 
 def ideal(tasks: Sequence[str], draws: int = 256) -> Callable[[Any, int], Mapping[str, Any]]:
     """What a model with the true conditionals would answer, by order and tokens a step: nothing is trained."""
 
-    def measure(judge: Any, seed: int) -> Mapping[str, Any]:
+    def measure(nothing: Any, seed: int) -> Mapping[str, Any]:
         models = [bench.Ideal(bench.held_out(task, 6 if task in LISTS else 0, 1, seed)[0]) for task in tasks]
         longest, cells = max(m.length for m in models), []
         for way in ("random", "confidence", "left to right"):
@@ -382,9 +398,10 @@ CLAIM = Claim(
         "left to right": Trial(BASE, curse("left to right")),
         "every decoder": Trial(BASE, every_decoder()),
         **{f"text, {name}": Trial(JUDGE, row(name)) for name in OBJECTIVES},
-        **{f"lists, {name}": Trial(JUDGE, list_row(name)) for name in ON_LISTS},
-        "lists, the true law": Trial(JUDGE, ideal(LISTS)),
-        "lists, the true law of Latin squares": Trial(JUDGE, ideal(("latin-square",))),
+        **{f"lists, {name}": Trial(None, list_row(name)) for name in ON_LISTS},
+        f"lists, {LISTED}": Trial(LISTED, of_base()),
+        "lists, the true law": Trial(None, ideal(LISTS)),
+        "lists, the true law of Latin squares": Trial(None, ideal(("latin-square",))),
     },
     ours="confidence",
     baseline="random",
