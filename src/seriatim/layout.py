@@ -133,9 +133,19 @@ def grid(*shape: int, kind: str = "token") -> Layout:
     return Layout((Segment(kind, torch.cartesian_prod(*axes).reshape(-1, len(shape))),))
 
 
-def pyramid(scales: Sequence[int], kind: str = "token") -> Layout:
-    """Square maps of growing side, coarse to fine; coordinates are (scale, row, column)."""
-    if not scales or min(scales) < 1:
+def pyramid(scales: Sequence[int | tuple[int, int]], kind: str = "token") -> Layout:
+    """Maps of growing size, coarse to fine, each by its side or by (rows, columns); coordinates are (scale, row,
+    column)."""
+    shapes = tuple((side, side) if isinstance(side, int) else tuple(side) for side in scales)
+    if not shapes or any(len(shape) != 2 or min(shape) < 1 for shape in shapes):
         raise ValueError(f"a pyramid needs positive scales, got {tuple(scales)}")
-    coord = [[k, i, j] for k, side in enumerate(scales) for i in range(side) for j in range(side)]
+    coord = [[k, i, j] for k, (rows, columns) in enumerate(shapes) for i in range(rows) for j in range(columns)]
     return Layout((Segment(kind, torch.tensor(coord)),))
+
+
+def shapes_of(layout: Layout) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of each map of a pyramid."""
+    scale, row, column = layout.coord.unbind(1)
+    size = torch.zeros(int(scale.max()) + 1, 2, dtype=torch.long)
+    size = size.scatter_reduce(0, scale[:, None].expand(-1, 2), torch.stack([row, column], 1) + 1, "amax")
+    return tuple((rows, columns) for rows, columns in size.tolist())

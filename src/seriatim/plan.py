@@ -171,6 +171,8 @@ class Plan:
     plain = False  # are all slots seen by everything later, so that a cache needs no labels?
     run = None  # (start, None or offsets): the slots stand at start + 0, 1, ... (or + offsets) of a line
     readers = None  # `Reads`: where conditions of single elements stand; None: where the elements are read now
+    fork = False  # is this a forward of the second end of a backbone that has two (`backbones.forked`)?
+    guided = True  # may guidance change what is said here?
     fixed = None  # (b, m): slots that stay as they are while the step is repeated (denoising); None: it is not known
 
     def along(self, route: Any) -> Plan:

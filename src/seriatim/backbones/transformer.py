@@ -52,6 +52,8 @@ class Context(NamedTuple):
 class Transformer(nn.Module):
     """Layers over slots. `mixers` says what each kind of layer honours: here any visibility."""
 
+    kept_as = "modulation"  # the name by which a cache keeps what a condition says to every layer
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config, self.width = config, config.width
@@ -120,8 +122,8 @@ class Transformer(nn.Module):
         if vector is not None:
             condition, vector = vector, F.silu(vector if vector.dim() == 3 else vector[:, None])
             if cache is not None and condition.dim() == 2:
-                modulation = cache.kept("modulation", condition)
-                modulation = modulation or cache.keep("modulation", condition, self._modulation(vector))
+                modulation = cache.kept(self.kept_as, condition)
+                modulation = modulation or cache.keep(self.kept_as, condition, self._modulation(vector))
         context = Context(cache, vector, memory, None if there is None else there[:, None, None], modulation)
         if plan.spawns:
             return self._growing(x, plan, sights, context)

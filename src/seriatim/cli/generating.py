@@ -28,7 +28,8 @@ from seriatim.verbs.load import load, where
 
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 BESIDE = ("prompt", "chat", "ids", "length", "label", "stop", "json_schema", "regex", "grammar")  # not with --infix
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical", "guidance", "steps", *PENALTIES)
+OF_PICTURES = ("size", "scales")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical", "guidance", "steps", *PENALTIES, *OF_PICTURES)
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -42,6 +43,8 @@ def run_generate(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--infix and --record are for text, and {system.meta.key} makes none (pictures have a film.gif)"
         )
+    if isinstance(system, TextSystem) and any(getattr(options, name) is not None for name in OF_PICTURES):
+        raise ValueError(f"--size and --scales are for pictures, and {system.meta.key} writes text")
     if options.chat and not isinstance(system, LanguageModel | PublishedMasked):
         raise ValueError(f"{system.meta.key} has no chat template: --chat is for language models that converse")
     with torch.inference_mode():

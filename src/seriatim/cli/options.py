@@ -133,6 +133,12 @@ def _generate(commands: Any) -> None:
         ("frequency-penalty", "of generated tokens, each time"),
     ):  # fmt: skip
         generate.add_argument(f"--{name}", type=float, help=f"{text} (default: the model's own)")
+    generate.add_argument(
+        "--size", type=size_of, metavar="48x32", help="width and height of pictures in pixels, where a system draws any"
+    )
+    generate.add_argument(
+        "--scales", type=scales_of, metavar="1,2,4,8", help="maps of a pyramid, by side or rows x columns as in 8x12"
+    )
     generate.add_argument("--stop", action="append", help="a text that ends what is written; may be repeated")
     form = generate.add_mutually_exclusive_group()
     form.add_argument("--json-schema", metavar="FILE", help="write JSON of this schema")
@@ -201,6 +207,19 @@ def _later(module: str, function: str) -> Callable[..., int]:
         return getattr(importlib.import_module(f"seriatim.cli.{module}"), function)(*arguments)
 
     return run
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Two whole numbers with an x between them."""
+    words = text.lower().split("x")
+    if len(words) != 2 or not all(w.isdigit() and int(w) for w in words):
+        raise argparse.ArgumentTypeError(f"must be two whole numbers, as in 48x32, not {text!r}")
+    return int(words[0]), int(words[1])
+
+
+def scales_of(text: str) -> tuple[int | tuple[int, int], ...]:
+    """Whole numbers, or two with an x between them, separated by commas."""
+    return tuple(size_of(word) if "x" in word.lower() else positive(word) for word in text.split(","))
 
 
 def positive(text: str) -> int:

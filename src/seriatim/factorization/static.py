@@ -6,7 +6,7 @@ generation); `Blocks` two streams, clean values and masked or noisy queries (blo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Bool, Int
@@ -24,10 +24,11 @@ from seriatim.view import INF, View, full, inclusive, two_stream
 class Scales(Factorization):
     """Coarse to fine: all elements of a scale at once, each at a slot fed by what the coarser scales derive for it.
 
-    The first coordinate of an element is its scale. `visibility` is `inclusive` (VAR) or `own_rank` (HMAR).
+    The first coordinate of an element is its scale. `visibility`: `inclusive` (VAR), `own_rank` (HMAR), or one for each
+    kind of layer by its name (M-VAR).
     """
 
-    def __init__(self, visibility: Callable[[Tensor], View] = inclusive):
+    def __init__(self, visibility: Callable[[Tensor], View] | Mapping[str, Callable[[Tensor], View]] = inclusive):
         self.visibility = visibility
 
     def order(self, layout: Layout, random: Random | None = None) -> Int[Tensor, "1 E"]:
@@ -38,11 +39,18 @@ class Scales(Factorization):
         scale = layout.coord[:, 0][None]
         element = torch.arange(layout.size)[None]
         carried = torch.full((1, layout.size, 1), -1)
-        coarser = scale[0] < scale[0][:, None]
-        needs = torch.where(coarser, canvas.rank[:, None], -1).amax(2)
-        slots = Slots(carried, torch.full_like(scale, DERIVED), layout.coord[None], needs)
+        slots = Slots(carried, torch.full_like(scale, DERIVED), layout.coord[None], before(scale, canvas.rank))
         read = torch.where(canvas.rank >= 0, element, -1)
-        return Plan(slots, {"all": self.visibility(scale)}, Reads(element, read), canvas.rank, layout=layout)
+        each = self.visibility if isinstance(self.visibility, Mapping) else {"all": self.visibility}
+        views = {kind: sees(scale) for kind, sees in each.items()}
+        return Plan(slots, views, Reads(element, read), canvas.rank, layout=layout)
+
+
+def before(scale: Int[Tensor, "1 E"], rank: Int[Tensor, "b E"]) -> Int[Tensor, "b E"]:
+    """The highest rank among the elements of coarser scales, for each element; -1 where there are none."""
+    scale = scale.expand(len(rank), -1)
+    highest = torch.full((len(rank), int(scale.max()) + 2), -1).scatter_reduce(1, scale + 1, rank, "amax")
+    return highest.cummax(1).values.gather(1, scale)
 
 
 class Blocks(Factorization):

@@ -15,6 +15,7 @@ from torch import Tensor
 from seriatim.canvas import Canvas
 from seriatim.data.base import Data
 from seriatim.decoding.loop import decode
+from seriatim.layout import Layout
 from seriatim.random import Generator
 from seriatim.systems.decoders import Decoding, decoder_of
 from seriatim.systems.system import Sampling, System
@@ -99,28 +100,44 @@ class ImageSystem(System):
         whole.seconds = time.perf_counter() - start
         return whole
 
+    def layout(self, sampling: Sampling) -> Layout:
+        """What is drawn. Raises ValueError for sizes that this system does not draw."""
+        if sampling.size is not None or sampling.scales is not None:
+            raise ValueError(f"{self.meta.key} draws pictures of the size it was trained on: leave size and scales out")
+        return self.model.layout
+
     def _draw(
-        self, labels: Tensor | None, n: int, sampling: Sampling, seed: int, film: bool, way: Decoding
-    ) -> Pictures:
-        canvas = self.model.blank(n, Generator(seed))
+        self, labels: Tensor | None, n: int, sampling: Sampling, seed: int, film: bool, way: Decoding,
+        canvas: Canvas | None = None,
+    ) -> Pictures:  # fmt: skip
+        """Decode a canvas, empty if none is given."""
+        canvas = canvas or self.model.blank(n, Generator(seed), self.layout(sampling))
         target = self.target(self.condition(labels, n), sampling, **way.target)
         states, forwards = [], 0
         for step in decode(target, canvas, way.decider, way.proposer, Generator(seed)):
             forwards += step.forwards
             if film:
-                states.append((forwards, canvas.known.clone(), {k: v.clone() for k, v in canvas.value.items()}))
-        out = Pictures(self.picture(canvas.value["token"]), labels, forwards=forwards)
+                states.append((forwards, canvas.copy()))
+        out = Pictures(self.finished(canvas), labels, forwards=forwards)
         for i in torch.linspace(0, len(states) - 1, min(FRAMES, len(states))).long().tolist():
-            number, known, value = states[i]
-            out.frames.append(self.unfinished(value["token"], known))
+            number, state = states[i]
+            out.frames.append(self.so_far(state))
             out.captions.append(f"forward {number} of {forwards}")
         rows, columns = self.tokenizer.grid
         if film and rows * columns == canvas.layout.size:
             at = torch.full(canvas.known.shape, forwards)
-            for number, known, _ in reversed(states):
-                at = torch.where(known, number, at)
+            for number, state in reversed(states):
+                at = torch.where(state.known, number, at)
             out.decided = at.view(n, rows, columns)
         return out
+
+    def finished(self, canvas: Canvas) -> Float[Tensor, "n c h w"]:
+        """The pictures of a finished canvas."""
+        return self.picture(canvas.value["token"])
+
+    def so_far(self, canvas: Canvas) -> Float[Tensor, "n c h w"]:
+        """What is known so far as pictures."""
+        return self.unfinished(canvas.value["token"], canvas.known)
 
     def picture(self, codes: Tensor) -> Float[Tensor, "n c h w"]:
         """Codes of all elements as pictures."""

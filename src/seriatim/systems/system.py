@@ -31,7 +31,8 @@ from seriatim.training.run import WEIGHTS
 @dataclass(frozen=True)
 class Sampling:
     """How to sample: temperature and filters, guidance, and decoding steps where the order leaves a choice (None: the
-    system's own)."""
+    system's own). Of pictures, where a system draws others than it was trained on: size (width, height) in pixels, and
+    the sizes of all maps of a pyramid, coarse to fine (`scales`)."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -43,6 +44,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    size: tuple[int, int] | None = None
+    scales: tuple[int | tuple[int, int], ...] | None = None
 
     @property
     def warp(self) -> Warper:
@@ -84,6 +87,16 @@ class System(nn.Module):
     def build(config: Any, tokenizer: Any) -> Model:
         """The model with fresh weights."""
         raise NotImplementedError
+
+    @classmethod
+    def inherited(cls, base: System) -> dict[str, Any]:
+        """Fields of the config that are those of the system whose weights it begins with."""
+        mine = {f.name for f in fields(cls.Config)}
+        return {f.name: getattr(base.config, f.name) for f in fields(base.config) if f.name in mine}
+
+    def take_over(self, base: System) -> None:
+        """Begin with the weights of another system. Raises ValueError where it is of another shape."""
+        begin_as(self, base)
 
     # ---- training ---------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from seriatim.tokenizers.base import PictureTokenizer
+from seriatim.tokenizers.flexible import FlexConfig, FlexTokenizer
 from seriatim.tokenizers.kl import KLConfig, KLTokenizer
 from seriatim.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from seriatim.tokenizers.patches import PatchConfig, PatchTokenizer
@@ -22,6 +23,7 @@ from seriatim.training.checkpoint import load_weights, save_json, save_weights
 KINDS: dict[str, tuple[type, type]] = {
     "multi-scale": (MultiScaleConfig, MultiScaleTokenizer),
     "vq": (VQConfig, VQTokenizer),
+    "flexible": (FlexConfig, FlexTokenizer),
     "kl": (KLConfig, KLTokenizer),
     "pixels": (PixelConfig, PixelTokenizer),
     "patches": (PatchConfig, PatchTokenizer),

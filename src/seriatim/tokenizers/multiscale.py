@@ -16,10 +16,11 @@ from fractions import Fraction
 from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from seriatim.maps import area_down, bicubic_up
 from seriatim.tokenizers.base import check_codes, check_pictures
 from seriatim.tokenizers.codebook import CodebookConfig, Phase, count_uses, draw, idle, phase, same_everywhere, unused
 from seriatim.tokenizers.conv import Body, check_body, conv_body
@@ -79,7 +80,7 @@ class ScaleStep(NamedTuple):
     pooled: Float[Tensor, "b dim p p"]  # the rest, area-downed to this scale: what was quantized
     ids: Int[Tensor, "b p*p"]
     f_hat: Float[Tensor, "b dim h w"]  # the sum of all contributions up to this scale
-    rest: Float[Tensor, "b dim h w"]  # what is still missing after it
+    rest: Float[Tensor, "b dim h w"]  # what is still missing of the bands so far
 
 
 class MultiScaleVQ(nn.Module):
@@ -101,14 +102,24 @@ class MultiScaleVQ(nn.Module):
         super().__init__()
         if not scales or min(scales) < 1 or list(scales) != sorted(scales):
             raise ValueError(f"scales are sides of token maps, from coarse to fine, at least 1: got {tuple(scales)}")
-        self.scales = tuple(scales)
         self.vocab, self.dim, self.beta = vocab, dim, beta
-        self.side = self.scales[-1]
-        self.sizes = tuple(p * p for p in self.scales)
-        self.total = sum(self.sizes)
+        self._count(scales)
         self.codebook = nn.Parameter(torch.randn(vocab, dim) / math.sqrt(dim))
         self.phi_of_scale = phi_table(len(self.scales), phis)
         self.phis = nn.ModuleList(Phi(dim, phi_ratio) for _ in range(phis))
+
+    def _count(self, scales: Sequence[int]) -> None:
+        self.scales = tuple(scales)
+        self.side = self.scales[-1]
+        self.sizes = tuple(p * p for p in self.scales)
+        self.total = sum(self.sizes)
+
+    def skip(self, k: int) -> None:
+        """Leave out an inner scale from here on; the others keep their phi. Raises ValueError for the last one."""
+        if not 0 <= k < len(self.scales) - 1:
+            raise ValueError(f"of {len(self.scales)} scales all but the last can be left out, not scale {k}")
+        self.phi_of_scale = self.phi_of_scale[:k] + self.phi_of_scale[k + 1 :]
+        self._count(self.scales[:k] + self.scales[k + 1 :])
 
     # ---- from a latent map to ids ------------------------------------------------------------------------------------
     def nearest(self, x: Float[Tensor, "b dim p p"]) -> Int[Tensor, "b p*p"]:
@@ -117,16 +128,22 @@ class MultiScaleVQ(nn.Module):
         with full_precision(x):
             return (codebook.square().sum(1) - 2 * flat @ codebook.T).argmin(dim=-1)
 
+    def bands(self, f: Float[Tensor, "b dim h w"]) -> list[Float[Tensor, "b dim h w"]]:
+        """The analysis: what each scale is to code beside what the coarser ones left, together f. Here (VAR) all of f
+        from the first scale on; NFIG takes rings of frequencies."""
+        return [f]
+
     def analyse(self, f: Float[Tensor, "b dim h w"]) -> Iterator[ScaleStep]:
         """The scales one by one, coarse to fine. The rest carries no gradient; f_hat carries the codebook's and phi's.
 
-        After every scale f_hat + rest = f, to rounding.
+        After every scale f_hat + rest is the sum of the bands so far (here f), to rounding.
         """
         if f.shape[1:] != (self.dim, self.side, self.side):
             raise ValueError(f"the latent is (b, {self.dim}, {self.side}, {self.side}), got {tuple(f.shape)}")
-        rest = f.detach().to(self.codebook.dtype)
-        f_hat = torch.zeros_like(rest)
+        bands = self.bands(f.detach().to(self.codebook.dtype))
+        rest = f_hat = torch.zeros_like(bands[0])
         for k in range(len(self.scales)):
+            rest = rest + bands[k] if k < len(bands) else rest
             pooled = self._down(rest, k)
             ids = self.nearest(pooled)
             h = self.contribution(ids, k)
@@ -155,9 +172,20 @@ class MultiScaleVQ(nn.Module):
         p = self.scales[k]
         if ids.shape[1] != p * p:
             raise ValueError(f"scale {k} has {p}x{p} = {p * p} ids, got {ids.shape[1]}")
-        h = F.embedding(ids, self.codebook).transpose(1, 2).reshape(len(ids), self.dim, p, p).contiguous()
-        if p != self.side:
-            h = F.interpolate(h, size=(self.side, self.side), mode="bicubic")
+        return self._raised(F.embedding(ids, self.codebook), k)
+
+    def own_part(self, ids: Int[Tensor, "b p*p"], k: int, shown: Bool[Tensor, "b p*p"]) -> Float[Tensor, "b p*p dim"]:
+        """What the shown ids of scale `k` alone add to f_hat, area-downed to that scale (HMAR, Kumbong et al. 2025).
+
+        Hidden ids add nothing: phi and the resizing reach over to neighbours, which must not learn of them."""
+        vectors = F.embedding(ids, self.codebook) * shown[..., None].to(self.codebook.dtype)
+        return self._down(self._raised(vectors, k), k).flatten(2).transpose(1, 2)
+
+    def _raised(self, vectors: Float[Tensor, "b p*p dim"], k: int) -> Float[Tensor, "b dim h w"]:
+        """Vectors of scale k on the finest grid, behind phi."""
+        p = self.scales[k]
+        h = vectors.transpose(1, 2).reshape(len(vectors), self.dim, p, p).contiguous()
+        h = bicubic_up(h, (self.side, self.side))
         with full_precision(h):
             return self.phis[self.phi_of_scale[k]](h)
 
@@ -197,8 +225,7 @@ class MultiScaleVQ(nn.Module):
         return torch.cat([empty, *(self.next_input(f_hat, k) for k, f_hat in enumerate(known))], dim=1)
 
     def _down(self, x: Float[Tensor, "b dim h w"], k: int) -> Float[Tensor, "b dim p p"]:
-        p = self.scales[k]
-        return x if p == self.side else F.interpolate(x, size=(p, p), mode="area")
+        return area_down(x, (self.scales[k], self.scales[k]))
 
     def _stats(self, ids: list[Int[Tensor, "b p*p"]]) -> dict[str, Tensor]:
         hits = torch.stack([i.flatten().bincount(minlength=self.vocab) for i in ids])
@@ -256,6 +283,10 @@ class MultiScaleConfig(LossConfig, CodebookConfig):
     def side(self) -> int:
         return self.scales[-1] * 2**self.halvings
 
+    def quantizer(self) -> MultiScaleVQ:
+        """The quantizer of this shape, with fresh weights."""
+        return MultiScaleVQ(self.scales, self.vocab, self.dim, self.phis, self.phi_ratio, self.beta)
+
 
 class MultiScaleTokenizer(nn.Module):
     """Pictures in [-1, 1] <-> ids of all scales."""
@@ -267,7 +298,7 @@ class MultiScaleTokenizer(nn.Module):
         super().__init__()
         self.config = c = config
         self.encoder, self.decoder = conv_body(c.body, c.channels, c.width, c.dim, c.halvings, inner=c.dim, kernel=3)
-        self.quantizer = MultiScaleVQ(c.scales, c.vocab, c.dim, c.phis, c.phi_ratio, c.beta)
+        self.quantizer = c.quantizer()
         self.picture_loss = PictureLoss(c, c.channels, c.side)
         self.register_buffer("uses", torch.zeros(c.vocab))  # of each code, since the last revival
 

@@ -97,13 +97,14 @@ def text_figures(system: TextSystem, data: Data, seed: int) -> dict[str, Any]:
 def tokenizer_figures(system: TokenizerSystem, data: Data, samples: int) -> dict[str, Any]:
     """The tokenizer's report, with the distance on maps of the small classifier that also gives FD-s."""
     index = evenly(len(data.test), samples)
-    model = _features(data)
+    model = features_of(data)
     maps: Any = model.network.maps
     images = data.test.take(index)["image"]  # type: ignore[union-attr]
     return {**report(system.model, images, maps), "features": str(model.card)}
 
 
-def _features(data: Data) -> FeatureModel:
+def features_of(data: Data) -> FeatureModel:
+    """The small classifier of these data by whose features pictures are judged, kept under SERIATIM_HOME."""
     name = data.name.replace("/", "_")
     return features_for(data, HOME / "features" / name, shipped=[root / f"features-{name}" for root in ZOO])
 
@@ -122,6 +123,6 @@ def picture_figures(
     if data.classes:
         labels = torch.arange(len(data.classes)).repeat_interleave(-(-samples // len(data.classes)))
     pictures = system.draw(labels, samples, sampling, seed)
-    figures |= picture_quality(pictures.images, labels, data, _features(data))
+    figures |= picture_quality(pictures.images, labels, data, features_of(data))
     figures |= {"forwards": pictures.forwards, "seconds": pictures.seconds / len(pictures.images)}
     return figures, pictures

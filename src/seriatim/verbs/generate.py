@@ -34,7 +34,8 @@ def generate(
     """Text that continues a prompt, a text with its gaps filled (`infix`, see `parted`), or pictures of these classes,
     from a run, `zoo:NAME` or a loaded system.
 
-    sampling: temperature, top_k, top_p, min_p, typical, guidance, steps; what is left out is the system's own choice.
+    sampling: temperature, top_k, top_p, min_p, typical, guidance, steps, and of pictures size and scales; what is left
+    out is the system's own choice.
     """
     system = source if isinstance(source, System) else load(source)
     if isinstance(system, TextSystem) and infix is not None:

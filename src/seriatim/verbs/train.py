@@ -15,7 +15,7 @@ from seriatim.data.conversations import Conversations
 from seriatim.interop.hub import HUB
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.meta import catalogue
-from seriatim.systems.system import System, begin_as, config_from
+from seriatim.systems.system import System, config_from
 from seriatim.systems.text_system import TextSystem
 from seriatim.systems.tokenizer_system import TokenizerSystem
 from seriatim.tokenizers.files import load_tokenizer, make_tokenizer, save_tokenizer
@@ -30,6 +30,7 @@ from seriatim.verbs import drafting, finetune
 from seriatim.verbs.finetune import Begun, found_again
 from seriatim.verbs.load import load, plain, system_class, where
 
+FURTHER = "further"  # the name of the recipe, where there is one, of a system that begins with weights of another
 Bar = Callable[[str], Any]  # makes a `Tick` for the phase it is given
 
 
@@ -139,18 +140,22 @@ def _taken_over(
     cls, base = system_class(key), load(from_)
     if base.meta.key != cls.begins_as:
         raise ValueError(f"{key} begins as a {cls.begins_as} model, and {from_} is {base.meta.key}")
-    recipe, loaded = recipe_from(cls, settings, None), _loaded(cls, data, data_options)
+    pictures = issubclass(cls, ImageSystem)
+    if data is None and pictures:  # what the base was trained on
+        data = RunFolder(where(from_)).read_card()["data"]
+    recipe, loaded = recipe_from(cls, settings, FURTHER), _loaded(cls, data, data_options)
     own = {k: v for k, v in settings.items() if k not in _recipe_fields()}
-    if own.get("length", 0) > base.config.length:
+    if not pictures and own.get("length", 0) > base.config.length:
         raise ValueError(f"{from_} reads {base.config.length} tokens, and a length of {own['length']} is asked for")
-    shared = {f.name: getattr(base.config, f.name) for f in fields(base.config) if hasattr(cls.Config, f.name)}
-    if "length" in own:
-        shared.pop("length")
+    shared = {k: v for k, v in cls.inherited(base).items() if k != "length" or k not in own}
     config = config_from(cls, own, None, **shared)
     torch.manual_seed(recipe.seed)
     system = cls(config, base.tokenizer)
-    begin_as(system, base)
-    save_json(base.tokenizer.to_json(), folder / "tokenizer.json")
+    system.take_over(base)
+    if pictures:
+        save_tokenizer(base.tokenizer, folder / "tokenizer")
+    else:
+        save_json(base.tokenizer.to_json(), folder / "tokenizer.json")
     begun = _begun(system, recipe, data, loaded)
     begun.card["from"] = finetune.origin(from_)
     return begun

@@ -1,0 +1,66 @@
+"""Trials of pyramid systems, as claims state them: what happens to pictures when scales are skipped or refined."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from seriatim.systems.system import Sampling
+
+SAMPLES = 620  # ten of each of 62 glyphs
+
+
+def fd_s(system: Any, data: Any, sampling: Sampling, seed: int = 0, samples: int = SAMPLES) -> dict[str, Any]:
+    """Quality of so many pictures, evenly of all classes (`evaluation.quality`)."""
+    from seriatim.evaluation.quality import picture_quality
+    from seriatim.verbs.evaluate import features_of
+
+    labels = torch.arange(samples) % max(len(data.classes), 1)
+    pictures = system.draw(labels, sampling=sampling, seed=seed)
+    return dict(picture_quality(pictures.images, labels if data.classes else None, data, features_of(data)))
+
+
+def skipping(trained: Any, samples: int = SAMPLES) -> Mapping[str, Any]:
+    """FD-s of a pyramid system with all its scales and with each inner one left out, and the geometric mean of what
+    that costs (`skip_ratio`)."""
+    system, data = trained.system, trained.data
+    scales = system.config.scales if hasattr(system.config, "scales") else system.config.tokenizer.scales
+    seed = trained_seed(trained)
+    whole = fd_s(system, data, system.sampling, seed, samples)["fd_s"]
+    figures: dict[str, Any] = {"fd_s": whole}
+    for k in range(1, len(scales) - 1):
+        rest = scales[:k] + scales[k + 1 :]
+        if hasattr(system.config, "scales"):
+            said = fd_s(system, data, replace(system.sampling, scales=rest), seed, samples)
+        else:
+            said = fd_s(without_scale(system, k), data, system.sampling, seed, samples)
+        figures[f"fd_s_without_{scales[k]}"] = said["fd_s"]
+    ratios = [math.log(x / whole) for name, x in figures.items() if name.startswith("fd_s_without")]
+    return {**figures, "skip_ratio": math.exp(sum(ratios) / len(ratios))}
+
+
+def trained_seed(trained: Any) -> int:
+    """The seed of a training, for sampling with another one in each arm."""
+    from seriatim.training.run import RunFolder
+
+    return int(RunFolder(trained.folder).read_card()["recipe"]["seed"])
+
+
+def without_scale(system: Any, k: int) -> Any:
+    """A system over the residual pyramid that skips its scale k: neither drawn, nor told, nor added to the picture."""
+    tokenizer = copy.deepcopy(system.tokenizer)
+    q = tokenizer.quantizer
+    begin = sum(q.sizes[:k])
+    rows = torch.cat([torch.arange(begin), torch.arange(begin + q.sizes[k], q.total)])
+    weights = dict(system.model.state_dict())
+    weights["embed.position"] = weights["embed.position"][rows]
+    weights["embed.scale"] = torch.cat([weights["embed.scale"][:k], weights["embed.scale"][k + 1 :]])
+    q.skip(k)
+    made = type(system)(system.config, tokenizer)
+    made.model.load_state_dict(weights)
+    return made.eval().requires_grad_(False)
