@@ -26,7 +26,6 @@ from seriatim.maps import Shape, area_down, bicubic_up
 from seriatim.plan import DERIVED, MASK, Plan
 from seriatim.tokenizers.conv import map_to_rows, rows_to_map
 
-
 # ---- feeds -----------------------------------------------------------------------------------------------------------
 
 
@@ -70,9 +69,7 @@ class Places(Protocol):
         """The parameter to begin with."""
         ...
 
-    def __call__(
-        self, table: Tensor, shapes: Sequence[Shape], first: int, last: int
-    ) -> Float[Tensor, "n d"]:
+    def __call__(self, table: Tensor, shapes: Sequence[Shape], first: int, last: int) -> Float[Tensor, "n d"]:
         """Vectors of all places of the scales first to last."""
         ...
 
@@ -150,6 +147,7 @@ class PyramidEmbed(nn.Module):
         first, last = int(scale.min()), int(scale.max())
         begin = [0, *accumulate(rows * columns for rows, columns in shapes)]
         (kind,) = canvas.layout.kinds
+        where = self.places(self.position, shapes, first, last)
         start = self.start.expand(b, 1, -1) if prefix is None else prefix + self.start
         parts = [start.expand(-1, begin[1], -1)] if first == 0 else []
         told = self.feed(self.quantizer, canvas.value[kind][:, : begin[last]], shapes, first, last)
@@ -159,7 +157,7 @@ class PyramidEmbed(nn.Module):
         x = _picked(torch.cat(parts, 1), at)
         if bool((plan.slots.source != DERIVED).any()):
             x = x + self._own(canvas.value[kind], plan, shapes, scale, at)
-        x = x + self.places(self.position, shapes, first, last)[at]
+        x = x + where[at]
         return x if self.scale is None else x + self.scale[scale]
 
     def _own(

@@ -25,6 +25,7 @@ SMALL: dict[str, tuple[str, dict[str, object]]] = {
         {"side": 16, "vocab": 16, "dim": 4, "width": 32, "halvings": 1, "inner": 8, "body": "residual"},
     ),
     "vq, critic": ("vq", {"side": 32, "vocab": 16, "dim": 4, "width": 8, "adversarial": 0.02, "critic_width": 8}),
+    "flexible": ("flexible", {"side": 16, "scales": (1, 2, 3, 4), "vocab": 16, "dim": 4, "width": 8}),
     "kl": ("kl", {"side": 16, "dim": 4, "width": 8}),
     "kl, residual body": ("kl", {"side": 16, "dim": 4, "width": 32, "halvings": 1, "body": "residual"}),
     "pixels": ("pixels", {"side": 16, "levels": 256}),

@@ -21,7 +21,8 @@ def test_codes_have_the_promised_shape_and_decode_to_pictures(make, pictures, an
     images = pictures(tokenizer, 3)
     codes = tokenizer.encode(images)
     rows, columns = tokenizer.grid
-    elements = tokenizer.quantizer.total if any_name == "multi-scale" else rows * columns
+    scales = getattr(tokenizer.config, "scales", None)
+    elements = rows * columns if scales is None else sum(side * side for side in scales)
     depth = getattr(tokenizer, "depth", 1)
     if tokenizer.vocab is None:
         assert codes.shape == (3, elements, tokenizer.dim) and codes.is_floating_point()

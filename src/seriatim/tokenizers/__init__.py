@@ -2,8 +2,8 @@
 
 from seriatim.tokenizers.base import PictureTokenizer
 from seriatim.tokenizers.conv import ConvDecoder, ConvEncoder, ResidualDecoder, ResidualEncoder
-from seriatim.tokenizers.flexible import FlexConfig, FlexTokenizer
 from seriatim.tokenizers.files import KINDS, load_tokenizer, make_tokenizer, save_tokenizer
+from seriatim.tokenizers.flexible import FlexConfig, FlexTokenizer
 from seriatim.tokenizers.kl import KLConfig, KLTokenizer, Posterior
 from seriatim.tokenizers.losses import LossConfig, PatchCritic, PictureLoss, feature_distance, feature_maps
 from seriatim.tokenizers.multiscale import (

@@ -25,7 +25,7 @@ from seriatim.tokenizers.base import check_codes, check_pictures
 from seriatim.tokenizers.codebook import Phase, count_uses, idle, phase
 from seriatim.tokenizers.conv import map_to_rows, rows_to_map
 from seriatim.tokenizers.multiscale import SCALES
-from seriatim.tokenizers.quantizers import usage
+from seriatim.tokenizers.quantizers import Quantized, usage
 from seriatim.tokenizers.vq import VQConfig, VQTokenizer, seeded
 
 
@@ -93,9 +93,16 @@ class FlexTokenizer(VQTokenizer):
         """What is area-downed and quantized."""
         if images.dim() == 4 and any(n % self.stride for n in images.shape[2:]):
             raise ValueError(f"sides of pictures are multiples of {self.stride} here, got {tuple(images.shape[2:])}")
-        if images.dim() != 4 or images.shape[1] != self.channels:
+        if images.dim() != 4 or images.shape[1] != self.channels or not images.is_floating_point():
             check_pictures(images, self.channels, self.side)
         return self.encoder(images)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Quantized]:
+        """The finest map's picture (not clamped), and what the quantizer did to all maps that `encode` gives."""
+        latent = self.latent(images)
+        steps = [self._quantized(latent, shape) for shape in self.shapes]
+        ids, loss = torch.cat([q.ids for q in steps], 1), torch.stack([q.loss for q in steps]).mean()
+        return self._drawn(steps[-1].z_q, self.shapes[-1]), Quantized(steps[-1].z_q, ids, loss, usage(ids))
 
     @torch.no_grad()
     def encode(  # type: ignore[override]
@@ -119,7 +126,7 @@ class FlexTokenizer(VQTokenizer):
         check_codes(ids, (shape[0] * shape[1],), self.vocab)
         return self._drawn(self.quantizer.decode_ids(ids), shape).clamp(-1, 1)
 
-    def _quantized(self, latent: Float[Tensor, "b d h w"], shape: Shape):
+    def _quantized(self, latent: Float[Tensor, "b d h w"], shape: Shape) -> Quantized:
         return self.quantizer.quantize(map_to_rows(area_down(latent, shape)))
 
     def _drawn(self, vectors: Float[Tensor, "b n d"], shape: Shape) -> Float[Tensor, "b c h w"]:
@@ -140,7 +147,8 @@ class FlexTokenizer(VQTokenizer):
             if not plain and self.training:
                 met = torch.cat([map_to_rows(area_down(latent.detach(), shape)) for shape in shapes], 1)
                 revived = self._tend(now, met, generator)
-        total, ids, figures = torch.zeros((), device=images.device), [], {}
+        total, ids = torch.zeros((), device=images.device), []
+        figures: dict[str, float] = {}
         for shape in shapes:
             if plain:
                 z = map_to_rows(area_down(latent, shape))
