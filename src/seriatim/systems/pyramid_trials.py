@@ -64,3 +64,24 @@ def without_scale(system: Any, k: int) -> Any:
     made = type(system)(system.config, tokenizer)
     made.model.load_state_dict(weights)
     return made.eval().requires_grad_(False)
+
+
+PASSES = (0, 1, 2, 4)  # mask passes of each scale behind the first
+
+
+def refined(trained: Any, samples: int = SAMPLES) -> Mapping[str, Any]:
+    """FD-s and accuracy by the number of mask passes; `fd_s` is that of the most."""
+    system, seed = trained.system, trained_seed(trained)
+    figures: dict[str, Any] = {}
+    for passes in PASSES:
+        said = fd_s(system, trained.data, replace(system.sampling, steps=1 + passes), seed, samples)
+        figures |= {f"fd_s_{passes}": said["fd_s"], f"accuracy_{passes}": said.get("accuracy")}
+    return {**figures, "fd_s": figures[f"fd_s_{PASSES[-1]}"]}
+
+
+def one_pass(system: Any, seed: int, samples: int = SAMPLES) -> Mapping[str, Any]:
+    """FD-s and accuracy of glyphs that a pyramid system draws in one forward a scale."""
+    from seriatim.data.base import load_data
+
+    said = fd_s(system, load_data("glyphs", "image"), replace(system.sampling, steps=1), seed, samples)
+    return {"fd_s": said["fd_s"], "accuracy": said.get("accuracy")}

@@ -89,8 +89,9 @@ class System(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def inherited(cls, base: System) -> dict[str, Any]:
-        """Fields of the config that are those of the system whose weights it begins with."""
+    def inherited(cls, base: System, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of the config that are those of the system whose weights it begins with. settings: what a user says
+        of the others."""
         mine = {f.name for f in fields(cls.Config)}
         return {f.name: getattr(base.config, f.name) for f in fields(base.config) if f.name in mine}
 

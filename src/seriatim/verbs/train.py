@@ -147,7 +147,7 @@ def _taken_over(
     own = {k: v for k, v in settings.items() if k not in _recipe_fields()}
     if not pictures and own.get("length", 0) > base.config.length:
         raise ValueError(f"{from_} reads {base.config.length} tokens, and a length of {own['length']} is asked for")
-    shared = {k: v for k, v in cls.inherited(base).items() if k != "length" or k not in own}
+    shared = {k: v for k, v in cls.inherited(base, own).items() if k != "length" or k not in own}
     config = config_from(cls, own, None, **shared)
     torch.manual_seed(recipe.seed)
     system = cls(config, base.tokenizer)

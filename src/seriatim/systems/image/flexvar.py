@@ -188,7 +188,7 @@ CLAIM = Claim(
     text="Where maps are codings of the whole picture, and other scales were met in training, a scale can be left out "
     "at sampling with little loss; VAR's pictures fall apart: FD-s with each inner scale skipped in turn, over FD-s "
     "with all of them, by its geometric mean.",
-    paper="ImageNet 256x256: 6 to 13 steps by one model, FID 2.21 in ten and 2.08 in 13 (d24); VAR has its own ten only",
+    paper="ImageNet 256x256: 6 to 13 steps by one model, FID 2.21 in ten and 2.08 in 13 (d24); VAR has its ten only",
     metric="skip_ratio",
     arms={
         "flexvar": Arm("flexvar", size="small", tokenizer="zoo:image-flexvq", minutes=4, measure=skipping),
