@@ -23,7 +23,7 @@ from seriatim.decoding.guess import Guess
 from seriatim.initial import drawn
 from seriatim.layout import Layout, shapes_of
 from seriatim.maps import Shape, area_down, bicubic_up
-from seriatim.plan import DERIVED, MASK, Plan
+from seriatim.plan import MASK, VALUE, Plan
 from seriatim.tokenizers.conv import map_to_rows, rows_to_map
 
 # ---- feeds -----------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ class PyramidEmbed(nn.Module):
         wide = torch.tensor([columns for _, columns in shapes], device=scale.device)
         at = torch.tensor(begin, device=scale.device)[scale] + row * wide[scale] + column - begin[first]
         x = _picked(torch.cat(parts, 1), at)
-        if bool((plan.slots.source != DERIVED).any()):
+        if bool(((plan.slots.source == VALUE) | (plan.slots.source == MASK)).any()):
             x = x + self._own(canvas.value[kind], plan, shapes, scale, at)
         x = x + where[at]
         return x if self.scale is None else x + self.scale[scale]

@@ -301,3 +301,39 @@ def test_wrong_shapes_are_refused() -> None:
         vq.contribution(torch.zeros(1, 1, dtype=torch.long), 1)
     with pytest.raises(ValueError, match="no scale follows"):
         vq.next_input(torch.zeros(1, 3, 4, 4), 2)
+
+
+# ---- other analyses --------------------------------------------------------------------------------------------------
+
+
+class Halves(MultiScaleVQ):
+    """Two bands: the mean over all places, then the rest of the map, as the first rings of NFIG."""
+
+    def bands(self, f):
+        mean = f.mean((2, 3), keepdim=True).expand_as(f)
+        return [mean, f - mean]
+
+
+def test_bands_are_coded_with_what_the_coarser_scales_left() -> None:
+    """After each scale, f_hat + rest is the sum of the bands so far, and what is coded is that sum less f_hat."""
+    torch.manual_seed(0)
+    vq, f = Halves((1, 2, 4), 16, 3, phis=1, phi_ratio=0.0), torch.randn(2, 3, 4, 4)
+    bands, steps = vq.bands(f), list(vq.analyse(f))
+    for k, step in enumerate(steps):
+        torch.testing.assert_close(step.f_hat + step.rest, sum(bands[: k + 1]))
+    torch.testing.assert_close(steps[0].pooled, f.mean((2, 3), keepdim=True))
+    before = sum(bands[:2]) - steps[0].f_hat
+    torch.testing.assert_close(steps[1].pooled, torch.nn.functional.avg_pool2d(before, 2))
+
+
+def test_one_band_of_everything_is_the_residual_scheme() -> None:
+    class Whole(MultiScaleVQ):
+        def bands(self, f):
+            return [f, torch.zeros_like(f), torch.zeros_like(f)]
+
+    torch.manual_seed(0)
+    one, f = MultiScaleVQ((1, 2, 4), 16, 3), torch.randn(2, 3, 4, 4)
+    other = Whole((1, 2, 4), 16, 3)
+    other.load_state_dict(one.state_dict())
+    for a, b in zip(one.analyse(f), other.analyse(f), strict=True):
+        assert torch.equal(a.ids, b.ids) and torch.equal(a.f_hat, b.f_hat) and torch.equal(a.rest, b.rest)
