@@ -48,6 +48,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "text-base": {"key": "next-token", "size": "small", **TEXT, "settings": {"steps": 3000}},
     "image-msvq": {"key": "image-msvq", **PICTURES, "settings": {"steps": 3000}},
     "image-vq": {"key": "image-vq", **PICTURES, "settings": {"steps": 3000}},
+    "image-flexvq": {"key": "image-flexvq", **PICTURES, "settings": {"steps": 3000}},
     "image-kl": {"key": "image-kl", **PICTURES, "settings": {"steps": 3000}},
     "text-mdlm": {"key": "mdlm", "size": "small", **TEXT, "settings": {"steps": 1200}},
     "text-block": {
@@ -77,6 +78,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     },
     "text-draft": {"key": "next-token", **TEXT, "settings": {**DRAFT, "steps": 3000, "batch": 8, "compile": True}},
     "var": {"key": "var", "size": "small", **PICTURES, "tokenizer": "zoo:image-msvq", "settings": {"steps": 1500}},
+    "hmar": {"key": "hmar", "size": "small", **PICTURES, "tokenizer": "zoo:image-msvq", "settings": {"steps": 1500}},
     "raster-ar": {
         "key": "raster-ar",
         "size": "small",
