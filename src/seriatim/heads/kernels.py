@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -204,27 +204,31 @@ class Gaussian(Kernel):
     steps have no closed form.
 
     w follows from the variance of a step, so that small steps are no smaller than they should be between whole numbers.
-    Variances add up to `noise` times V^2, and grow exponentially (there: linearly), about `growth` times from the first
-    step to the last, so that what is known is lost evenly.
+    Variances add up to `noise` times V^2, and grow exponentially (there: linearly), from less than a level to all of
+    them, so that what is known is lost evenly.
     """
 
     vocab: int
     steps: int
     noise: float = 1.5
-    growth: float = 1000.0
 
     def __post_init__(self) -> None:
         _check(self)
-        if not self.noise > 0 or not self.growth > 1:
-            raise ValueError(f"noise is positive and grows more than once, got {self.noise} and {self.growth}")
+        if not self.noise > 0:
+            raise ValueError(f"the noise of all steps together is positive, got {self.noise}")
 
     def step(self, k: int) -> Float[Tensor, "s s"]:
         _inside(self, k)
-        below, above = (self.growth ** (n / self.steps) for n in (k - 1, k))
-        chance = _spread(self.vocab, self.noise * self.vocab**2 * (above - below) / (self.growth - 1))
+        now, last = (_grown(n / self.steps, (2 * self.vocab) ** 2) for n in (k, k - 1))
+        chance = _spread(self.vocab, self.noise * self.vocab**2 * (now - last))
         level = torch.arange(self.vocab)
         out = chance[(level[:, None] - level) + self.vocab - 1].fill_diagonal_(0)
         return out + torch.diag(1 - out.sum(1))
+
+
+def _grown(share: float, growth: float) -> float:
+    """From 0 to 1, the faster the later, `growth` times as fast in the end."""
+    return (growth**share - 1) / (growth - 1)
 
 
 def _spread(vocab: int, variance: float) -> Float[Tensor, "2v-1"]:
@@ -244,22 +248,26 @@ class Nearest(Kernel):
     """Values move to those that are alike: jumps along a graph of neighbours in continuous time (D3PM, appendix A.2.4),
     a share `anywhere` of them to any value, so that all are reached.
 
-    near: neighbours of each value, equally many. A jump is as likely back as forth: uniform in the end. The time of
-    step k is such that jumps of mean speed would leave 1 - k/T of what there was; exponentials of one symmetric matrix,
-    so all products have a closed form.
+    near: neighbours of each value, equally many. A jump is as likely back as forth: uniform in the end. Time goes by
+    the faster the later, first within neighbourhoods and then between them, until e^-`noise` is left of what is slowest
+    to go. Exponentials of one symmetric matrix, so all products have a closed form.
     """
 
     vocab: int
     steps: int
     near: tuple[tuple[int, ...], ...]
     anywhere: float = 0.05
+    noise: float = 6.0
 
     def __post_init__(self) -> None:
         _check(self)
         if len(self.near) != self.vocab or len({len(n) for n in self.near}) != 1 or not self.near[0]:
             raise ValueError(f"each of {self.vocab} values has equally many neighbours, and one at least")
-        if not 0 < self.anywhere <= 1:
-            raise ValueError(f"a share of the jumps above 0 and up to 1 goes anywhere, got {self.anywhere}")
+        if not 0 < self.anywhere <= 1 or not self.noise > 0:
+            raise ValueError(
+                f"a share of the jumps above 0 and up to 1 goes anywhere, and noise is positive; got {self.anywhere}, "
+                f"{self.noise}"
+            )
 
     @classmethod
     def of(cls, embedding: Float[Tensor, "v d"], steps: int, near: int = 3, anywhere: float = 0.05) -> Nearest:
@@ -275,9 +283,8 @@ class Nearest(Kernel):
     def _between(self, k: int, last: int) -> Float[Tensor, "s s"]:
         _inside(self, k)
         vectors, speed = _modes(self)
-        left = (self.steps - k) / max(self.steps - last, 1)
-        out = (vectors * torch.tensor(left, dtype=torch.float64) ** speed) @ vectors.T
-        out = out.clamp(min=0)
+        now, then = (_grown(n / self.steps, 40 * float(speed.max())) for n in (k, last))
+        out = ((vectors * torch.exp(-speed * self.noise * (now - then))) @ vectors.T).clamp(min=0)
         return out / out.sum(1, keepdim=True)
 
     def step(self, k: int) -> Float[Tensor, "s s"]:
@@ -289,7 +296,7 @@ class Nearest(Kernel):
 
 @lru_cache(maxsize=8)
 def _modes(kernel: Nearest) -> tuple[Float[Tensor, "v v"], Float[Tensor, "v"]]:
-    """Eigenvectors of the rates of jumps, and how fast each fades, 1 on the mean; the last is what never does."""
+    """Eigenvectors of the rates of jumps, and how fast each fades, in units of the slowest; the last never does."""
     v = kernel.vocab
     graph = torch.zeros(v, v, dtype=torch.float64)
     graph.scatter_(1, torch.tensor(kernel.near), 1.0)
@@ -299,7 +306,7 @@ def _modes(kernel: Nearest) -> tuple[Float[Tensor, "v v"], Float[Tensor, "v"]]:
     values, vectors = torch.linalg.eigh(rates)
     speed = (-values).clamp(min=0)
     speed[-1] = 0
-    return vectors, speed * (v - 1) / speed.sum()
+    return vectors, speed / speed[-2]
 
 
 def _inside(kernel: Kernel, k: int) -> None:
@@ -327,6 +334,11 @@ def kernel_of(
     if name == "nearest":
         return Nearest.of(torch.arange(vocab)[:, None] if embedding is None else embedding, steps, near)
     return Mixture(vocab, steps, {"absorbing": 0.0, "uniform": 1.0, "mixed": share}[name])
+
+
+def in_turns(kernel: Kernel, steps: int | None) -> Kernel:
+    """The same noise in another number of steps (None: the kernel's own)."""
+    return kernel if steps is None else replace(kernel, steps=steps)  # type: ignore[type-var]
 
 
 def spelled(texts: Sequence[str | None]) -> Float[Tensor, "v d"]:

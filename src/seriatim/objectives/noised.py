@@ -38,9 +38,10 @@ class NoisedEmbed(TokenEmbed):
         super().__init__(vocab, width, positions=positions, mask=True, start=False, std=std)
         self.time = None
         if told:
-            self.time = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-            nn.init.zeros_(self.time[2].weight)
-            nn.init.zeros_(self.time[2].bias)
+            last = nn.Linear(width, width)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.time = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), last)
 
     def vectors(self, value: Int[Tensor, "*rest"]) -> Float[Tensor, "*rest d"]:
         assert self.mask is not None

@@ -1,8 +1,8 @@
 """Discrete diffusion of text by any noise (D3PM, Austin et al. 2021, arXiv 2107.03006).
 
 New in it: ids are turned into noise by a Markov chain whose matrices are a choice: masks, random ids, near ids in an
-order or in an embedding, or several of these. A network that sees what has become of all of them says what they were,
-and is trained by the divergence between the two posteriors of the step before, which bounds the negative log-likelihood.
+order or in an embedding, or several of these. A network that sees what has become of all of them says what they were;
+it learns by how far its posterior of the step before is from the true one, which bounds the negative log-likelihood.
 
 The network says what it believes of an element without regard to what stands there, and the kernel weighs that in by
 Bayes' rule (equation 4 there). So masked diffusion needs no rule of its own: what was not masked stays as it is, and
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -28,7 +28,7 @@ from seriatim.decoding.loop import Decider, generate
 from seriatim.decoding.target import Target
 from seriatim.factorization.in_place import InPlace
 from seriatim.heads.categorical import CategoricalHead
-from seriatim.heads.kernels import Kernel, kernel_of, spelled
+from seriatim.heads.kernels import Kernel, in_turns, kernel_of, spelled
 from seriatim.laws.case import Limit, randomise
 from seriatim.laws.noised import NoisedCase, everything
 from seriatim.layout import line
@@ -55,7 +55,7 @@ META = Meta(
 
 
 def _arm(noise: str) -> Arm:
-    return Arm("d3pm", {"noise": noise, "length": 128, "width": 128, "depth": 4, "batch": 16}, steps=1000)
+    return Arm("d3pm", {"noise": noise, "length": 128, "width": 128, "depth": 4, "batch": 16}, steps=700)
 
 
 CLAIM = Claim(
@@ -129,11 +129,6 @@ class D3PM(MaskedText):
 
     def decider(self, sampling: Sampling) -> Decider:
         return Denoise(in_turns(self.model.kernel, sampling.steps), self.stop)
-
-
-def in_turns(kernel: Kernel, steps: int | None) -> Kernel:
-    """The same noise in another number of steps (None: as many as in training)."""
-    return kernel if steps is None else replace(kernel, steps=steps)  # type: ignore[type-var]
 
 
 # ---- what the laws run on --------------------------------------------------------------------------------------------
