@@ -33,9 +33,9 @@ class Denoise:
         self.kernel, self.stop = kernel, stop_ids(stop)
 
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
-        dist, kernel = rows.dist, self.kernel
         if guess is not None:
             raise ValueError("Denoise verifies nothing: use a verifier as decider, or no proposer")
+        dist, kernel = rows.dist, self.kernel
         if not isinstance(dist, Categorical) or dist.logits.shape[-1] != kernel.vocab:
             raise TypeError(f"this noise is of {kernel.vocab} ids, and the model reads out {type(dist).__name__}")
         element = torch.as_tensor(rows.element).expand(canvas.batch, -1)

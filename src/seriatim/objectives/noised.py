@@ -169,6 +169,6 @@ def masked_score_entropy(
     """Score entropy of hidden elements, where a share `shown` is shown and logits are a model's law of the values: the
     score of becoming v is shown / (1 - shown) times its probability. Weighed by the rate of masking, -shown' / shown,
     it is the loss of `by_time`: cross-entropy times -shown' / (1 - shown)."""
-    odds = torch.as_tensor(shown / (1 - shown)).to(logits)
+    odds = torch.as_tensor(shown / (1 - shown), dtype=logits.dtype, device=logits.device)
     ratio = odds * nn.functional.one_hot(value, logits.shape[-1]).to(logits)
     return score_entropy(odds.log() + torch.log_softmax(logits, -1), ratio)
