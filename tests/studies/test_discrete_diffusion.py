@@ -30,7 +30,7 @@ def test_every_technique_is_somewhere():
                 assert not name or hasattr(importlib.import_module(module), name)
             else:
                 assert place in everything()
-    assert "discrete-diffusion-survey" in studies()
+    assert "discrete-diffusion" in studies()
 
 
 def test_complementary_views_hide_each_token_once_and_others_as_often():
