@@ -38,7 +38,7 @@ def test_a_line_is_right_that_stands_behind_the_line_break():
     import seriatim.systems.masked_trials as trials
 
     was = trials.written
-    trials.written = lambda *_: trials.Written([made[line.context] for line in lines], 10, 30)  # type: ignore[assignment]
+    trials.written = lambda *_, **__: trials.Written([made[line.context] for line in lines], 10, 30)  # type: ignore[assignment]
     try:
         found = next_lines(Says(), "unmask", lines)  # type: ignore[arg-type]
     finally:

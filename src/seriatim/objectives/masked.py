@@ -89,6 +89,15 @@ def fewest(free: Bool[Tensor, "b E"], count: Int[Tensor, "b"], noise: Float[Tens
     return free & (order < count[:, None])
 
 
+def showing(model: Model, canvas: Canvas, known: Bool[Tensor, "b E"]) -> Canvas:
+    """The same samples with these elements given; what is deleted stays so."""
+    gone = canvas.status == DELETED
+    shown = model.canvas(canvas.value, known & ~gone, row=canvas.row, layout=canvas.layout)
+    if bool(gone.any()):
+        shown.apply([Delete(torch.where(gone, torch.arange(gone.shape[1]), -1))])
+    return shown
+
+
 class Masked(Model):
     """A model whose order is found while decoding; its losses are those of one draw of a masking.
 
@@ -127,14 +136,6 @@ class Masked(Model):
         hidden, weight = masking(free, (rows + unit) / canvas.batch, noise)
         return hidden, weight[:, None]
 
-    def _shown(self, canvas: Canvas, known: Bool[Tensor, "b E"]) -> Canvas:
-        """The same samples with these elements given; what is deleted stays so."""
-        gone = canvas.status == DELETED
-        shown = self.canvas(canvas.value, known & ~gone, row=canvas.row, layout=canvas.layout)
-        if bool(gone.any()):
-            shown.apply([Delete(torch.where(gone, torch.arange(gone.shape[1]), -1))])
-        return shown
-
     def hidden_losses(
         self,
         canvas: Canvas,
@@ -146,7 +147,7 @@ class Masked(Model):
         """The loss of each hidden element of a finished sample given all others, in one forward; 0 elsewhere.
 
         It is the very step that decoding takes on such a canvas, and the head runs at hidden elements only."""
-        shown = self._shown(canvas, ~hidden)
+        shown = showing(self, canvas, ~hidden)
         plan = self.factorization.step(shown, None, 0)
         if plan is None:  # nothing is hidden: a loss of zero that still knows the weights
             return sum(p.sum() * 0.0 for p in self.parameters()) + torch.zeros(hidden.shape, device=self.device)

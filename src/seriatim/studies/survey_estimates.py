@@ -20,7 +20,7 @@ from seriatim.canvas import Canvas
 from seriatim.conditions.condition import Condition
 from seriatim.decoding.target import Target
 from seriatim.laws.oracle import oracle
-from seriatim.objectives.masked import Masked, by_count
+from seriatim.objectives.masked import Masked, by_count, showing
 from seriatim.posttraining.policy import log_probs
 from seriatim.posttraining.reinforce import DRAWING, ESTIMATORS
 
@@ -40,7 +40,7 @@ class Knowing(Masked):
         random: Any = None,
     ) -> Float[Tensor, "b E"]:
         """As of all masked models; the true conditionals are those of named elements."""
-        shown, target = self._shown(canvas, ~hidden), Target(self, cached=False)
+        shown, target = showing(self, canvas, ~hidden), Target(self, cached=False)
         plan = target.plan(shown)
         out = torch.zeros(hidden.shape, dtype=torch.float64)
         if plan is None:

@@ -57,11 +57,12 @@ class Written:
 
 
 def written(
-    system: TextSystem, decoder: str, prompts: Sequence[Sequence[int]], new: int, temperature: float, seed: int = 0
-) -> Written:
-    """By a decoder's name; all `new` tokens, ends of text among them. Prompts of one length go together, and the
-    forwards of a row are those that decide some of it."""
-    sampling = replace(system.sampling, temperature=temperature, top_p=None, steps=None)
+    system: TextSystem, decoder: str, prompts: Sequence[Sequence[int]], new: int, temperature: float, seed: int = 0,
+    steps: int | None = None,
+) -> Written:  # fmt: skip
+    """By a decoder's name, in so many steps where it goes by them (None: one token at each); all `new` tokens, ends of
+    text among them. Prompts of one length go together, and the forwards of a row are those that decide some of it."""
+    sampling = replace(system.sampling, temperature=temperature, top_p=None, steps=steps)
     ids: list[list[int]] = [[] for _ in prompts]
     forwards = slots = 0
     for length in sorted({len(prompt) for prompt in prompts}):
@@ -75,10 +76,12 @@ def written(
     return Written(ids, forwards, slots)
 
 
-def next_lines(system: TextSystem, decoder: str, lines: Sequence[Line]) -> dict[str, Any]:
+def next_lines(
+    system: TextSystem, decoder: str, lines: Sequence[Line], steps: int | None = None
+) -> dict[str, Any]:  # fmt: skip
     """How many lines are written greedily as they stand in the file, which ones, the share of their letters that are
     right from the front, and tokens a forward."""
-    made = written(system, decoder, [line.context for line in lines], ROOM, 0.0)
+    made = written(system, decoder, [line.context for line in lines], ROOM, 0.0, steps=steps)
     texts = [system.tokenizer.decode(ids).split("\n")[1:2] for ids in made.ids]  # behind the end of the line before
     right = [text == [line.text] for text, line in zip(texts, lines, strict=True)]
     leading = [_leading("".join(text), line.text) for text, line in zip(texts, lines, strict=True)]
@@ -110,11 +113,11 @@ def continuations(
     }  # fmt: skip
 
 
-def lines_trial(decoder: str, count: int = 200) -> Callable[[Any, int], Mapping[str, Any]]:
+def lines_trial(decoder: str, count: int = 200, steps: int | None = None) -> Callable[[Any, int], Mapping[str, Any]]:
     """A trial of a claim: a seed takes other lines."""
 
     def measure(system: Any, seed: int) -> Mapping[str, Any]:
-        return next_lines(system, decoder, lines_of(system, count * (seed + 1))[seed :: seed + 1])
+        return next_lines(system, decoder, lines_of(system, count * (seed + 1))[seed :: seed + 1], steps)
 
     return measure
 
