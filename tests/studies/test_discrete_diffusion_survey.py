@@ -9,7 +9,7 @@ import torch
 
 from seriatim.laws.case import randomise
 from seriatim.random import Generator
-from seriatim.studies.discrete_diffusion import CLAIM, TECHNIQUES, bound, gradient_variance, plain, views
+from seriatim.studies.discrete_diffusion_survey import CLAIM, TECHNIQUES, bound, gradient_variance, plain, views
 from seriatim.systems.masked_trials import Line, next_lines
 from seriatim.systems.meta import everything, studies
 from seriatim.systems.text import mdlm
@@ -30,7 +30,7 @@ def test_every_technique_is_somewhere():
                 assert not name or hasattr(importlib.import_module(module), name)
             else:
                 assert place in everything()
-    assert "discrete-diffusion" in studies()
+    assert "discrete-diffusion-survey" in studies()
 
 
 def test_complementary_views_hide_each_token_once_and_others_as_often():

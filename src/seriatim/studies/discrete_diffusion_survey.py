@@ -29,7 +29,7 @@ from seriatim.systems.meta import Meta
 from seriatim.systems.unmasking_trials import held_out
 
 META = Meta(
-    key="discrete-diffusion",
+    key="discrete-diffusion-survey",
     title="Discrete diffusion: a map of its techniques",
     family="study",
     modality="text",
