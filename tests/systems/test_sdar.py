@@ -204,7 +204,7 @@ def test_a_lower_threshold_and_fewer_steps_take_fewer_forwards():
         list(one.stream("abc", 21, Sampling(temperature=0, **sampling), trace=done))
         return len(done)
 
-    one.config = sdar.Config(length=64, width=16, depth=2, heads=2, threshold=0.0)
+    one.config = sdar.Config(length=64, width=16, depth=2, heads=2, threshold=1e-9)
     assert forwards() == 6  # a block a forward
     assert forwards(steps=12) == 11 and forwards(steps=24) == 21  # the prompt leaves one place of a block
 

@@ -23,13 +23,17 @@ from seriatim.systems.language_model import Generation, LanguageModel
 from seriatim.systems.published_masked import PublishedMasked
 from seriatim.systems.system import System
 from seriatim.systems.text_system import TextSystem
-from seriatim.verbs.generate import draw, fill, sampling_of, save_pictures, stream
+from seriatim.verbs.generate import TOKENS, draw, fill, sampling_of, save_pictures, stream
 from seriatim.verbs.load import load, where
 
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 BESIDE = ("prompt", "chat", "ids", "length", "label", "stop", "json_schema", "regex", "grammar")  # not with --infix
 OF_PICTURES = ("size", "scales")
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical", "guidance", "steps", *PENALTIES, *OF_PICTURES)
+SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
+SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "typical", "guidance", "steps", *PENALTIES, *SUPPRESSED, "keep_tokens",
+    *OF_PICTURES,
+)  # fmt: skip
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -38,6 +42,8 @@ def run_generate(options: argparse.Namespace) -> int:
 
     _check(options)
     system = loaded(options)
+    for name in TOKENS:
+        setattr(options, name, tokens_of(getattr(options, name)))
     sampling = {name: getattr(options, name) for name in SAMPLING}
     if not isinstance(system, TextSystem) and (options.infix is not None or options.record is not None):
         raise ValueError(
@@ -98,6 +104,8 @@ def _grammar(options: argparse.Namespace) -> Grammar | None:
 def _language(system: LanguageModel, options: argparse.Namespace, sampling: dict[str, Any]) -> int:
     """Next-token models: text as it comes, or what it cost."""
     s = sampling_of(system, **sampling)
+    if options.guidance or options.keep_tokens:
+        raise ValueError(f"{system.meta.key} writes each token from those before: there is nothing to guide it by")
     given = _given(system, options)
     new = options.length or max(min(200, system.model.layout.size - len(given)), 1)
     grammar = _grammar(options)
@@ -108,7 +116,8 @@ def _language(system: LanguageModel, options: argparse.Namespace, sampling: dict
         made = system.generate(
             given, options.decoder, max_new_tokens=new, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
             min_p=s.min_p, typical=s.typical, seed=options.seed + n, stream=None if options.json else say,
-            stop=options.stop, grammar=grammar, watch=recorder, **{name: getattr(s, name) for name in PENALTIES},
+            stop=options.stop, grammar=grammar, watch=recorder,
+            **{name: getattr(s, name) for name in (*PENALTIES, *SUPPRESSED)},
         )  # fmt: skip
         assert isinstance(made, Generation)
         if options.json:
@@ -223,6 +232,11 @@ def run_export(options: argparse.Namespace) -> int:
     out = export(options.source, options.out, options.format, options.dtype)
     print(f"{out}: transformers reads it, by from_pretrained({str(out)!r})")
     return 0
+
+
+def tokens_of(words: Sequence[str] | None) -> list[int | str] | None:
+    """Tokens as a command names them: whole numbers are ids."""
+    return None if words is None else [int(word) if word.isdigit() else word for word in words]
 
 
 def ids_of(text: str) -> list[int]:

@@ -125,7 +125,8 @@ def _generate(commands: Any) -> None:
     for name, kind, text in (
         ("temperature", float, "0: greedy"), ("top-k", int, "the k likeliest"), ("top-p", float, "nucleus"),
         ("min-p", float, "share of the likeliest"), ("typical", float, "typical mass"),
-        ("guidance", float, "weight of the condition"), ("steps", int, "decoding steps, where there is a choice"),
+        ("guidance", float, "weight of the condition, or of the prompt"),
+        ("steps", int, "decoding steps, where there is a choice"),
     ):  # fmt: skip
         generate.add_argument(f"--{name}", type=kind, help=f"{text} (default: the system's own)")
     for name, text in (
@@ -139,6 +140,13 @@ def _generate(commands: Any) -> None:
     generate.add_argument(
         "--scales", type=scales_of, metavar="1,2,4,8", help="maps of a pyramid, by side or rows x columns as in 8x12"
     )
+    for name, text in (
+        ("suppress-tokens", "is never written"), ("begin-suppress-tokens", "is not written as the first new one"),
+        ("keep-tokens", "guidance leaves visible in the prompt"),
+    ):  # fmt: skip
+        generate.add_argument(
+            f"--{name}", metavar="TOKEN", action="append", help=f"a token that {text}: id or text; may be repeated"
+        )
     generate.add_argument("--stop", action="append", help="a text that ends what is written; may be repeated")
     form = generate.add_mutually_exclusive_group()
     form.add_argument("--json-schema", metavar="FILE", help="write JSON of this schema")

@@ -79,6 +79,8 @@ class Adjusted:
         element = at_work(canvas, Rows(None, plan.reads.element, h))
         element = gather(element, ragged(element >= 0))  # a head is as dear as a layer
         dist: Any = model.dist(h, replace(plan, reads=Reads(element, element)), canvas)[0]
+        if law.suppress is not None:
+            dist = law.suppress(dist, element, canvas)
         said = dist
         for shape in law.shapers:
             dist = Categorical(shape(dist.logits.float(), canvas, None))

@@ -1,4 +1,5 @@
-"""Temperature and the sampling filters: part of the law that is sampled, applied to target and draft alike.
+"""Temperature, the sampling filters, and ids that are not written: part of the law that is sampled, applied to target
+and draft alike.
 
 Order: temperature, top-k, top-p, min-p, typical, as in common practice. The likeliest token always stays, but for
 typical sampling, which may leave it out.
@@ -11,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from seriatim.canvas import DELETED, GIVEN, Canvas
 from seriatim.heads.dist import Categorical, Greedy
 
 
@@ -69,6 +71,53 @@ class Warper:
         if self.typical is not None and self.typical < 1:
             x = _typical(x, self.typical)
         return Categorical(x)
+
+
+@dataclass(frozen=True)
+class Suppress:
+    """Ids that are never written, and those that are not written as the `first` new element of a row, whenever it is
+    decided (`suppress_tokens` and `begin_suppress_tokens` of Hugging Face's generation). They are impossible from the
+    model's own law on: confidences, penalties and filters do not see them."""
+
+    ids: tuple[int, ...] = ()
+    first: tuple[int, ...] = ()
+
+    @property
+    def neutral(self) -> bool:
+        """Changes nothing."""
+        return not self.ids and not self.first
+
+    def check(self, vocab: int) -> None:
+        """Raises ValueError for ids that a model does not have, and where none is left."""
+        wrong = sorted({i for i in (*self.ids, *self.first) if not 0 <= i < vocab})
+        if wrong:
+            raise ValueError(f"id {wrong[0]} cannot be suppressed: this model's ids are 0 to {vocab - 1:,}")
+        if len({*self.ids, *self.first}) >= vocab:
+            raise ValueError(f"all {vocab:,} ids are suppressed: nothing is left to write")
+
+    def __call__(self, dist: Any, element: Int[Tensor, "b m"] | int, canvas: Canvas) -> Any:
+        """The law of these elements (a number: of that one and of those behind it) without the ids."""
+        if not isinstance(dist, Categorical):
+            raise TypeError(f"ids are suppressed, and {type(dist).__name__} is no law of ids")
+        logits = dist.logits
+        if self.ids:
+            logits = logits.index_fill(-1, torch.tensor(self.ids, device=logits.device), -torch.inf)
+        if self.first and bool((here := _begins(canvas, element)).any()):
+            barred = torch.zeros(logits.shape[-1], dtype=torch.bool).index_fill(0, torch.tensor(self.first), True)
+            logits = logits.masked_fill((here[..., None] & barred).to(logits.device), -torch.inf)
+        return dist if logits is dist.logits else Categorical(logits)
+
+
+def _begins(canvas: Canvas, element: Int[Tensor, "b m"] | int) -> Bool[Tensor, "b m"]:
+    """Which of the elements that are read are the first of their row that was not given."""
+    if canvas.length is not None:
+        first: int | Tensor = canvas.given_length
+    else:
+        new = (canvas.status != GIVEN) & (canvas.status != DELETED)
+        first = canvas.place.masked_fill(~new, canvas.layout.size).argmin(1, keepdim=True)
+    if isinstance(element, int):  # drafts are read behind it
+        return torch.as_tensor(first == element).view(-1, 1)
+    return element == first
 
 
 def _top(x: Float[Tensor, "... v"], k: int) -> Tensor:

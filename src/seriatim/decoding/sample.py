@@ -17,6 +17,7 @@ from seriatim.decoding.guess import Guess, moved
 from seriatim.decoding.loop import Step, stop_ids
 from seriatim.heads.dist import Categorical
 from seriatim.model import Rows
+from seriatim.noise import NOISES
 from seriatim.random import ORDER, VALUE, Key, Random, numbered
 from seriatim.slots import ragged
 from seriatim.view import INF
@@ -58,7 +59,7 @@ class SampleAll:
 
 
 Rule = Literal["random", "confidence", "margin", "entropy"]
-Schedule = Literal["linear", "cosine", "powers"]
+Schedule = Literal["linear", "cosine", "quadratic", "powers"]
 
 
 class Commit(Protocol):
@@ -81,6 +82,12 @@ class Above:
 
     def __call__(self, score: Float[Tensor, "b m"]) -> Int[Tensor, "b"]:
         return (score > self.threshold).sum(1)
+
+
+def check_threshold(threshold: float, rule: str) -> None:
+    """Refuse a threshold that no score of a rule ever exceeds, or every one does (of entropies any number is one)."""
+    if math.isnan(threshold) or (rule != "entropy" and not 0 < threshold <= 1):
+        raise ValueError(f"a threshold is above 0, and at most 1; got {threshold}")
 
 
 @dataclass(frozen=True)
@@ -126,11 +133,11 @@ class Select:
     rule: which, at random, or those of largest probability of the value that was sampled ("confidence"; Chang et al.
     2022), largest margin between the two likeliest values, or smallest entropy. Scores are those of the model (guided,
     where it is), before temperature and filters, which would make all values look certain: as in LLaDA and Fast-dLLM.
-    `steps` spreads the elements of a block evenly ("linear", the first steps one more; Nie et al. 2025) or few at first
-    ("cosine"; "powers": 1, 2, 4, ... and the rest, of the whole text as far as its blocks allow, whatever `steps` is;
-    EOSER-ASS, 2025); `commit` decides instead as many as the scores allow, and at least one. `scorer` changes the
-    scores of the rule "confidence"; `penalty` is taken off a score for every place between an element and the first
-    that was read: near ones go first.
+    `steps` spreads the elements of a block evenly ("linear", the first steps one more; Nie et al. 2025), as another
+    noise schedule does (`NOISES`; "cosine": few at first, "quadratic": many), or as "powers": 1, 2, 4, ... and the
+    rest, of the whole text as far as its blocks allow, whatever `steps` is (EOSER-ASS, 2025); `commit` decides instead
+    as many as the scores allow, and at least one. `scorer` changes the scores of the rule "confidence"; `penalty` is
+    taken off a score for every place between an element and the first that was read: near ones go first.
 
     Has no memory: how far a row is follows from what it has decided. Elements of equal rank are a block.
     """
@@ -157,7 +164,7 @@ class Select:
             raise ValueError(f"at least one step is needed, got {self.steps}")
 
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
-        element = _elements(canvas, guess, rows)
+        element = elements(canvas, guess, rows)
         left = (element >= 0).sum(1)
         count = left.clamp(max=1)
         if self.commit is None:
@@ -246,7 +253,7 @@ class Remask(Select):
             raise ValueError("remasking needs scores and a fixed number of steps: no commit, and no random rule")
 
     def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
-        element = _elements(canvas, guess, rows)
+        element = elements(canvas, guess, rows)
         left = (element >= 0).sum(1)
         self._follow(canvas)
         total = _block(canvas, element)
@@ -312,7 +319,8 @@ def schedule(total: int, steps: int, kind: str) -> tuple[int, ...]:
         elif kind == "linear":
             now = total - turn * (total // steps) - min(turn, total % steps)
         else:
-            now = math.floor(total * math.cos(math.pi / 2 * turn / steps) + 1e-9)
+            share = float(NOISES[kind].hidden(torch.tensor(1 - turn / steps, dtype=torch.float64)))
+            now = math.floor(total * share + 1e-9)
         left = 0 if turn == steps else max(min(left - 1, now), 0)
         remaining.append(left)
         if left == 0:
@@ -320,7 +328,7 @@ def schedule(total: int, steps: int, kind: str) -> tuple[int, ...]:
     return tuple(remaining)
 
 
-def _elements(canvas: Canvas, guess: Guess | None, rows: Rows) -> Int[Tensor, "b m"]:
+def elements(canvas: Canvas, guess: Guess | None, rows: Rows) -> Int[Tensor, "b m"]:
     """The elements that were read, -1 where a row has fewer."""
     if guess is not None:
         raise ValueError("masked generation verifies nothing: use a verifier as decider, or no proposer")

@@ -19,7 +19,7 @@ from seriatim.backbones.cache import Keep
 from seriatim.backbones.compressed import Codec
 from seriatim.canvas import Canvas
 from seriatim.conditions.condition import Condition, alike
-from seriatim.decoding.filters import Warper
+from seriatim.decoding.filters import Suppress, Warper
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.guidance import Guidance
 from seriatim.decoding.layers import LayerPlan, Skipping, begun
@@ -44,24 +44,26 @@ class Branch:
 
     What is sampled is (1 + sum of w_i) times the full branch minus w_i times each of these. drop: names of conditions
     that are replaced by their null (None: all). hide: known elements shown as masks, "given" ones (a prompt), those
-    "earlier" than the present step (a fully masked history), or the ones that a boolean (elements,) marks.
+    "earlier" than the present step (a fully masked history), or the ones that a boolean (elements,) marks; but not
+    those whose ids are to be kept (`keep`: what every prompt has in common, such as the marks of turns).
     """
 
     guidance: Guidance
     drop: frozenset[str] | None = None
     hide: Literal["given", "earlier"] | Bool[Tensor, "E"] | None = None
+    keep: tuple[int, ...] = ()
 
 
 class Target:
     """What is sampled.
 
-    condition: raw conditions by name; guidance: how strongly they are followed (needs conditions with a null), or
-    the branches to move away from; warp: temperature and filters; cached: use the exact cache (False recomputes
-    everything, for tests); policy: what an order without an exact cache may read as it once was; shapers: penalties and
-    constraints, before temperature and filters; layers: which layers compute which token (None: all); codec: how
-    the keys and values of a line are remembered (None: as they are); steer: what else changes the law of what is read,
-    by what stands on the canvas (a classifier), before shapers. The cache belongs to one canvas: another one
-    starts anew.
+    condition: raw conditions by name; guidance: how strongly they are followed (needs conditions with a null), or the
+    branches to move away from; warp: temperature and filters; cached: use the exact cache (False recomputes everything,
+    for tests); policy: what an order without an exact cache may read as it once was; suppress: ids that are not
+    written; shapers: penalties and constraints, before temperature and filters; layers: which layers compute which
+    token (None: all); codec: how the keys and values of a line are remembered (None: as they are); steer: what else
+    changes the law of what is read, by what stands on the canvas (a classifier), before what is suppressed. The cache
+    belongs to one canvas: another one starts anew.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Target:
         layers: LayerPlan | None = None,
         codec: Codec | None = None,
         steer: Steer | None = None,
+        suppress: Suppress | None = None,
     ):
         if isinstance(guidance, Guidance):
             if not model.conditions:
@@ -87,6 +90,9 @@ class Target:
             _check_branch(branch, model)
         self.warp = None if warp is None or warp.neutral else warp
         self.shapers = tuple(shapers)
+        self.suppress = None if suppress is None or suppress.neutral else suppress
+        if self.suppress is not None:
+            self.suppress.check(_vocabulary(model))
         self.conditions = self._encode(condition)  # of the full branch, then of the others
         if policy is not None and not cached:
             raise ValueError("a cache policy needs a cache; use cached=True, or no policy to recompute everything")
@@ -238,6 +244,8 @@ class Target:
             dist, element, slot = model.dist(h, plan, canvas)
         if self.steer is not None:
             dist = self.steer(dist, element, canvas)
+        if self.suppress is not None:
+            dist = self.suppress(dist, element, canvas)
         self._unseen = (h, dist)
         if plan.run is None or self._turn % EXAMINE == 0:
             self._examine()
@@ -280,10 +288,10 @@ class Target:
         model, batch = self.model, canvas.batch
         if plan.spawns:
             raise ValueError("states are transferred in a forward of one branch: draft in another way, or do not guide")
-        hides = [None, *(branch.hide for branch in self.branches)]
+        plans = [plan, *(hidden(plan, canvas, branch.hide, branch.keep) for branch in self.branches)]
         parts = [
-            model.vectors(hidden(plan, canvas, hide), canvas, c, guess).expand(batch, -1, -1)
-            for hide, c in zip(hides, self.conditions, strict=True)
+            model.vectors(shown, canvas, c, guess).expand(batch, -1, -1)
+            for shown, c in zip(plans, self.conditions, strict=True)
         ]
         if self._joined[0] is not self.conditions:  # the very same tensors each time: a cache knows them again
             self._joined = self.conditions, joined(self.conditions)
@@ -370,8 +378,8 @@ def _weight(guidance: Guidance, done: float | Tensor, like: Tensor) -> float | T
     return torch.tensor(weights, dtype=kind, device=like.device)[..., None]
 
 
-def hidden(plan: Plan, canvas: Canvas, hide: str | Tensor | None) -> Plan:
-    """The plan as a branch embeds it: elements that it may not see stand as masks."""
+def hidden(plan: Plan, canvas: Canvas, hide: str | Tensor | None, keep: tuple[int, ...] = ()) -> Plan:
+    """The plan as a branch embeds it: elements that it may not see stand as masks, unless they are kept."""
     if hide is None:
         return plan
     if isinstance(hide, Tensor):
@@ -379,6 +387,8 @@ def hidden(plan: Plan, canvas: Canvas, hide: str | Tensor | None) -> Plan:
     else:
         now = torch.where(canvas.open, canvas.rank, INF).amin(1, keepdim=True)
         gone = canvas.rank < (0 if hide == "given" else now)
+    if keep:
+        gone = gone & ~torch.isin(canvas.value[canvas.layout.kinds[0]].cpu(), torch.tensor(keep))
     slots = plan.slots
     if bool((slots.source == DERIVED).any()):
         raise ValueError("elements cannot be hidden where slots hold what is derived from them")
@@ -447,6 +457,21 @@ def _check_branch(branch: Branch, model: Model) -> None:
             raise ValueError(f"elements to hide are marked by a boolean (elements,), got {branch.hide.dtype}")
     elif branch.hide not in (None, "given", "earlier"):
         raise ValueError(f"a branch hides 'given' or 'earlier' elements or marked ones, not {branch.hide!r}")
+    if branch.keep:
+        vocab = _vocabulary(model)
+        wrong = [i for i in branch.keep if not 0 <= i < vocab]
+        if wrong or branch.hide is None:
+            said = "hides nothing" if branch.hide is None else f"knows the ids 0 to {vocab - 1:,}, not {wrong[0]}"
+            raise ValueError(f"kept ids are shown where others are hidden, and this branch {said}")
+
+
+def _vocabulary(model: Model) -> int:
+    """How many ids there are. Raises ValueError for a model of something else, or of several kinds."""
+    heads = list(model.heads.values())
+    vocab = getattr(heads[0], "vocab", None) if len(heads) == 1 else None
+    if vocab is None:
+        raise ValueError("ids are suppressed, or kept, of a model that writes ids of one kind")
+    return vocab
 
 
 def _sound(dist: Any) -> bool:

@@ -65,7 +65,11 @@ class Frame:
 
 class Recorder:
     """Frames of one text as it is generated: hand it over as `watch`, one for each generation. Of several rows it
-    watches the first; of a beam the best text."""
+    watches the first; of a beam the best text.
+
+    frames: the canvas before the first step and after each, by whom and how surely each token was decided; histories:
+    the same as ids alone.
+    """
 
     def __init__(self, tokenizer: Any):
         self.spell = Speller(tokenizer)
@@ -103,6 +107,11 @@ class Recorder:
         forwards, drafted, accepted = self.frames[-1].forwards + step.forwards, step.drafted, step.accepted
         left = "" if rows.guess is None else self._left(rows.guess, row, path)
         self.frames.append(Frame(places, forwards, _of(drafted, row), _of(accepted, row), left))
+
+    @property
+    def histories(self) -> list[list[int | None]]:
+        """The ids of every frame, in reading order; None where none is decided yet."""
+        return [[place.token for place in frame.places] for frame in self.frames]
 
     def finish(self) -> None:
         """Take in what was done to the text behind the last step, as where a string ended it."""

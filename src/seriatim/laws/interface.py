@@ -119,6 +119,17 @@ def penalties(key: str) -> None:
     Asked(key).equal(PROMPTS[0], repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.2, **GREEDY)
 
 
+def suppressed(key: str) -> None:
+    """Without tokens that it would write, and without the one that it would begin with."""
+    asked = Asked(key)
+    own = asked.plain(PROMPTS[0], **GREEDY).ids
+    never, first = tuple({*own[2:5]} - {own[0]}), (own[0],)
+    for settings in ({"suppress_tokens": (*never, *first)}, {"suppress_tokens": never, "begin_suppress_tokens": first}):
+        asked.equal(PROMPTS, **settings, **GREEDY)
+        made = asked.texts(PROMPTS[0], **settings, **GREEDY).ids
+        require(made[0] != own[0] and not {*made} & {*never}, "what is suppressed is written")
+
+
 def filters(key: str) -> None:
     """Temperature, top-k, top-p and min-p: equal texts by the same noise, or possible ones."""
     asked = Asked(key)
@@ -180,8 +191,8 @@ def _rounded(asked: Asked) -> None:
 
 COLUMNS: dict[str, Callable[[str], None]] = {
     "greedy": one, "batch": batch, "samples": samples, "stream": stream, "stop strings": stop_strings,
-    "stop ids": stop_ids, "penalties": penalties, "filters": filters, "logprobs": logprobs, "bf16": bfloat16,
-    "int8": int8,
+    "stop ids": stop_ids, "penalties": penalties, "suppressed": suppressed, "filters": filters, "logprobs": logprobs,
+    "bf16": bfloat16, "int8": int8,
 }  # fmt: skip
 if packs():
     COLUMNS["packed"] = packed

@@ -23,6 +23,7 @@ from seriatim.conditions.condition import Condition
 from seriatim.factorization.static import Blocks
 from seriatim.factorization.varying import VaryingBlocks
 from seriatim.model import Model
+from seriatim.noise import LINEAR, Noise, noise_of
 from seriatim.random import ORDER, Generator, Key, Random, numbered
 
 LEAST = 1e-3  # share that is hidden at time 0 (LLaDA): weights stay below a thousand
@@ -40,15 +41,24 @@ class Masking(Protocol):
         ...
 
 
-def by_time(
-    free: Bool[Tensor, "b E"], unit: Float[Tensor, "b"], noise: Float[Tensor, "b E"]
-) -> tuple[Bool[Tensor, "b E"], Float[Tensor, "b"]]:
-    """Absorbing diffusion at a time t: each element hidden with probability t, weight 1/t.
+@dataclass(frozen=True)
+class ByTime:
+    """Absorbing diffusion at a time t: each element hidden with the probability that a noise schedule gives, and the
+    schedule's weight. The bound is the same under every schedule.
 
-    t runs from `LEAST` to 1 rather than from 0, as in LLaDA, so the expectation misses the bound by a thousandth of it;
-    figures are taken by `by_count`."""
-    t = LEAST + (1 - LEAST) * unit
-    return free & (noise < t[:, None]), 1 / t
+    t runs from `LEAST` to 1 rather than from 0, as in LLaDA, so the expectation misses the bound by about a thousandth
+    of it; figures are taken by `by_count`."""
+
+    noise: Noise = LINEAR
+
+    def __call__(
+        self, free: Bool[Tensor, "b E"], unit: Float[Tensor, "b"], noise: Float[Tensor, "b E"]
+    ) -> tuple[Bool[Tensor, "b E"], Float[Tensor, "b"]]:
+        t = LEAST + (1 - LEAST) * unit
+        return free & (noise < self.noise.hidden(t)[:, None]), self.noise.weight(t)
+
+
+by_time = ByTime()  # hidden with probability t, weight 1/t
 
 
 def by_count(
@@ -61,6 +71,20 @@ def by_count(
     n = free.sum(1)
     count = (1 + (unit * n).long()).clamp(max=n)
     return fewest(free, count, noise), n / count.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Unweighted:
+    """What another masking hides, all of weight 1: each hidden element counts the same, in whatever company (MaskGIT,
+    Chang et al. 2022). No bound on anything."""
+
+    masking: Masking
+
+    def __call__(
+        self, free: Bool[Tensor, "b E"], unit: Float[Tensor, "b"], noise: Float[Tensor, "b E"]
+    ) -> tuple[Bool[Tensor, "b E"], Float[Tensor, "b"]]:
+        hidden, weight = self.masking(free, unit, noise)
+        return hidden, torch.ones_like(weight)
 
 
 @dataclass(frozen=True)
@@ -81,6 +105,20 @@ class ByRate:
         count = (n * (self.mean + self.deviation * z)).ceil().long()
         count = torch.minimum(count.clamp(min=1), n)
         return fewest(free, count, noise), n / count.clamp(min=1)
+
+
+def masking_of(noise: str = "linear", weight: str = "bound", by: str = "time") -> Masking:
+    """A masking by the words of a config: hidden `by` "time", under a `noise` schedule (`NOISES`), or by "count";
+    weighed so that the expectation is the "bound", or with an "even" weight. Raises ValueError for words that mean
+    nothing, alone or together."""
+    if by not in ("time", "count"):
+        raise ValueError(f"masking is by time or count, not {by!r}")
+    if weight not in ("bound", "even"):
+        raise ValueError(f"weight is bound or even, not {weight!r}")
+    if by == "count" and noise != "linear":
+        raise ValueError(f"a noise schedule is one of times, and masking is by count: leave out the noise {noise!r}")
+    chosen: Masking = ByTime(noise_of(noise)) if by == "time" else by_count
+    return chosen if weight == "bound" else Unweighted(chosen)
 
 
 def fewest(free: Bool[Tensor, "b E"], count: Int[Tensor, "b"], noise: Float[Tensor, "b E"]) -> Bool[Tensor, "b E"]:

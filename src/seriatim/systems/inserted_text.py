@@ -12,6 +12,7 @@ from torch import Tensor
 from seriatim.canvas import DECIDED, GIVEN, Canvas
 from seriatim.data.base import Pairs
 from seriatim.decoding.loop import Decider
+from seriatim.decoding.target import Target
 from seriatim.factorization.insertion import opened
 from seriatim.layout import line
 from seriatim.random import Generator
@@ -24,6 +25,8 @@ from seriatim.systems.text_system import Answered, TextSystem
 class InsertedText(TextSystem):
     """Decoded in a gap. The config has `short`: share of the windows that are cut to a random length in training, as a
     model that has seen texts of one length writes texts of that length only."""
+
+    normed = False
 
     def answered(self, side: Pairs) -> Answered:
         return replace(super().answered(side), end=())  # a text ends when nothing more is to be inserted
@@ -97,6 +100,14 @@ class InsertedText(TextSystem):
         text = self.tokenizer.decode(self._settled(canvas))
         if text:
             yield text
+
+    def target(self, condition: Mapping[str, Tensor] | None, sampling: Sampling, **more: Any) -> Target:
+        """As of all systems. Raises ValueError for what is asked of single tokens: a step chooses token and place."""
+        if sampling.shapers or not sampling.suppress.neutral:
+            raise ValueError(
+                f"{self.meta.key} chooses a token together with its place: leave out penalties and suppressed tokens"
+            )
+        return super().target(condition, sampling, **more)
 
     def inserter(self, sampling: Sampling, limit: int) -> Decider:
         """How insertions are decided, up to so many known tokens."""

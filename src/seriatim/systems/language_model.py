@@ -29,6 +29,7 @@ from seriatim.systems.conversing import Conversing
 from seriatim.systems.decoders import Decoding, Onlooker, decoder_of
 from seriatim.systems.generation import Generation, Watch
 from seriatim.systems.system import Sampling
+from seriatim.systems.tokens import token_ids
 
 Prompt = str | Sequence[int] | Int[Tensor, " n"]
 
@@ -56,7 +57,7 @@ class LanguageModel(Conversing):
         canvas, _ = self.canvas(batch)
         losses = self.model.losses(canvas, random=random)
         counts = batch.get("counts", canvas.rank >= 0).to(losses.device)
-        return torch.where(counts, losses, 0).sum(), counts.sum()
+        return self.summed(torch.where(counts, losses, 0), counts)
 
     def answers(self, side: Conversations, length: int | None = None) -> Answers:
         """Conversations as training draws them, by the model's own template, answers alone counting. Raises ValueError
@@ -144,6 +145,8 @@ class LanguageModel(Conversing):
         repetition_penalty: float = 1.0,
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
+        suppress_tokens: Sequence[int | str] = (),
+        begin_suppress_tokens: Sequence[int | str] = (),
         seed: int = 0,
         n: int = 1,
         stop: Sequence[int | str] | None = None,
@@ -155,10 +158,12 @@ class LanguageModel(Conversing):
         """Continue a text, its ids, or a batch of either, by a decoder (`decoder_of`); a list of generations for a
         batch, or where `n` of each prompt are asked for.
 
-        temperature 0 is greedy; penalties: see `Penalties`; stop: ids and strings that end a row (None: the model's
-        own ids, which are also those beside strings); grammar: what the new text must be; stream: called with pieces of
-        text, for one prompt, as they are decided for good; watch: who looks on (`evaluation.text_film.Recorder`).
-        Raises ValueError for prompts that are empty or too long, and decoders that do not exist."""
+        temperature 0 is greedy; penalties: see `Penalties`; suppress_tokens, begin_suppress_tokens: ids, or tokens by
+        name, that are not written, or not as the first new one (`Suppress`); stop: ids and strings that end a row
+        (None: the model's own ids, which are also those beside strings); grammar: what the new text must be; stream:
+        called with pieces of text, for one prompt, as they are decided for good; watch: who looks on
+        (`evaluation.text_film.Recorder`). Raises ValueError for prompts that are empty or too long, and decoders that
+        do not exist."""
         rows, many = self._rows(prompt)
         if stream is not None and (many or n > 1):
             raise ValueError("text is streamed for one prompt, not for a batch")
@@ -168,8 +173,11 @@ class LanguageModel(Conversing):
         s = Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical=typical,
             repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
+            frequency_penalty=frequency_penalty, suppress_tokens=token_ids(self.tokenizer, suppress_tokens),
+            begin_suppress_tokens=token_ids(self.tokenizer, begin_suppress_tokens),
         )  # fmt: skip
+        if grammar is not None and not s.suppress.neutral:
+            raise ValueError("a grammar says what may be written, and could ask for what is suppressed: leave one out")
         way = self.own(s, ends) if decoder == "own" else decoder_of(self, decoder, s, ends)
         way = way if watch is None else watch(way)
         target = self.target(None, s, **way.target)

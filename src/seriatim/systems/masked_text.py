@@ -11,8 +11,10 @@ from torch import Tensor
 
 from seriatim.canvas import Canvas
 from seriatim.data.base import Pairs
+from seriatim.decoding.guidance import Guidance
 from seriatim.decoding.loop import Decider
 from seriatim.decoding.sample import Above, Select
+from seriatim.decoding.target import Branch
 from seriatim.decoding.unmask import Unmask
 from seriatim.factorization.static import Blocks
 from seriatim.layout import line
@@ -45,10 +47,28 @@ class MaskedText(TextSystem):
             return ids[: ends[0]]
         return ids
 
+    @property
+    def mask(self) -> int | None:
+        """The id that stands for what is not known, where there is one."""
+        return None if self.tokenizer is None else self.tokenizer.special.get("mask")
+
+    def begun(self, ids: Sequence[int], length: int | None) -> Canvas:
+        """As of all text. Raises ValueError where the mask itself stands in the prompt."""
+        self._refuse_mask(ids)
+        return super().begun(ids, length)
+
+    def _refuse_mask(self, ids: Sequence[int]) -> None:
+        if self.mask is not None and self.mask in ids:
+            raise ValueError(
+                f"token {list(ids).index(self.mask)} of the text is the mask itself (id {self.mask}), which stands for "
+                "what is not known yet: a gap that is to be filled is written as --infix 'such a <mask:3> here'"
+            )
+
     def gapped(self, parts: Parts) -> Canvas:
-        """As of all text. Raises ValueError where a text behind a gap lies in a later block of a model that writes
-        block after block: it would not be seen."""
+        """As of all text. Raises ValueError where the mask itself stands in the text, and where a text behind a gap
+        lies in a later block of a model that writes block after block: it would not be seen."""
         canvas, order = super().gapped(parts), self.model.factorization
+        self._refuse_mask(canvas.value["token"][0, canvas.known[0]].tolist())
         if not isinstance(order, Blocks):
             return canvas
         block, asked = torch.arange(canvas.layout.size) // order.size, canvas.open[0]
@@ -61,6 +81,15 @@ class MaskedText(TextSystem):
                 "of it, such as zoo:text-mdlm"
             )
         return canvas
+
+    def guidance(self, sampling: Sampling) -> Sequence[Branch] | None:
+        """Away from what it would write without the prompt, whose tokens stand as masks but for those that are kept
+        (LLaDA)."""
+        if not sampling.guidance:
+            if sampling.keep_tokens:
+                raise ValueError("kept tokens are those of the prompt that guidance does not hide: give guidance, too")
+            return None
+        return (Branch(Guidance(sampling.guidance), hide="given", keep=sampling.keep_tokens),)
 
     def decider(self, sampling: Sampling) -> Decider:
         sure = None if sampling.steps else getattr(self.config, "threshold", None)

@@ -32,6 +32,7 @@ from seriatim.systems.masked_text import MaskedText
 from seriatim.systems.meta import Meta
 from seriatim.systems.published import WINDOW
 from seriatim.systems.system import Sampling
+from seriatim.systems.tokens import token_ids
 from seriatim.tokenizers.text import Detokenizer
 
 
@@ -62,6 +63,10 @@ class PublishedMasked(Conversing, MaskedText):
         eos = self.settings.get("eos_token_id")
         said = [] if eos is None else eos if isinstance(eos, list) else [eos]
         return tuple(dict.fromkeys((*said, *self.config.ends)))
+
+    @property
+    def mask(self) -> int:
+        return self.config.mask
 
     @property
     def begins(self) -> bool:
@@ -110,9 +115,8 @@ class PublishedMasked(Conversing, MaskedText):
     # ---- generation -------------------------------------------------------------------------------------------------
 
     def target(self, condition: Mapping[str, Tensor] | None, sampling: Sampling, **more: Any) -> Target:
-        return Target(
-            self.model, None, None, sampling.warp, shapers=(*sampling.shapers, Without((self.config.mask,))), **more
-        )
+        mask = Without((self.config.mask,))
+        return super().target(condition, sampling, **{"shapers": (*sampling.shapers, mask), **more})
 
     def generate(
         self,
@@ -121,16 +125,19 @@ class PublishedMasked(Conversing, MaskedText):
         max_new_tokens: int = 200,
         seed: int = 0,
         decoder: str | Decoding = "own",
+        watch: Onlooker | None = None,
         **sampling: Any,
     ) -> Generation:
         """Continue a text or its ids by a decoder (`decoder_of`, family "unmasking"); sampling: fields of `Sampling`
-        (temperature, top_p, steps, ...), the model's own where left out."""
-        s = Sampling(**{**self.config.sampling, **sampling})
+        (temperature, top_p, steps, ...), the model's own where left out, tokens by id or name; watch: who looks on
+        (`evaluation.text_film.Recorder`)."""
+        named = {k: token_ids(self.tokenizer, v) for k, v in sampling.items() if k.endswith("_tokens")}
+        s = Sampling(**{**self.config.sampling, **sampling, **named})
         way = decoder_of(self, decoder, s, self.stop)
         trace: list[Any] = []
         start = time.perf_counter()
         with torch.inference_mode():
-            ids = [i for piece in self._written(prompt, max_new_tokens, s, seed, way, trace) for i in piece]
+            ids = [i for piece in self._written(prompt, max_new_tokens, s, seed, way, trace, watch) for i in piece]
         text = None if self.tokenizer is None else self.tokenizer.decode(ids)
         rows = tuple(step.slots for step in trace)
         return Generation(ids, text, sum(x.forwards for x in trace), 0, 0, time.perf_counter() - start, rows=rows)
@@ -167,9 +174,12 @@ class PublishedMasked(Conversing, MaskedText):
             canvas = self.blocked(canvas, way.block)
         target, told = self.target(None, sampling, **way.target), len(ids)
         end = canvas.layout.size if length is None else told + length
+        firm = not getattr(way.decider, "redraws", False)
         for step in decode(target, canvas, way.decider, way.proposer, Keyed(seed)):
             if trace is not None:
                 trace.append(step)
+            if not (firm or canvas.done):  # it may yet be another
+                continue
             new = self._settled(canvas, told)[: end - told]
             told += len(new)
             yield new

@@ -6,7 +6,7 @@ A system's file subclasses `TextSystem` or `ImageSystem` (text_system.py, image_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from seriatim.canvas import Canvas
-from seriatim.decoding.filters import Warper
+from seriatim.decoding.filters import Suppress, Warper
 from seriatim.decoding.guidance import Guidance
 from seriatim.decoding.loop import Decider, Proposer
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.shaping import Penalties, Shaper
-from seriatim.decoding.target import Target
+from seriatim.decoding.target import Branch, Target
 from seriatim.model import Model
 from seriatim.random import Generator
 from seriatim.systems.meta import Meta
+from seriatim.training.norm import NORMS, Norm, per_token
 from seriatim.training.recipe import Recipe
 from seriatim.training.run import WEIGHTS
 
@@ -31,8 +32,9 @@ from seriatim.training.run import WEIGHTS
 @dataclass(frozen=True)
 class Sampling:
     """How to sample: temperature and filters, guidance, and decoding steps where the order leaves a choice (None: the
-    system's own). Of pictures, where a system draws others than it was trained on: size (width, height) in pixels, and
-    the sizes of all maps of a pyramid, coarse to fine (`scales`)."""
+    system's own); ids that are not written, or not as the first new one (`Suppress`), and those of a prompt that
+    guidance leaves visible (`Branch.keep`). Of pictures, where a system draws others than it was trained on: size
+    (width, height) in pixels, and the sizes of all maps of a pyramid, coarse to fine (`scales`)."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -46,6 +48,13 @@ class Sampling:
     frequency_penalty: float = 0.0
     size: tuple[int, int] | None = None
     scales: tuple[int | tuple[int, int], ...] | None = None
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    keep_tokens: tuple[int, ...] = ()
+
+    @property
+    def suppress(self) -> Suppress:
+        return Suppress(self.suppress_tokens, self.begin_suppress_tokens)
 
     @property
     def warp(self) -> Warper:
@@ -113,11 +122,24 @@ class System(nn.Module):
         if drop and condition:
             dropped = torch.rand(canvas.batch, generator=random.generator) < drop
         losses = self.model.losses(canvas, condition, dropped, random=random)
-        return losses.sum(), canvas.open.sum()
+        return self.summed(losses, canvas.open)
+
+    def summed(self, losses: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses (batch, elements) of a batch, and by what they are divided: in training as the recipe says, else
+        by the elements that count."""
+        return (self.norm if self.training else per_token)(losses, counts.to(losses.device))
 
     drop: float = 0.0  # set by whoever trains
+    norm: Norm = staticmethod(per_token)  # the same, of systems that divide as the recipe says (`normed`)
+    normed: ClassVar[bool] = True
     classes: tuple[str, ...] = ()  # names of labels
     figures: Mapping[str, float] = MappingProxyType({})  # of the last batch, beside its loss
+
+    def trained_by(self, recipe: Recipe) -> None:
+        """Heed what a recipe says of the loss. Raises ValueError for a norm where the system has its own."""
+        if recipe.norm != "token" and not self.normed:
+            raise ValueError(f"the loss of {self.meta.key} is divided as its paper says: leave out --norm")
+        self.drop, self.norm = recipe.drop, NORMS[recipe.norm]
 
     def forward(self, batch: Mapping[str, Tensor], random: Generator, step: int, steps: int) -> tuple[Tensor, Tensor]:
         return self.losses(batch, random, self.drop)
@@ -152,8 +174,15 @@ class System(nn.Module):
 
     def target(self, condition: Mapping[str, Tensor] | None, sampling: Sampling, **more: Any) -> Target:
         """The law that is sampled; `more`: further arguments of `Target`."""
-        guidance = Guidance(sampling.guidance, self.schedule) if sampling.guidance else None  # type: ignore[arg-type]
-        return Target(self.model, condition, guidance, sampling.warp, shapers=sampling.shapers, **more)
+        said = {"shapers": sampling.shapers, "suppress": sampling.suppress, **more}
+        return Target(self.model, condition, self.guidance(sampling), sampling.warp, **said)
+
+    def guidance(self, sampling: Sampling) -> Guidance | Sequence[Branch] | None:
+        """How strongly, and away from what, it is guided. Raises ValueError for tokens to keep where there is no prompt
+        that is hidden."""
+        if sampling.keep_tokens:
+            raise ValueError(f"{self.meta.key} is guided by no hidden prompt, so there are no tokens of it to keep")
+        return Guidance(sampling.guidance, self.schedule) if sampling.guidance else None  # type: ignore[arg-type]
 
     def decider(self, sampling: Sampling) -> Decider:
         """How this system decides: here, everything that is read."""

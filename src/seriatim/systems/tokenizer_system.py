@@ -28,6 +28,8 @@ class TokenizerSystem(System):
     validation_size = 256
     validation_batch = 64
 
+    normed = False
+
     model: Any
 
     @staticmethod

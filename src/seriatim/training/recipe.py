@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from seriatim.training.norm import NORMS
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -13,8 +15,9 @@ class Recipe:
     steps, batch: optimizer steps, and samples in each (of all processes and accumulated parts together); accumulate:
     parts a batch is computed in; warm_up: share of the steps; clip: largest gradient norm; drop: share of samples whose
     condition is replaced by the null; bf16: autocast of the forward; ema: decay of the averaged weights that generation
-    uses (None: the last weights); compile: compile the layers where a C++ compiler is found; validate_every: steps
-    between two looks at held-out data (None: ten looks).
+    uses (None: the last weights); norm: by what the losses of a batch are divided (`NORMS`: token, sequence, batch);
+    compile: compile the layers where a C++ compiler is found; validate_every: steps between two looks at held-out data
+    (None: ten looks).
     """
 
     steps: int
@@ -29,6 +32,7 @@ class Recipe:
     bf16: bool = False
     ema: float | None = None
     accumulate: int = 1
+    norm: str = "token"
     compile: bool = False
     validate_every: int | None = None
     seed: int = 0
@@ -43,6 +47,8 @@ class Recipe:
             raise ValueError(f"the decay of averaged weights lies in [0, 1), got {self.ema}")
         if not self.learning_rate > 0:
             raise ValueError(f"the learning rate is positive, got {self.learning_rate}")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm is {', '.join(NORMS)}, not {self.norm!r}")
         for name in ("warm_up", "floor", "drop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share from 0 to 1, got {getattr(self, name)}")

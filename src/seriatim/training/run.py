@@ -48,13 +48,18 @@ class RunFolder:
                 ) from None
             yield
 
-    def begin(self, card: Mapping[str, Any], resume: bool) -> None:
-        """Start anew, or go on with what is there. Raises ValueError where something is in the way or does not fit."""
+    def begin(
+        self, card: Mapping[str, Any], resume: bool, defaults: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
+        """Start anew, or go on with what is there. `defaults`: of parts of the card; a run that is older than a setting
+        has its default. Raises ValueError where something is in the way or does not fit."""
         self.refuse(resume)
         if not self.card.exists():
             save_json(card, self.card)
             return
         there = self.read_card()
+        for name, known in json.loads(json.dumps(dict(defaults or {}))).items():
+            there[name] = {**known, **there.get(name, {})}
         for name, value in json.loads(json.dumps(card)).items():
             if name != "version" and there.get(name) != value:
                 differs = _difference(name, there.get(name), value)

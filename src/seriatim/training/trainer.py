@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -103,8 +103,16 @@ def train(
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes; only this one writes
     with folder.held() if first else nullcontext():
         if first:
-            folder.begin(card, resume)
+            known = {"recipe": recipe, "config": getattr(learner, "config", None)}
+            folder.begin(card, resume, {name: defaults_of(x) for name, x in known.items() if name in card})
         return _Training(learner, examples, recipe, folder, held_out, tick).run(resume, minutes)
+
+
+def defaults_of(settings: Any) -> dict[str, Any]:
+    """The defaults of a dataclass of settings; of anything else there are none."""
+    if not is_dataclass(settings):
+        return {}
+    return {f.name: f.default for f in fields(settings) if f.default is not MISSING}
 
 
 class _Training:

@@ -75,6 +75,8 @@ def begin(
     loaded = asked if isinstance(asked, Data) else load_data(asked, "text", **data_options)
     train, test, notes = _streams(base.system, loaded)
     window = _window(base.system, reading, len(train), len(test))
+    if recipe.norm != "token":
+        raise ValueError(f"the loss of {key} is divided as its paper says: leave out --norm")
     torch.manual_seed(recipe.seed)
     part = kind(config, base)
     if getattr(config, "draft_vocab", None) is not None:

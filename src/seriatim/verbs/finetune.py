@@ -79,7 +79,10 @@ def begin(
         system = converted(system, how["block"] or CONVERSIONS[key], how["mask"])
         tuned = {k: v for k, v in plain(CONVERTING).items() if k not in own and (k != "learning_rate" or lora is None)}
         recipe = replace(recipe, **tuned)
+    system.trained_by(recipe)
     learner = learner_of(system, tuning)
+    if recipe.norm != "token" and isinstance(learner, TunedByLayers):
+        raise ValueError("what a model learns to do without layers is divided by tokens: leave out --norm")
     where = origin(base)
     if os.environ.get("RANK", "0") == "0" and not RunFolder(folder).card.exists():
         beside(folder, learner, where)

@@ -15,7 +15,10 @@ from seriatim.systems.decoders import Onlooker, decoder_of
 from seriatim.systems.image_system import ImageSystem, Pictures
 from seriatim.systems.system import Sampling, System
 from seriatim.systems.text_system import TextSystem
+from seriatim.systems.tokens import token_ids
 from seriatim.verbs.load import load
+
+TOKENS = ("suppress_tokens", "begin_suppress_tokens", "keep_tokens")
 
 
 def generate(
@@ -29,21 +32,29 @@ def generate(
     decoder: str = "own",
     seed: int = 0,
     film: bool = False,
+    watch: Onlooker | None = None,
     **sampling: Any,
 ) -> str | Pictures:
     """Text that continues a prompt, a text with its gaps filled (`infix`, see `parted`), or pictures of these classes,
     from a run, `zoo:NAME` or a loaded system.
 
-    sampling: temperature, top_k, top_p, min_p, typical, guidance, steps, and of pictures size and scales; what is left
-    out is the system's own choice.
+    sampling: fields of `Sampling` (temperature, top_k, top_p, guidance, steps, suppress_tokens, size, ...); what is left out
+    is the system's own choice. watch: who looks on while a text is generated. With a recorder every canvas of every
+    step is there afterwards, whatever the order and the decoder:
+
+        recorder = Recorder(system.tokenizer)  # evaluation.text_film
+        text = generate(system, prompt="def ", watch=recorder)
+        recorder.histories  # after each step the ids in reading order, None where none is decided
     """
     system = source if isinstance(source, System) else load(source)
     if isinstance(system, TextSystem) and infix is not None:
         if prompt or length is not None or decoder != "own":
             raise ValueError("a text with gaps says all: leave prompt, length and decoder out")
-        return "".join(fill(system, infix, seed, **sampling))
+        return "".join(fill(system, infix, seed, watch=watch, **sampling))
     if isinstance(system, TextSystem):
-        return "".join(stream(system, prompt, length, decoder, seed, **sampling))
+        return "".join(stream(system, prompt, length, decoder, seed, watch=watch, **sampling))
+    if watch is not None:
+        raise ValueError(f"a text is watched, and {system.meta.key} makes none (pictures have a film)")
     if not isinstance(system, ImageSystem):
         raise ValueError(f"{system.meta.key} generates nothing by itself")
     return draw(system, labels, count, seed, film, decoder, **sampling)
@@ -87,8 +98,12 @@ def draw(
 
 
 def sampling_of(system: System, **changes: Any) -> Sampling:
-    """The system's own way of sampling with changes; None leaves a setting alone."""
+    """The system's own way of sampling with changes; None leaves a setting alone. Tokens are ids, or named as by
+    `token_ids`. Raises ValueError for settings and tokens that there are not."""
     known = {f.name for f in fields(Sampling)}
+    for name in TOKENS:
+        if changes.get(name) is not None:
+            changes[name] = token_ids(getattr(system, "tokenizer", None), changes[name])
     unknown = set(changes) - known
     if unknown:
         raise ValueError(

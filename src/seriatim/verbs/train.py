@@ -170,7 +170,8 @@ def _loaded(cls: type[System], data: str | Path | Data | None, data_options: Map
 
 
 def _begun(system: System, recipe: Recipe, data: str | Path | Data | None, loaded: Data) -> Begun:
-    system.drop, system.classes = recipe.drop, loaded.classes
+    system.classes = loaded.classes
+    system.trained_by(recipe)
     examples, held_out = prepared(system, loaded)
     card: dict[str, Any] = {
         "system": system.meta.key, "config": plain(system.config), "recipe": plain(recipe),

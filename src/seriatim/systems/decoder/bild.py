@@ -73,7 +73,8 @@ def between(ask: Ask, small: LanguageModel) -> Decoding:
     o, s = ask.options, ask.sampling
     sure = Sampling(
         repetition_penalty=s.repetition_penalty, presence_penalty=s.presence_penalty,
-        frequency_penalty=s.frequency_penalty,
+        frequency_penalty=s.frequency_penalty, suppress_tokens=s.suppress_tokens,
+        begin_suppress_tokens=s.begin_suppress_tokens,
     )  # fmt: skip
     proposer, decider = (ReleasedConfident, ReleasedRollback) if o.released else (Confident, Rollback)
     length = ask.fits("draft_length", o.draft_length)

@@ -124,6 +124,7 @@ class ASARM(TextSystem):
         "small": Recipe(6000, batch=8, learning_rate=2e-3, weight_decay=0.1, bf16=True),
     })  # fmt: skip
     begins_as = "next-token"
+    normed = False
 
     @staticmethod
     def build(config: Any, tokenizer: Any) -> Model:

@@ -35,7 +35,7 @@ from seriatim.home import HOME
 from seriatim.laws.case import Case, Limit, Unmasked, randomise
 from seriatim.layout import line
 from seriatim.model import Model
-from seriatim.objectives.masked import MaskedBlocks, MaskedVaryingBlocks, by_count, by_time
+from seriatim.objectives.masked import MaskedBlocks, MaskedVaryingBlocks, by_count, by_time, masking_of
 from seriatim.posttraining.lengths import Pacing, cut
 from seriatim.random import ORDER, Generator, Key, numbered
 from seriatim.systems.claim import Claim, Trial
@@ -60,9 +60,9 @@ META = Meta(
 @dataclass(frozen=True)
 class Config:
     """Sizes as of `sdar`; `lengths`: those a block may have; `steps`: forwards of a block; `rule`: which of its tokens
-    first (`Select`). Of the policy: `price` of a forward in nats, `discount` of later blocks, blocks it looks back on
-    (`memory`), the share of the training behind which it learns (`learns`), and on how many tokens of each text
-    (`paced`)."""
+    first (`Select`); `noise` and `weight` of what is hidden in training (`masking_of`). Of the policy: `price` of a
+    forward in nats, `discount` of later blocks, blocks it looks back on (`memory`), the share of the training behind
+    which it learns (`learns`), and on how many tokens of each text (`paced`)."""
 
     length: int = 512
     vocab: int = 272
@@ -76,6 +76,8 @@ class Config:
     lengths: tuple[int, ...] = (2, 4, 8, 16)
     steps: int = 2
     rule: Rule = "confidence"
+    noise: str = "linear"
+    weight: str = "bound"
     price: float = 1.0
     discount: float = 0.5
     memory: int = 4
@@ -86,6 +88,7 @@ class Config:
         words = self.lengths.replace(",", " ").split() if isinstance(self.lengths, str) else self.lengths
         object.__setattr__(self, "lengths", tuple(map(int, words)))  # JSON knows lists only
         Select(self.rule, self.steps)  # refuses what is no rule
+        masking_of(self.noise, self.weight)  # refuses what means nothing
         most = self.window or self.length
         if not self.lengths or not 1 <= min(self.lengths) <= max(self.lengths) <= most <= self.length:
             raise ValueError(
@@ -104,8 +107,8 @@ def build(config: Config | None = None) -> MaskedVaryingBlocks:
     backbone = Transformer(TransformerConfig(c.width, c.depth, c.heads, hidden=c.hidden, rope=RoPE(c.theta)))
     embed = TokenEmbed(c.vocab, c.width, mask=True, start=False)
     head = CategoricalHead(c.width, c.vocab, tied=embed.table if c.tied else None)
-    order = VaryingBlocks(max(c.lengths))
-    return MaskedVaryingBlocks(line(c.length), order, embed, backbone, head, masking=by_time, judging=by_count)
+    order, masking = VaryingBlocks(max(c.lengths)), masking_of(c.noise, c.weight)
+    return MaskedVaryingBlocks(line(c.length), order, embed, backbone, head, masking=masking, judging=by_count)
 
 
 class CtrlDiff(MaskedText):
@@ -148,7 +151,7 @@ class CtrlDiff(MaskedText):
         unit = random.uniform((b, -(-n // int(sizes.min()))), Key(torch.arange(b), 0, numbered(ORDER, 0, 2)))
         rank = in_blocks(sizes[(unit * len(sizes)).long()], n)
         canvas = Canvas(line(n), {"token": ids}, 0, rank)
-        return self.model.losses(canvas, random=random).sum(), torch.tensor(ids.numel())
+        return self.summed(self.model.losses(canvas, random=random), canvas.open)
 
     def forward(self, batch: Mapping[str, Tensor], random: Generator, step: int, steps: int) -> tuple[Tensor, Tensor]:
         total, count = super().forward(batch, random, step, steps)

@@ -28,7 +28,7 @@ from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.canvas import Canvas
 from seriatim.decoding.policy import InsideBlock, check_part
-from seriatim.decoding.sample import Rule, Select
+from seriatim.decoding.sample import Rule, Select, check_threshold
 from seriatim.decoding.target import Target
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.line import Line
@@ -133,6 +133,7 @@ class Config:
 
     def __post_init__(self) -> None:
         Select(self.rule)  # refuses what is no rule
+        check_threshold(self.threshold, self.rule)
         most = self.window or self.length
         if not 1 <= self.block <= most <= self.length:
             raise ValueError(

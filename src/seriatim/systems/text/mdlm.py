@@ -33,7 +33,7 @@ from seriatim.heads.categorical import CategoricalHead
 from seriatim.laws.case import Case, Limit, Unmasked, randomise
 from seriatim.layout import line
 from seriatim.model import Model
-from seriatim.objectives.masked import Masked, by_count, by_time
+from seriatim.objectives.masked import Masked, by_count, masking_of
 from seriatim.random import Generator
 from seriatim.systems.claim import Arm, Claim
 from seriatim.systems.infill import Parts
@@ -65,9 +65,6 @@ CLAIM = Claim(
 )
 
 
-MASKINGS = MappingProxyType({"time": by_time, "count": by_count})
-
-
 @dataclass(frozen=True)
 class Config:
     """Sizes; `length` is the longest text in tokens, `hidden` the width of the feed-forward layers (None: 8/3 of the
@@ -75,7 +72,8 @@ class Config:
     cut to a random length. How texts are decoded: `block`, so many tokens together, block after block (None: all at
     once), and `rule`, which of a block first (`Select`; a model that was not trained for long is surest of blanks, and
     writes little else by confidence). `masking`: tokens are hidden by "time", as in the paper, or by "count", which has
-    the same expectation and varies less, much less where few are to be written (answers)."""
+    the same expectation and varies less, much less where few are to be written (answers). `noise`: the schedule of
+    times, `weight` of what is hidden (`masking_of`)."""
 
     length: int = 512
     vocab: int = 272
@@ -89,11 +87,12 @@ class Config:
     block: int | None = 32
     rule: Rule = "confidence"
     masking: str = "time"
+    noise: str = "linear"
+    weight: str = "bound"
 
     def __post_init__(self) -> None:
         Select(self.rule)  # refuses what is no rule
-        if self.masking not in MASKINGS:
-            raise ValueError(f"masking is by {' or '.join(MASKINGS)}, not {self.masking!r}")
+        masking_of(self.noise, self.weight, self.masking)  # refuses what means nothing
         if not 0 <= self.short <= 1:
             raise ValueError(f"short is a share of the batches from 0 to 1, got {self.short}")
         if self.block is not None and self.block < 1:
@@ -106,7 +105,8 @@ def build(config: Config | None = None) -> Masked:
     backbone = Transformer(TransformerConfig(c.width, c.depth, c.heads, hidden=c.hidden, rope=RoPE(c.theta)))
     embed = TokenEmbed(c.vocab, c.width, mask=True, start=False)
     head = CategoricalHead(c.width, c.vocab, tied=embed.table if c.tied else None)
-    return Masked(line(c.length), AnyOrder(), embed, backbone, head, masking=MASKINGS[c.masking], judging=by_count)
+    masking = masking_of(c.noise, c.weight, c.masking)
+    return Masked(line(c.length), AnyOrder(), embed, backbone, head, masking=masking, judging=by_count)
 
 
 class MDLM(MaskedText):

@@ -21,14 +21,14 @@ import torch
 
 from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
-from seriatim.decoding.sample import Rule, Select
+from seriatim.decoding.sample import Rule, Select, check_threshold
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.static import AnyOrder, Blocks
 from seriatim.heads.categorical import CategoricalHead
 from seriatim.laws.case import Case, Limit, Unmasked, randomise
 from seriatim.layout import line
 from seriatim.model import Model
-from seriatim.objectives.masked import Masked, MaskedBlocks, by_count, by_time
+from seriatim.objectives.masked import Masked, MaskedBlocks, by_count, by_time, masking_of
 from seriatim.systems.claim import Arm, Claim
 from seriatim.systems.masked_text import MaskedText
 from seriatim.systems.meta import Meta
@@ -67,8 +67,9 @@ CLAIM = Claim(
 class Config:
     """Sizes, as of a next-token model; `window`: tokens that are trained and scored together (None: `length`), enough
     of them for a model that knows longer texts already; `block`: tokens that are decided together; `together`: all
-    blocks of a text are masked at one time, as in the paper, or each at its own. How blocks are decoded: `rule`
-    (`Select`), and all whose score exceeds `threshold` at once (for entropy: minus the entropy, in nats)."""
+    blocks of a text are masked at one time, as in the paper, or each at its own; `noise`: the schedule of times,
+    `weight` of what is hidden (`masking_of`). How blocks are decoded: `rule` (`Select`), and all whose score exceeds
+    `threshold` at once (for entropy: minus the entropy, in nats)."""
 
     length: int = 512
     vocab: int = 272
@@ -81,11 +82,15 @@ class Config:
     window: int | None = None
     block: int = 4
     together: bool = True
+    noise: str = "linear"
+    weight: str = "bound"
     rule: Rule = "confidence"
     threshold: float = 0.9
 
     def __post_init__(self) -> None:
         Select(self.rule)  # refuses what is no rule
+        check_threshold(self.threshold, self.rule)
+        masking_of(self.noise, self.weight)  # refuses what means nothing
         if not 1 <= self.block <= (self.window or self.length) <= self.length:
             raise ValueError(
                 f"a block holds 1 to {self.window or self.length} tokens and a window up to {self.length}, got a block "
@@ -100,8 +105,9 @@ def build(config: Config | None = None) -> MaskedBlocks:
     embed = TokenEmbed(c.vocab, c.width, mask=True, start=False)
     head = CategoricalHead(c.width, c.vocab, tied=embed.table if c.tied else None)
     order = Blocks(c.block, "any")
+    masking = masking_of(c.noise, c.weight)
     return MaskedBlocks(
-        line(c.length), order, embed, backbone, head, masking=by_time, judging=by_count, together=c.together
+        line(c.length), order, embed, backbone, head, masking=masking, judging=by_count, together=c.together
     )
 
 

@@ -215,7 +215,7 @@ class TiDAR(LanguageModel):
         canvas, _ = self.canvas(batch)
         losses = self.model.losses(canvas, strict=not self.model.training, random=random)
         counts = batch.get("counts", canvas.rank >= 0).to(losses.device)
-        return torch.where(counts, losses, 0).sum(), counts.sum()
+        return self.summed(torch.where(counts, losses, 0), counts)
 
     def own(self, sampling: Sampling, stop: tuple[int, ...]) -> Decoding:
         return own(self.config, stop)

@@ -43,9 +43,10 @@ META = Meta(
 
 @dataclass(frozen=True)
 class Options:
-    """schedule: "powers" (ascending steps), or "linear" or "cosine" in the steps that are asked for; blocks: how many,
-    of a model that has none of its own; least: the factor on the confidence in an end at the first step (1: ends do not
-    wait; None: 0.01 under powers, else 0.4, as published). Neutral: linear, one block, a least of 1."""
+    """schedule: "powers" (ascending steps), or "linear", "cosine" or "quadratic" in the steps that are asked for;
+    blocks: how many, of a model that has none of its own; least: the factor on the confidence in an end at the first
+    step (1: ends do not wait; None: 0.01 under powers, else 0.4, as published). Neutral: linear, one block, a least of
+    1."""
 
     schedule: str = "powers"
     blocks: int = 1

@@ -87,7 +87,7 @@ def unguided(ask: Ask) -> Decoding:
 def guided(ask: Ask, guide: Any, decider: type[Guided] = Guided) -> Decoding:
     """Guided by this model, which is asked what it would write without temperature and filters."""
     o = ask.options
-    small = guide.target(None, ask.sampling.unfiltered)
+    small = guide.target(None, replace(ask.sampling.unfiltered, guidance=0.0, keep_tokens=()))
     return Decoding(decider(small, agreement(o), ask.stop, o.ahead), target=_cache(ask))
 
 

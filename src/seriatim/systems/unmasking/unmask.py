@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from seriatim.decoding.sample import Above, Budget, Commit, Factor, Rule, Schedule, Select
+from seriatim.decoding.ancestral import Drawn
+from seriatim.decoding.sample import Above, Budget, Commit, Factor, Rule, Schedule, Select, check_threshold
 from seriatim.decoding.unmask import Unmask
 from seriatim.laws.unmasking import UnmaskingCase, careless
 from seriatim.systems.decoders import Ask, Decoding
@@ -32,7 +33,8 @@ META = Meta(
 class Options:
     """rule: which tokens first (random, confidence, margin, entropy); block: tokens that are decided together (None: as
     the model does). How many at once: all above a `threshold`, a `factor` or a `budget` of nats (rule entropy); none of
-    them: the steps that are asked for, by the `schedule` (linear, cosine, powers)."""
+    them: the steps that are asked for, by the `schedule` (linear, cosine, quadratic, powers), as many at each as its
+    mean says, or (`counts`: "drawn") as the reverse process draws."""
 
     rule: str = "confidence"
     block: int | None = None
@@ -40,18 +42,24 @@ class Options:
     factor: float | None = None
     budget: float | None = None
     schedule: str = "linear"
+    counts: str = "mean"
 
 
 def decoder(ask: Ask) -> Decoding:
     """Rank, and decide the best."""
     ask.no_source()
     o = ask.options
-    return Decoding(Unmask(selected(ask, o.rule, commit_of(o), o.schedule), ask.stop), block=o.block)
+    if o.counts not in ("mean", "drawn"):
+        raise ValueError(f"counts are mean or drawn, not {o.counts!r}")
+    kind = Drawn if o.counts == "drawn" else Select
+    return Decoding(Unmask(selected(ask, o.rule, commit_of(o), o.schedule, kind), ask.stop), block=o.block)
 
 
-def selected(ask: Ask, rule: Rule, commit: Commit | None, schedule: Schedule = "linear") -> Select:
+def selected(
+    ask: Ask, rule: Rule, commit: Commit | None, schedule: Schedule = "linear", kind: type[Select] = Select
+) -> Select:
     """The rule, with the steps that are asked for (none: one token at a time)."""
-    return Select(rule, ask.sampling.steps or ask.system.model.layout.size, schedule, commit)
+    return kind(rule, ask.sampling.steps or ask.system.model.layout.size, schedule, commit)
 
 
 def commit_of(options: Options) -> Commit | None:
@@ -60,8 +68,10 @@ def commit_of(options: Options) -> Commit | None:
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} are different ways to decide several tokens at once: give one of them")
     for name, value in given.items():
-        if not value > 0 or (name == "threshold" and value > 1 and options.rule != "entropy"):
-            raise ValueError(f"a {name} is above 0{', and at most 1' if name == 'threshold' else ''}; got {value}")
+        if name == "threshold":
+            check_threshold(value, options.rule)
+        elif not value > 0:
+            raise ValueError(f"a {name} is above 0; got {value}")
     ways: dict[str, Callable[[float], Commit]] = {"threshold": Above, "factor": Factor, "budget": Budget}
     return next((ways[name](value) for name, value in given.items()), None)
 
