@@ -38,8 +38,8 @@ def generate(
     """Text that continues a prompt, a text with its gaps filled (`infix`, see `parted`), or pictures of these classes,
     from a run, `zoo:NAME` or a loaded system.
 
-    sampling: fields of `Sampling` (temperature, top_k, top_p, guidance, steps, suppress_tokens, size, ...); what is left out
-    is the system's own choice. watch: who looks on while a text is generated. With a recorder every canvas of every
+    sampling: fields of `Sampling` (temperature, top_k, top_p, guidance, steps, suppress_tokens, size, ...); what is
+    left out is the system's own choice. watch: who looks on while a text is generated. With a recorder every canvas of every
     step is there afterwards, whatever the order and the decoder:
 
         recorder = Recorder(system.tokenizer)  # evaluation.text_film
