@@ -29,14 +29,17 @@ def show_list(options: argparse.Namespace) -> int:
         return 0
     console = Console()
     wide = {column: max(len(column), *(len(r[column]) for r in rows)) + 2 for column in COLUMNS}
-    room = console.width - sum(wide.values()) - len("  L  E  C  W  ")
+    columns, marked = COLUMNS, len("  L  E  C  W  ")
+    while len(columns) > 1 and console.width < marked + sum(wide[column] for column in columns):
+        columns = columns[:-1]  # a narrow terminal
+    room = console.width - sum(wide[column] for column in columns) - marked
     told = "summary" if room > 60 else "title"
-    head = "".join(f"{column:{wide[column]}}" for column in COLUMNS)
+    head = "".join(f"{column:{wide[column]}}" for column in columns)
     console.print(f"[bold]  {head}L  E  C  W  what it is[/]", highlight=False)
     for family, own in groupby(sorted(rows, key=itemgetter("family")), itemgetter("family")):
         console.print(f"[bold cyan]{family}[/]")
         for r in own:
-            words = "".join(f"{r[column]:{wide[column]}}" for column in COLUMNS)
+            words = "".join(f"{r[column]:{wide[column]}}" for column in columns)
             marks = "  ".join(MARKS[r[letter]] for letter in "LECW")
             text = r[told] if len(r[told]) <= room else f"{r[told][: max(room - 1, 0)]}…"
             console.print(f"  {words}{marks}  {escape(text)}", highlight=False, soft_wrap=True)

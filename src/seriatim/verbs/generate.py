@@ -39,8 +39,8 @@ def generate(
     from a run, `zoo:NAME` or a loaded system.
 
     sampling: fields of `Sampling` (temperature, top_k, top_p, guidance, steps, suppress_tokens, size, ...); what is
-    left out is the system's own choice. watch: who looks on while a text is generated. With a recorder every canvas of every
-    step is there afterwards, whatever the order and the decoder:
+    left out is the system's own choice. watch: who looks on while a text is generated. With a recorder every canvas of
+    every step is there afterwards, whatever the order and the decoder:
 
         recorder = Recorder(system.tokenizer)  # evaluation.text_film
         text = generate(system, prompt="def ", watch=recorder)
