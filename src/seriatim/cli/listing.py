@@ -35,7 +35,7 @@ def show_list(options: argparse.Namespace) -> int:
     room = console.width - sum(wide[column] for column in columns) - marked
     told = "summary" if room > 60 else "title"
     head = "".join(f"{column:{wide[column]}}" for column in columns)
-    console.print(f"[bold]  {head}L  E  C  W  what it is[/]", highlight=False)
+    console.print(f"[bold]  {head}L  E  C  W  {'what it is'[:room]}[/]", highlight=False, soft_wrap=True)
     for family, own in groupby(sorted(rows, key=itemgetter("family")), itemgetter("family")):
         console.print(f"[bold cyan]{family}[/]")
         for r in own:
