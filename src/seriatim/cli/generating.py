@@ -165,6 +165,8 @@ def _text(system: TextSystem, options: argparse.Namespace, sampling: dict[str, A
     console = Console(highlight=False)
     live = shows(console) and not options.quiet and not options.json
     asked = options.infix is None and isinstance(system, PublishedMasked)
+    if options.ids is not None and not asked:
+        raise ValueError(f"--ids are for language models as others publish them; give {system.meta.key} a --prompt")
     prompt = _given(system, options) if asked else options.prompt  # type: ignore[arg-type]
     for n in range(options.count or 1):
         trace: list[Any] = []

@@ -24,7 +24,8 @@ class Drawn(Select):
     ancestral sampler of masked diffusion (MDLM, Sahoo et al. 2024, arXiv 2406.07524), whose expected error in T steps
     is what the bound of T steps misses.
 
-    A step in which nothing is decided costs no forward: the model is not told the time. Remembers at which step each
+    A step in which nothing is decided costs no forward: the model is not told the time (`remask.ReMDM` spends it, and
+    takes back, too). Remembers at which step each
     row of a block is, of one canvas at a time.
     """
 

@@ -52,6 +52,10 @@ class Sampling:
     begin_suppress_tokens: tuple[int, ...] = ()
     keep_tokens: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"decoding takes at least 1 step, got {self.steps}")
+
     @property
     def suppress(self) -> Suppress:
         return Suppress(self.suppress_tokens, self.begin_suppress_tokens)

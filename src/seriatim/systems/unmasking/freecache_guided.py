@@ -72,6 +72,7 @@ class Options:
 
 def decoder(ask: Ask) -> Decoding:
     """The guide is the source: `freecache-guided:SMALL`."""
+    agreement(ask.options)  # refuses what there is not, guide or none
     if ask.source is None:
         return unguided(ask)
     return guided(ask, ask.draft_model(ask.options.translate))
