@@ -104,15 +104,15 @@ class ACDiT(DenoisedSystem):
 
 
 CLAIM = Claim(
-    text="More blocks cost a picture quality, at equal weights and seconds: FD-s of one block, which is a diffusion "
+    text="More blocks cost a picture quality, at equal weights and steps: FD-s of one block, which is a diffusion "
     "transformer, against eight.",
     paper="ImageNet 256x256: FID 2.37 (H, 954M, 4 blocks); fewer blocks are better for pictures, as many do for videos",
     metric="fd_s",
     arms={
-        "1 block": Arm("acdit", {"block": (4, 4)}, minutes=2, measure=quality),
-        "2 blocks": Arm("acdit", {"block": (2, 4)}, minutes=2, measure=quality),
-        "4 blocks": Arm("acdit", {"block": (2, 2)}, minutes=2, measure=quality),
-        "8 blocks": Arm("acdit", {"block": (1, 2)}, minutes=2, measure=quality),
+        "1 block": Arm("acdit", {"block": (4, 4)}, steps=1200, measure=quality),
+        "2 blocks": Arm("acdit", {"block": (2, 4)}, steps=1200, measure=quality),
+        "4 blocks": Arm("acdit", {"block": (2, 2)}, steps=1200, measure=quality),
+        "8 blocks": Arm("acdit", {"block": (1, 2)}, steps=1200, measure=quality),
     },
     ours="1 block",
     baseline="8 blocks",

@@ -115,16 +115,16 @@ class XAR(DenoisedSystem):
 
 
 CLAIM = Claim(
-    text="A model that learned behind noisy cells is hurt less by errors of its context than one that learned behind the "
-    "true cells, in as many seconds: loss of cells behind a context with noise of half the deviation of its vectors.",
+    text="A model that learned behind noisy cells is hurt less by errors of its context than one that learned behind "
+    "the true cells, in as many steps: loss of cells behind a context with noise of half the deviation of its vectors.",
     paper="ImageNet 256x256: FID 1.72 (B, 172M), 1.24 (H, 1.1B); cells of 8x8 latents better than tokens and the whole",
     metric="loss_0.5",
     arms={
-        "noisy": Arm("xar", minutes=2, measure=context_trial),
-        "clean": Arm("xar", {"context": "clean"}, minutes=2, measure=context_trial),
-        "token": Arm("xar", {"cell": 1}, minutes=2, measure=context_trial),
-        "subsample": Arm("xar", {"x": "subsample"}, minutes=2, measure=context_trial),
-        "whole": Arm("xar", {"cell": 4}, minutes=2, measure=quality),
+        "noisy": Arm("xar", steps=1500, measure=context_trial),
+        "clean": Arm("xar", {"context": "clean"}, steps=1500, measure=context_trial),
+        "token": Arm("xar", {"cell": 1}, steps=1500, measure=context_trial),
+        "subsample": Arm("xar", {"x": "subsample"}, steps=1500, measure=context_trial),
+        "whole": Arm("xar", {"cell": 4}, steps=1500, measure=quality),
     },
     ours="noisy",
     baseline="clean",
