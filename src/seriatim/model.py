@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from seriatim.backbones.driven import Vector
 from seriatim.canvas import DELETED, GIVEN, Canvas, given_elements
 from seriatim.compiling import why_not_compiled
 from seriatim.conditions.condition import Condition
@@ -41,6 +42,7 @@ class Model(nn.Module):
     """A generator over elements of `layout`, decided in the order of `factorization`.
 
     `embed` and `head` may be one module, or one for each kind of element. `conditions` encode raw conditions by name.
+    `clock` (`conditions.clock`) makes of a condition's vector those that drive the norms of single slots.
     """
 
     def __init__(
@@ -51,11 +53,12 @@ class Model(nn.Module):
         backbone: nn.Module,
         head: nn.Module | Mapping[str, nn.Module],
         conditions: Mapping[str, nn.Module] | None = None,
+        clock: nn.Module | None = None,
     ):
         super().__init__()
         self.layout, self.factorization = layout, factorization
         self._sound: Factorization | None = None  # the order whose packed plan has been checked
-        self.embed, self.backbone = embed, backbone
+        self.embed, self.backbone, self.clock = embed, backbone, clock
         self.heads = nn.ModuleDict(head if isinstance(head, Mapping) else dict.fromkeys(layout.kinds, head))
         self.conditions = nn.ModuleDict(conditions or {})
         missing = [k for k in self._read_kinds() if k not in self.heads]
@@ -201,7 +204,11 @@ class Model(nn.Module):
         c = condition or NO_CONDITION
         embed, backbone = _direct(self.embed), _direct(self.backbone)
         x = embed(canvas, plan, guess) if c.rows is None else self.vectors(plan, canvas, c, guess)
-        return backbone(x, plan, cache, c.vector, c.memory, *c.padding)
+        return backbone(x, plan, cache, self.driving(plan, canvas, c.vector), c.memory, *c.padding)
+
+    def driving(self, plan: Plan, canvas: Canvas, vector: Tensor | None) -> Vector | None:
+        """What drives adaptive norms: a condition's vector, or what the clock makes of it."""
+        return vector if self.clock is None else self.clock(canvas, plan, vector)
 
     def dist(self, h: Float[Tensor, "b s d"], plan: Plan, canvas: Canvas) -> tuple[Dist, Tensor | int, Any]:
         """The distribution of everything the plan reads, the elements, and the slots read."""

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seriatim.backbones.cache import Keep, KVCache
+from seriatim.backbones.driven import Vector
 from seriatim.backbones.layer import Layer, TransformerConfig, Weights
 from seriatim.backbones.mamba import MIXER_MATRICES, MambaConfig, mix, mixer_parameters, path_of
 from seriatim.backbones.state import StateCache
@@ -100,7 +101,7 @@ class Hybrid(Transformer):
         x: Float[Tensor, "b s d"],
         plan: Plan,
         cache: Any = None,
-        vector: Tensor | None = None,
+        vector: Vector | None = None,
         memory: Float[Tensor, "b m e"] | None = None,
         there: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b s d"]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from seriatim.backbones.attention import attend, normalise_heads, partial, placed
 from seriatim.backbones.cache import KVCache
+from seriatim.backbones.driven import Vector, active, modulation
 from seriatim.backbones.feedforward import activate, mixture
 from seriatim.backbones.layer import Layer, TransformerConfig, Weights
 from seriatim.backbones.norm import normalise, rms_norm
@@ -41,7 +42,7 @@ class Context(NamedTuple):
     """What all layers of a forward share."""
 
     cache: Any  # of all layers, or the entry of one
-    vector: Tensor | None
+    vector: Vector | None
     memory: Tensor | None
     there: Tensor | None = None  # (b, 1, 1, m): places of the memory that are no padding
     modulation: Sequence[Tensor] | None = None  # shifts, scales and gates of each layer and the last norm, if at hand
@@ -96,12 +97,12 @@ class Transformer(nn.Module):
         x: Float[Tensor, "b s d"],
         plan: Plan,
         cache: KVCache | None = None,
-        vector: Tensor | None = None,
+        vector: Vector | None = None,
         memory: Float[Tensor, "b m e"] | None = None,
         there: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b s d"]:
-        """Contextualise slots. `vector` is (b, e) or per slot (b, s, e); `there`: places of the memory that are seen
-        (None: all). With a cache, entries are left pending."""
+        """Contextualise slots. `vector` is (b, e), per slot (b, s, e) or by groups of slots; `there`: places of the
+        memory that are seen (None: all). With a cache, entries are left pending."""
         c = self.config
         fed = plan.spawns[0].first if plan.spawns else plan.size
         if x.shape[2] != c.width or x.shape[1] != fed:
@@ -120,8 +121,8 @@ class Transformer(nn.Module):
         sights = self._sights(plan, cache, x, some)
         modulation = None
         if vector is not None:
-            condition, vector = vector, F.silu(vector if vector.dim() == 3 else vector[:, None])
-            if cache is not None and condition.dim() == 2:
+            condition, vector = vector, active(vector)
+            if cache is not None and isinstance(condition, Tensor) and condition.dim() == 2:
                 modulation = cache.kept(self.kept_as, condition)
                 modulation = modulation or cache.keep(self.kept_as, condition, self._modulation(vector))
         context = Context(cache, vector, memory, None if there is None else there[:, None, None], modulation)
@@ -196,14 +197,14 @@ class Transformer(nn.Module):
             return x
         assert self.ada is not None
         of = context.modulation
-        shift, scale = (F.linear(context.vector, self.ada, self.ada_bias) if of is None else of[-1]).chunk(2, -1)
+        shift, scale = (modulation(context.vector, self.ada, self.ada_bias, 2) if of is None else of[-1]).chunk(2, -1)
         return torch.addcmul(shift, x, scale + 1)
 
-    def _modulation(self, vector: Float[Tensor, "b s e"]) -> list[Tensor]:
+    def _modulation(self, vector: Vector) -> list[Tensor]:
         """What the vector says to every layer, and to the last norm."""
         assert self.ada is not None
-        pairs: list[tuple[Any, Any]] = [(layer.ada, layer.ada_bias) for layer in self.layers]
-        return [F.linear(vector, weight, bias) for weight, bias in (*pairs, (self.ada, self.ada_bias))]
+        of: list[tuple[Any, Any, int]] = [(layer.ada, layer.ada_bias, 6) for layer in self.layers]
+        return [modulation(vector, *one) for one in (*of, (self.ada, self.ada_bias, 2))]
 
     def _some(self, x: Tensor, plan: Plan, sights: dict[str, Sight], context: Context) -> Tensor:
         """Layers that some of the slots skip: they keep what they have, and are not seen there."""
@@ -268,7 +269,7 @@ class Transformer(nn.Module):
             h = rms_norm(x, w["norm1"], c.eps) if rms else normalise("layer", x, w["norm1"], w["norm1_bias"], c.eps)
         if vector is not None:
             of = context.modulation
-            parts = F.linear(vector, w["ada"], w["ada_bias"]) if of is None else of[i]
+            parts = modulation(vector, w["ada"], w["ada_bias"], 6) if of is None else of[i]
             shift1, scale1, gate1, shift2, scale2, gate2 = parts.chunk(6, -1)
             h = torch.addcmul(shift1, h, scale1 + 1)
         h = context.product(self._attend(i, w, h, sight, context), w["out"], w["out_bias"])

@@ -297,7 +297,8 @@ class Target:
             self._joined = self.conditions, joined(self.conditions)
         both = self._joined[1]
         self._repeated = (plan, repeated(plan, self.copies))
-        h = model.backbone(torch.cat(parts), self._repeated[1], self.cache, both.vector, both.memory, *both.padding)
+        vector = model.driving(plan, canvas, both.vector)
+        h = model.backbone(torch.cat(parts), self._repeated[1], self.cache, vector, both.memory, *both.padding)
         (full, element, slot), *others = [model.dist(part, plan, canvas) for part in h.chunk(self.copies)]
         done = progress(canvas, None if guess is None else plan.reads.element)
         weights = [_weight(branch.guidance, done, h) if plan.guided else 0.0 for branch in self.branches]

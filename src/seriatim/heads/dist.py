@@ -193,7 +193,11 @@ class FromStates:
         if any(p.warper is not None for p in parts):
             raise ValueError("mix first, then warp: temperature and filters apply to the guided law")
         states = torch.cat([p.states for p in parts])
-        return type(self)(self.head, states, [v * w for p, w in zip(parts, weights, strict=True) for v in p.weights])
+        return self._with(states, [v * w for p, w in zip(parts, weights, strict=True) for v in p.weights], None)
+
+    def _with(self, states: Float[Tensor, "k b m d"], weights: Sequence[float | Tensor], warper: Any) -> Self:
+        """The same with other states of the same read-outs."""
+        return type(self)(self.head, states, weights, warper)
 
     def take(self, index: Int[Tensor, "b m"]) -> Self:
         """The distributions of some read-outs only."""
@@ -205,4 +209,4 @@ class FromStates:
         """The same with temperature and filters (a `Warper`)."""
         if self.warper is not None:
             raise ValueError("this distribution is already warped; put all filters into one Warper")
-        return type(self)(self.head, self.states, self.weights, warper)
+        return self._with(self.states, self.weights, warper)

@@ -7,6 +7,7 @@ from 0 to 1. (Some papers count time the other way; `Canvas.level`, 1 for pure n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +48,12 @@ class FlowConfig:
         if self.steps < 1:
             raise ValueError(f"at least 1 step is needed, got {self.steps}")
 
+    def time(self, unit: Float[Tensor, "*rest"]) -> Float[Tensor, "*rest"]:
+        """Times of training, from numbers uniform in [0, 1)."""
+        if self.times == "uniform":
+            return unit
+        return torch.sigmoid(torch.special.ndtri(unit.clamp(min=2**-26)))
+
 
 class Flow(Continuous):
     """The law of where noise (draw 0 of an element) is carried. Guidance mixes velocities; the temperature scales the
@@ -55,25 +62,30 @@ class Flow(Continuous):
     __slots__ = ()
 
     def sample(self, random: Random, key: Key) -> Float[Tensor, "b m d"]:
-        head: FlowHead = self.head
-        n, sampler = head.config.steps, head.config.sampler
-        state = head.net.state(self.states)
-        x = self.temperature * self.noise(random, key, 0, head.dim)
-
-        def velocity(x: Tensor, t: float) -> Tensor:
-            clock = head.net.clock(torch.full((1,), CLOCK * t, dtype=state.dtype, device=state.device))
-            said = head.net(x.to(state).expand(len(self.weights), -1, -1, -1), state + clock)
-            return self.combine(said.to(x.dtype))
-
+        c = self.head.config
+        velocity, n = self.velocities(), c.steps
+        x = self.temperature * self.noise(random, key, 0, self.head.dim)
         for i in range(n):
             t, step = i / n, 1 / n
             v = velocity(x, t)
-            if sampler == "midpoint":
+            if c.sampler == "midpoint":
                 v = velocity(x + step / 2 * v, t + step / 2)
-            elif sampler == "heun":
+            elif c.sampler == "heun":
                 v = (v + velocity(x + step * v, t + step)) / 2
             x = x + step * v
         return x
+
+    def velocities(self) -> Callable[[Tensor, float], Tensor]:
+        """The guided velocity of values (b, m, d) at a time."""
+        net = self.head.net
+        state = net.state(self.states)
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            clock = net.clock(torch.full((1,), CLOCK * t, dtype=state.dtype, device=state.device))
+            said = net(x.to(state).expand(len(self.weights), -1, -1, -1), state + clock)
+            return self.combine(said.to(x.dtype))
+
+        return velocity
 
 
 class FlowHead(ContinuousHead):
@@ -99,8 +111,6 @@ class FlowHead(ContinuousHead):
     ) -> Float[Tensor, "b m"]:
         """Squared error of the predicted velocity, mean over numbers and draws."""
         x, unit, noise = self.noises(h, value, random, key)
-        t = unit
-        if self.config.times == "logit-normal":
-            t = torch.sigmoid(torch.special.ndtri(unit.clamp(min=2**-26)))
+        t = self.config.time(unit)
         said = self.told(torch.lerp(noise, x.expand_as(noise), t[..., None]), CLOCK * t, h)
         return (said - (x - noise)).square().mean((-2, -1))

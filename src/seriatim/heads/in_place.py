@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from seriatim.canvas import Canvas, Revise
+from seriatim.canvas import GIVEN, Canvas, Revise
 from seriatim.heads.denoiser import precise
 from seriatim.heads.diffusion import process
 from seriatim.plan import Reads
@@ -44,6 +44,8 @@ class Path(Protocol):
 class Straight:
     """alpha = 1 - level, sigma = level: rectified flow (Liu et al. 2022, arXiv 2209.03003)."""
 
+    straight: ClassVar[bool] = True
+
     def at(self, level: Float[Tensor, "*rest"]) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "*rest"]]:
         return 1 - level, level
 
@@ -65,6 +67,25 @@ class Cosine:
     def levels(self, steps: int) -> Float[Tensor, "n"]:
         time = process(self.train_steps, steps).time.flip(0)
         return torch.cat([(time + 1) / self.train_steps, torch.zeros(1)])
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The schedule of DDPM (Ho et al. 2020, arXiv 2006.11239, section 4): each of `train_steps` steps adds a variance,
+    from `first` to `last` in equal strides."""
+
+    train_steps: int = 1000
+    first: float = 1e-4
+    last: float = 0.02
+
+    def at(self, level: Float[Tensor, "*rest"]) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "*rest"]]:
+        beta = torch.linspace(self.first, self.last, self.train_steps, dtype=torch.float64)
+        signal = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
+        here = signal.to(level)[(level * self.train_steps).round().long()]
+        return here.sqrt(), (1 - here).sqrt()
+
+    def levels(self, steps: int) -> Float[Tensor, "n"]:
+        return (torch.linspace(self.train_steps, 0, steps + 1).round()) / self.train_steps
 
 
 class Denoised:
@@ -174,13 +195,15 @@ class InPlaceHead(nn.Module):
 
 
 def noised(canvas: Canvas, kind: str, level: Float[Tensor, "b n"], path: Path, random: Random) -> Canvas:
-    """Put noise in place of all elements of a kind: x = alpha value + sigma noise, with draw 0 of each element.
+    """Put noise in place of all elements of a kind that are not given: x = alpha value + sigma noise, with draw 0 of
+    each element.
 
     `level` is that of each element. The values stay: they are what is to be found again."""
     element = canvas.layout.elements(kind).expand(canvas.batch, -1)
     value = canvas.value[kind]
     noise = random.normal(value.shape, Key(canvas.row, element), value.device).to(value)
     alpha, sigma = (k[..., None] for k in path.at(level.to(value)))
+    element = element.masked_fill(canvas.status.gather(1, element) == GIVEN, -1)
     return canvas.apply([Revise(element, alpha * value + sigma * noise, level.float())])
 
 

@@ -45,7 +45,8 @@ class Case:
     vocab: number of values of every element (small); given: how many first elements are given; condition: raw
     conditions of one row; spread: more values of a condition, so that all its parameters are met; decider: how it is
     decoded; limits: checks of law 8; starved: parameters that get no gradient at this size, with reason in the system's
-    file; exempt: law number -> reason, for laws 1 and 2 only (their substitutes run).
+    file; exempt: law number -> reason, for laws 1 and 2 only (their substitutes run); over_ids: ids stand in for
+    vectors, whose likelihood is not at hand: the laws hold the system to that of the ids.
     """
 
     model: Model
@@ -57,6 +58,7 @@ class Case:
     limits: tuple[Callable[[], Limit], ...] = ()
     starved: tuple[str, ...] = ()
     exempt: Mapping[int, str] = field(default_factory=dict)
+    over_ids: bool = False
 
     def __post_init__(self) -> None:
         if set(self.exempt) - {1, 2}:

@@ -113,7 +113,8 @@ def _check_gradients(case: Case, x: Tensor, plan: Plan) -> str:
     model = case.model
     embedded = case.embed(plan, x).detach().requires_grad_(True)
     condition = model.encode(case.rows(1))
-    h = model.backbone(embedded, plan, None, condition.vector, condition.memory)
+    vector = model.driving(plan, case.canvas(x), condition.vector)
+    h = model.backbone(embedded, plan, None, vector, condition.memory)
     weight = torch.randn(h.shape[-1], dtype=h.dtype, generator=torch.Generator().manual_seed(0))
     influence = torch.zeros(plan.size, plan.size, dtype=torch.bool)
     for q in range(plan.size):

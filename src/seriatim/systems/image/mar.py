@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.canvas import Canvas
 from seriatim.conditions.condition import ClassCondition
-from seriatim.data.base import Data
 from seriatim.decoding.loop import Decider, generate
 from seriatim.decoding.sample import Select
 from seriatim.decoding.target import Target
@@ -42,9 +41,9 @@ from seriatim.objectives.masked import ByRate, Masked, Masking, by_count
 from seriatim.plan import Reads
 from seriatim.random import Forced, Key, Random
 from seriatim.systems.claim import Arm, Claim
-from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.meta import Meta
-from seriatim.systems.system import Sampling, evenly
+from seriatim.systems.system import Sampling
+from seriatim.systems.vector_system import VectorSystem
 from seriatim.training.recipe import Recipe
 
 META = Meta(
@@ -73,9 +72,6 @@ CLAIM = Claim(
     baseline="mse",
     data="digits",
 )
-
-
-MEASURED = 512  # pictures whose numbers say mean and deviation
 
 
 @dataclass(frozen=True)
@@ -176,12 +172,10 @@ def _assembled(c: Config, embed: SlotEmbed, head: nn.Module, judging: Masking | 
     )
 
 
-class MAR(ImageSystem):
+class MAR(VectorSystem):
     """Vectors in random order."""
 
     meta, Config = META, Config
-    tokenizers = ("patches", "image-kl")
-    tokenizer_settings = MappingProxyType({"patch": 2})
     sizes = MappingProxyType({
         "tiny": {},
         "small": {"width": 192, "depth": 6, "heads": 6, "head_width": 256},
@@ -196,25 +190,6 @@ class MAR(ImageSystem):
     @staticmethod
     def build(config: Any, tokenizer: Any) -> Model:
         return build(config)
-
-    @classmethod
-    def known(cls, tokenizer: Any, data: Data) -> dict[str, Any]:
-        rows, columns = tokenizer.grid
-        if tokenizer.vocab is not None or rows != columns:
-            raise ValueError(f"{META.key} needs a tokenizer of vectors on a square grid: patches, or a run of image-kl")
-        some = data.train.take(evenly(len(data.train), MEASURED))["image"]
-        with torch.no_grad():
-            codes = tokenizer.encode(some).double()
-        unit = {"mean": round(float(codes.mean()), 4), "deviation": round(float(codes.std()), 4)}
-        return {"side": rows, "dim": tokenizer.dim, "classes": max(len(data.classes), 1), **unit}
-
-    def canvas(self, batch: Any) -> tuple[Canvas, dict[str, Tensor] | None]:
-        with torch.no_grad():
-            codes = (self.tokenizer.encode(batch["image"]) - self.config.mean) / self.config.deviation
-        return self.model.canvas({"token": codes}), self.condition(batch.get("label"), len(codes))
-
-    def picture(self, codes: Tensor) -> Float[Tensor, "n c h w"]:
-        return self.tokenizer.decode(codes * self.config.deviation + self.config.mean)
 
     def decider(self, sampling: Sampling) -> Decider:
         return Select("random", sampling.steps or self.model.layout.size, "cosine")

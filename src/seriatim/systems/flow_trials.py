@@ -1,0 +1,56 @@
+"""Trials of systems that denoise in place, as claims state them: what a wrong context costs, what pictures cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seriatim.model import pick_slots
+from seriatim.objectives.denoised import Denoising
+from seriatim.random import Generator
+from seriatim.systems.pyramid_trials import fd_s, trained_seed
+from seriatim.systems.system import evenly
+
+NOISES = (0.0, 0.25, 0.5, 1.0)  # deviations of what is added to a context, in those of the vectors
+EXAMPLES = 512
+
+
+def context_trial(trained: Any, samples: int = 620) -> Mapping[str, Any]:
+    """The loss of all groups but the first behind contexts of growing error (`loss_0.5`: with noise of deviation 0.5),
+    as decoding reads them, and the quality of pictures."""
+    system, data = trained.system, trained.data
+    return {f"loss_{s:g}": behind_noise(system, data.test, s) for s in NOISES} | quality(trained, samples)
+
+
+def quality(trained: Any, samples: int = 620) -> dict[str, Any]:
+    """Of pictures, and the seconds that one takes."""
+    start = time.perf_counter()
+    said = fd_s(trained.system, trained.data, trained.system.sampling, trained_seed(trained), samples)
+    return {**said, "seconds_a_picture": (time.perf_counter() - start) / samples}
+
+
+@torch.no_grad()
+def behind_noise(system: Any, examples: Any, deviation: float, seed: int = 0) -> float:
+    """The mean loss of the groups behind the first, when what stands in the groups before them is the true value plus
+    noise, and is taken for true. The same examples and noise each time."""
+    model: Denoising = system.model
+    batch = examples.take(evenly(len(examples), EXAMPLES))
+    canvas, condition = system.canvas(batch)
+    noisy, g = model.noised(canvas, Generator(seed)), torch.Generator().manual_seed(seed)
+    wrong = noisy.copy()
+    value = wrong.value["token"]
+    wrong.value["token"] = value + deviation * torch.randn(value.shape, generator=g)
+    losses = context_losses(model, noisy, wrong, condition)
+    return float(losses[:, model.factorization.of(canvas.layout) > 0].mean())
+
+
+def context_losses(model: Denoising, canvas: Any, context: Any, condition: Mapping[str, Tensor] | None) -> Tensor:
+    """The loss of each element of `canvas`, whose noise is on it, behind the values of `context`."""
+    plan = model.factorization.packed(context)
+    h = model.hidden(plan, context, None, model.encode(condition))
+    head: Any = model.heads["token"]
+    return head.dist(pick_slots(h, plan.reads.slot), plan.reads, canvas).loss(canvas.value["token"])
