@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from seriatim.systems.meta import card_of, everything, status_of
 
-COLUMNS = ("key", "modality", "likelihood")
+COLUMNS: tuple[str, ...] = ("key", "modality", "likelihood")
 MARKS = {True: "[green]✓[/]", False: "[dim]–[/]"}
 
 
