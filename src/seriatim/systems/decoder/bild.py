@@ -7,8 +7,9 @@ not have written; `rollback=0` is exact. `aligned` trains the small model on wha
 whole trade of quality for speed.
 
 Departures from the released code, which `released=true` undoes: the small model writes the first token; the large model
-writes one token after it went back, not two; and it goes back to the first token that is too unlikely and is not its
-likeliest, where the released code spares the whole draft if the first that is too unlikely is its likeliest.
+writes one token after it went back, not two; it goes back to the first token that is too unlikely and is not its
+likeliest, where the released code spares the whole draft if the first that is too unlikely is its likeliest; and it
+reads how the small model ends a text, too.
 """
 
 from __future__ import annotations
