@@ -111,15 +111,17 @@ def along(system: LanguageModel, table: Path, text: Sequence[int]) -> dict[str, 
 
 
 def draw_search(system: LanguageModel, table: Path, text: Sequence[int], given: Sequence[int], path: Path) -> None:
-    """The search whose draft stood best while a text was written, with the table as it was then."""
-    best = max(range(len(given) // 2, len(given)), key=lambda i: given[i])  # when it has adapted
-    adapted, n = Adapted(read_table(system, table)), 2
-    for step in given[: best + 1]:
+    """Of the searches along a text whose draft gave four tokens or more one that is neither a chain nor a page long."""
+    adapted, n, found = Adapted(read_table(system, table)), 2, list[tuple[Drafted, int]]()
+    for step in given:
         adapted.reinforce(text[max(n - WINDOW, 0) : n])
+        if step >= 4:
+            found.append((searched(MonteCarlo(), adapted, text[:n]), step))
         n += step
-    found = searched(MonteCarlo(), adapted, text[: n - given[best]])
-    title = f"visits of a search of {MonteCarlo().iterations} iterations; dark: the draft, {given[best]} tokens by it"
-    save_trees([found], lambda i: system.tokenizer.decode([i]), path, title)
+    if found:
+        chosen, step = min(found, key=lambda pair: abs(len(pair[0].token) - 24))
+        title = f"a search with its visits; dark: drafted, {step - 1} stood"
+        save_trees([chosen], lambda i: system.tokenizer.decode([i]), path, title)
 
 
 @dataclass
