@@ -7,8 +7,10 @@ Prompts are stretches of held-out files of the standard library. Each is given t
 keeps what it learned ("hot") has seen other prompts, never the same. Outputs that repeat themselves are averaged apart.
 Accepted lengths do not depend on the machine or on what else it does; seconds do, and are marked where it was busy.
 
-Beside the figures two pictures: tokens a forward over the first 2,000 tokens, while matrix and table fill, and one
-draft tree of each kind. And the time of a search beside that of a forward, which it must not exceed by a tenth.
+Beside the figures pictures: tokens a forward over the first 2,000 tokens, while matrix and table fill; one draft tree
+of each kind; tokens a forward along one long file of the library, with a table that adapts to it and one that does not
+(the file stands for what a model writes); and one search, with its visits. And the time of a search beside that of a
+forward, of which it must not take more than a tenth.
 """
 
 from __future__ import annotations
@@ -21,19 +23,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from seriatim.canvas import Canvas
 from seriatim.data.base import load_data
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.loop import Decider, Step
-from seriatim.decoding.tree_search import MonteCarlo, beam, best_first, drafting_seconds
-from seriatim.decoding.trigrams import Adapted
+from seriatim.decoding.tree_search import MonteCarlo, accepted_along, beam, best_first, drafting_seconds
+from seriatim.decoding.trigrams import Adapted, no_trigrams
 from seriatim.evaluation.bench import Prompt, apart, loops, take_turns
 from seriatim.evaluation.cost import DISTURBED, Others, load_average
 from seriatim.evaluation.draft_trees import Drafted, Watched, save_trees
-from seriatim.evaluation.pictures import ACCENT, INK, write_beside
+from seriatim.evaluation.searches import save_rates, searched
 from seriatim.model import Rows
 from seriatim.random import Random
 from seriatim.systems.decoder.aded import library_table, read_table
@@ -66,7 +66,8 @@ SEARCHES = {"beam": beam, "best-first": best_first, "mcts": MonteCarlo()}
 FILLING = ("recycling 12 hot", "recycling 12 cold", "aded mcts", "aded no table hot")  # drawn over the first tokens
 FIRST = 2000  # tokens
 SHARE = 0.1  # of a forward, which a search may take
-MOVING = 250  # tokens over which the drawn rate is averaged
+ALONG = 6000  # tokens of one long file
+WINDOW = 16  # tokens whose tri-grams are raised before each draft, as in `SearchedDraft`
 
 
 # ---- what it takes ---------------------------------------------------------------------------------------------------
@@ -96,6 +97,31 @@ def searching(system: LanguageModel, table: Path, text: Sequence[int], forward: 
         seconds = statistics.median(drafting_seconds(Adapted(read_table(system, table)), search, text))
         out[name] = {"seconds": seconds, "share_of_forward": seconds / forward, "holds": seconds <= SHARE * forward}
     return out
+
+
+def along(system: LanguageModel, table: Path, text: Sequence[int]) -> dict[str, list[int]]:
+    """Tokens a forward while a model writes this very text, with a table that adapts to it and with one that does not;
+    and with a table of this text alone."""
+    counted = read_table(system, table)
+    tables = {
+        "the library's, adapting": Adapted(counted), "the library's as it is": Adapted(counted, bonus=0.0),
+        "none, adapting": Adapted(no_trigrams(counted.vocab)),
+    }  # fmt: skip
+    return {name: accepted_along(own, MonteCarlo(), text) for name, own in tables.items()}
+
+
+def draw_search(system: LanguageModel, table: Path, text: Sequence[int], given: Sequence[int], path: Path) -> None:
+    """Of the searches along a text whose draft gave four tokens or more one that is neither a chain nor a page long."""
+    adapted, n, found = Adapted(read_table(system, table)), 2, list[tuple[Drafted, int]]()
+    for step in given:
+        adapted.reinforce(text[max(n - WINDOW, 0) : n])
+        if step >= 4:
+            found.append((searched(MonteCarlo(), adapted, text[:n]), step))
+        n += step
+    if found:
+        chosen, step = min(found, key=lambda pair: abs(len(pair[0].token) - 24))
+        title = f"a search with its visits; dark: drafted, {step - 1} stood"
+        save_trees([chosen], lambda i: system.tokenizer.decode([i]), path, title)
 
 
 @dataclass
@@ -163,31 +189,6 @@ def show(result: Mapping[str, Any]) -> None:
         print(f"{kept}  a draft by {name}: {own['seconds'] * 1e3:.2f} ms, {own['share_of_forward']:.1%} of a forward")
 
 
-def draw_filling(steps: Mapping[str, Sequence[int]], path: Path) -> None:
-    """Tokens a forward while matrix and table fill: the rate of the last few hundred tokens."""
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for (name, given), colour in zip(steps.items(), (INK, "#8fa3bf", ACCENT, "#e0a030"), strict=False):
-        place, rate, written = [], [], 0
-        window: list[int] = []
-        for n in given:
-            window.append(n)
-            written += n
-            while sum(window) - window[0] >= MOVING:
-                window.pop(0)
-            if written >= MOVING // 5:  # of fewer it says nothing
-                place.append(written)
-                rate.append(sum(window) / len(window))
-        axes.plot(place, rate, color=colour, label=f"{name}: {sum(given) / len(given):.2f} in all")
-    longest = min(max(sum(given) for given in steps.values()), FIRST)
-    axes.set(xlabel="tokens written", ylabel=f"tokens a forward, over the last {MOVING}", xlim=(0, longest))
-    axes.axhline(1.0, color="#808080", linewidth=0.8, linestyle=":")
-    axes.legend(frameon=False, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    write_beside(path, lambda file: figure.savefig(file, format="png", dpi=150))
-
-
 def draw_trees(system: LanguageModel, texts: Mapping[str, Text], path: Path) -> None:
     """Of each arm the draft of which most stood."""
     best = {name: max(text.drafts, key=lambda d: len(d.stood)) for name, text in texts.items() if text.drafts}
@@ -228,6 +229,9 @@ def main() -> int:
     plain = result["arms"][PLAIN]
     text = system.prompt_ids(load_data("stdlib", "text").test.documents[0])[:FIRST]
     result["searches"] = searching(system, table, text, plain["seconds"] / plain["forwards"])
+    longest = max(load_data("stdlib", "text").test.documents, key=len)
+    file = system.prompt_ids(longest)[:ALONG]
+    result["along"] = along(system, table, file)
     texts = {key: written(system, arms[key], prompts, way, FIRST) for key in FILLING if key in arms}
     result["filling"] = {key: own.steps.given for key, own in texts.items()}
     about = {"model": name, "dtype": o.dtype, "prompts": o.prompts, "prompt_tokens": o.prompt_tokens,
@@ -236,8 +240,12 @@ def main() -> int:
     o.out.parent.mkdir(parents=True, exist_ok=True)
     save_json({**about, **result}, o.out)
     show(result)
+    save_rates(
+        result["along"], o.out.with_name(f"{o.out.stem}_along.png"), title="one long file, by tables of tri-grams"
+    )
+    draw_search(system, table, file, next(iter(result["along"].values())), o.out.with_name(f"{o.out.stem}_search.png"))
     if texts:
-        draw_filling(result["filling"], o.out.with_name(f"{o.out.stem}_filling.png"))
+        save_rates(result["filling"], o.out.with_name(f"{o.out.stem}_filling.png"), FIRST)
         draw_trees(system, {k: v for k, v in texts.items() if k in ("recycling 12 hot", "aded mcts")},
                    o.out.with_name(f"{o.out.stem}_trees.png"))  # fmt: skip
     return 0

@@ -114,13 +114,15 @@ class Rollback(Walk):
 
 
 class ReleasedRollback(Rollback):
-    """The same with the slip of the code that was released with the paper: where the first token of a draft that is too
-    unlikely is the target's likeliest nevertheless, the whole draft stands, whatever follows. So `most` = 0 is not
-    exact."""
+    """The same with the slips of the code that was released with the paper: where the first token of a draft that is
+    too unlikely is the target's likeliest nevertheless, the whole draft stands, whatever follows; and a draft that ends
+    the text stands up to its end, unread. So `most` = 0 is not exact."""
 
     def stands(self, turn: Round, guess: Guess) -> Bool[Tensor, "b n"]:
         likely = super().stands(turn, guess)
         first = (~likely).long().argmax(1, keepdim=True)  # of a chain; where all are likely it does not matter
         best = turn.dist.mode()[:, [parent + 1 for parent in guess.parents()]]
-        spared = (best == guess.value.to(best.device)).gather(1, first)
-        return likely | spared
+        value = guess.value.to(best.device)
+        spared = (best == value).gather(1, first)
+        ends = torch.isin(value, torch.tensor(sorted(turn.stop), dtype=value.dtype, device=value.device))
+        return likely | spared | ends.any(1, keepdim=True)

@@ -49,6 +49,16 @@ class Trie:
             node = below
         return True
 
+    def follow(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens the tree has, one below the other."""
+        node = -1
+        for count, token in enumerate(tokens):
+            below = self._index.get((node, token))
+            if below is None:
+                return count
+            node = below
+        return len(tokens)
+
 
 class Search(Protocol):
     """Makes a tree of at most `nodes`, no deeper than `depth`."""
@@ -326,3 +336,17 @@ def drafting_seconds(
         search(table, text[n - 2], text[n - 1], nodes, depth)
         seconds.append(time.perf_counter() - start)
     return seconds
+
+
+def accepted_along(
+    table: Adapted, search: Search, text: Sequence[int], nodes: int = 12, depth: int = 4, window: int = 16
+) -> list[int]:
+    """Tokens that each forward gives (those drafted that stand, and one more) while a model writes this very text; what
+    is drafted depends on the text alone, so no model is asked. The first two tokens are given."""
+    given, n = [], 2
+    while (left := len(text) - n) > 0:
+        table.reinforce(text[max(n - window, 0) : n])
+        tree = search(table, text[n - 2], text[n - 1], nodes, min(depth, left - 1)) if left > 1 else Trie(0)
+        given.append(tree.follow(text[n : n + left - 1]) + 1)
+        n += given[-1]
+    return given

@@ -25,12 +25,14 @@ Text = Callable[[int], str]
 
 @dataclass(frozen=True)
 class Drafted:
-    """A draft in one row: the known ids, tokens and parents of its nodes, and those that stood."""
+    """A draft in one row: the known ids, tokens and parents of its nodes, and those that stood; notes: what is told
+    beside the token of each node."""
 
     before: tuple[int, ...]
     token: tuple[int, ...]
     parent: tuple[int, ...]
     stood: frozenset[int]
+    notes: tuple[str, ...] | None = None
 
     @property
     def depth(self) -> int:
@@ -105,7 +107,8 @@ def _draw(ax: Axes, draft: Drafted, text: Text) -> None:
     for i, (x, y) in enumerate(place):
         dark = i in draft.stood
         box = {"boxstyle": "round,pad=0.25", "facecolor": INK if dark else PALE, "edgecolor": "#b9c2cf"}
-        ax.text(x, y, _shown(text(draft.token[i])), color="white" if dark else "black", bbox=box, zorder=2, **style)
+        told = _shown(text(draft.token[i])) + (draft.notes[i] if draft.notes else "")
+        ax.text(x, y, told, color="white" if dark else "black", bbox=box, zorder=2, **style)
     ax.plot([0], [height[-1]], "o", color=INK, markersize=4, zorder=2)
     before = "".join(map(text, draft.before[-LETTERS:]))[-LETTERS:]
     ax.set_title(f"…{_shown(before, LETTERS)}", fontsize=7, family="monospace", loc="left", parse_math=False)

@@ -26,12 +26,21 @@ def draft_model(source: str, target: LanguageModel, translate: bool = False) -> 
     like = next(target.model.embed.parameters())  # in floating point, however the matrices are kept
     draft = _opened(source, like.dtype, like.device, _stamp(source))
     if isinstance(draft, EncoderDecoder) != isinstance(target, EncoderDecoder):
-        kind = "an encoder-decoder" if isinstance(target, EncoderDecoder) else "a model of texts"
-        raise ValueError(f"{source} cannot draft for {target.meta.key}, {kind}: both are of that kind, or neither")
+        kinds = ("continues a text", "answers one that an encoder reads")
+        theirs, ours = (kinds[isinstance(x, EncoderDecoder)] for x in (draft, target))
+        raise ValueError(
+            f"{source} ({draft.meta.key}) {theirs}, and this model ({target.meta.key}) {ours}: a draft model is of the "
+            "kind of its target"
+        )
     tokenizer: Any = target.tokenizer
     fitted = _fitted(draft, source, tokenizer, target.meta.key, _vocab(target), translate)
-    if isinstance(target, EncoderDecoder) and isinstance(fitted, EncoderDecoder) and target.prompts is not None:
-        return fitted.answering(target.prompts)
+    if isinstance(target, EncoderDecoder) and isinstance(fitted, EncoderDecoder):
+        if fitted.start != target.start:
+            raise ValueError(
+                f"answers of {source} begin at id {fitted.start} and those of this model ({target.meta.key}) at "
+                f"{target.start}: take a draft that was trained to answer alike"
+            )
+        return fitted if target.prompts is None else fitted.answering(target.prompts)
     return fitted
 
 
@@ -65,7 +74,7 @@ def _fitted(draft: LanguageModel, source: str, tokenizer: Any, key: str, vocab: 
     if ours is None or theirs is None or agree(ours, theirs):
         if _vocab(draft) == vocab:
             return draft
-        if ours is None or theirs is None:
+        if ours is None or theirs is None or draft.model.conditions:
             raise ValueError(
                 f"{source} has {_vocab(draft):,} ids and {key} {vocab:,}: a draft model has those of its target"
             )

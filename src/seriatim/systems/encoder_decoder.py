@@ -134,9 +134,12 @@ class EncoderDecoder(Published):
         self, prompt: str | Sequence[int], length: int | None = None, *rest: Any, **settings: Any
     ) -> Iterator[str]:
         """Pieces of the answer as they are decided; as in `TextSystem.stream`."""
+        return TextSystem.stream(self.asked(prompt), prompt, length, *rest, **settings)
+
+    def asked(self, prompt: str | Sequence[int]) -> EncoderDecoder:
+        """This model with the prompt to answer."""
         ids = self.prompt_ids(prompt) if isinstance(prompt, str) else prompt
-        bound = self.answering(_padded([ids]))
-        return TextSystem.stream(bound, prompt, length, *rest, **settings)
+        return self.answering(_padded([ids]))
 
     def prompted(self, prompt: str | Sequence[int], length: int | None) -> Canvas:
         return self._begun([[self.start]], ANSWER if length is None else length)

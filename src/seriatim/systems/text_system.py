@@ -246,6 +246,10 @@ class TextSystem(System):
 
     # ---- prompts ----------------------------------------------------------------------------------------------------
 
+    def asked(self, prompt: str | Sequence[int]) -> TextSystem:
+        """The system for which a decoder of this prompt is made: itself, where it reads prompts on the canvas."""
+        return self
+
     def prompted(self, prompt: str | Sequence[int], length: int | None) -> Canvas:
         """A canvas with a prompt (text, or ids) given and room for `length` tokens. Raises ValueError where they do not
         fit."""

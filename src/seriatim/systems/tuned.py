@@ -37,19 +37,25 @@ ADAPTER_ALONE = Recipe(200, batch=8, learning_rate=2e-4, weight_decay=0.0, bf16=
 class Tuning:
     """length: the longest text in tokens that is learned at once (None: the model's, at most 1,024); lora: rank of the
     adapter (None: all weights are trained), lora_alpha and lora_targets: as in `LoRA`; decoder: one that leaves out
-    layers, such as skipdecode+least=4: what the model learns to do without (None: all layers run)."""
+    layers, such as skipdecode+least=4: what the model learns to do without (None: all layers run); teacher: a model of
+    the same tokenizer: what it writes greedily behind so many `prompts`, pieces of the data, is learned in their place
+    (None: the data themselves)."""
 
     length: int | None = None
     lora: int | None = None
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] | None = None
     decoder: str | None = None
+    teacher: str | None = None
+    prompts: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.lora_targets, str):
             object.__setattr__(self, "lora_targets", tuple(self.lora_targets.replace(",", " ").split()))
         if self.length is not None and self.length < 2:
             raise ValueError(f"at least 2 tokens are learned at once, got a length of {self.length}")
+        if self.prompts is not None and (self.teacher is None or self.prompts < 1):
+            raise ValueError(f"a teacher (--teacher MODEL) writes behind at least 1 prompt, got prompts {self.prompts}")
         if self.lora is None and (self.lora_alpha, self.lora_targets) != (None, None):
             raise ValueError("lora_alpha and lora_targets are of an adapter: give its rank, too (--lora 16)")
 
@@ -108,6 +114,23 @@ class Tuned(nn.Module):
         """The system as it is used: adapters folded into its weights."""
         folded(self.system.model)
         return self.system.eval().requires_grad_(False)
+
+
+class Aligned(Tuned):
+    """The same for a model that learns what another one writes: how often it would write that, too."""
+
+    system: LanguageModel
+
+    def validate(self, examples: Any) -> dict[str, float]:
+        """And `agreement`: the share of the teacher's tokens that are this model's likeliest behind the same text."""
+        same = count = 0
+        for part in evenly(len(examples), self.system.validation_size).split(8):
+            batch = {k: v.to(self.system.model.device) for k, v in examples.take(part).items()}
+            ids, counts = batch["token"], batch["counts"][:, 1:]
+            best = self.system.logits(ids)[:, :-1].argmax(-1)
+            same += int(((best == ids[:, 1:]) & counts).sum())
+            count += int(counts.sum())
+        return {**super().validate(examples), "agreement": same / count}
 
 
 class TunedByLayers(Tuned):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +26,13 @@ from seriatim.systems.published import Published
 from seriatim.systems.published_masked import PublishedMasked
 from seriatim.systems.system import Sampling
 from seriatim.systems.text_system import Windows
-from seriatim.systems.tuned import Tuned, TunedByLayers, Tuning
+from seriatim.systems.tuned import Aligned, Tuned, TunedByLayers, Tuning
 from seriatim.tokenizers.text import id_stream
 from seriatim.training.checkpoint import save_json
 from seriatim.training.recipe import Recipe
 from seriatim.training.run import RunFolder
 from seriatim.verbs.load import load, plain
+from seriatim.verbs.teaching import taught
 
 CONVERSIONS: dict[str, int | None] = {"sdar": 4, "mdlm": None}  # what a next-token model becomes: tokens of a block
 # Steps of its training, unless they are asked for. Much is new to it: it takes ten times the rate of one further step.
@@ -51,13 +52,17 @@ class Begun(NamedTuple):
 
 def begin(
     key: str, base: str | Path, data: str | Path | Data | None, folder: Path, lora: int | None,
-    settings: Mapping[str, Any], **data_options: Any,
+    settings: Mapping[str, Any], bar: Callable[[str], Any] | None = None, **data_options: Any,
 ) -> Begun:  # fmt: skip
     """A model to be trained on, with the files that stand beside its weights written to `folder`. Raises ValueError,
     OSError that say what is wrong with the base, the data or the settings."""
     own = dict(settings)
     how = {name: own.pop(name, None) for name in ("block", "mask") if key in CONVERSIONS}
     tuning, recipe = settings_from(own, lora)
+    if tuning.teacher is not None:
+        if key in CONVERSIONS or tuning.decoder is not None:
+            raise ValueError("what a teacher writes is learned by a next-token model with all its layers")
+        tuning = replace(tuning, teacher=origin(tuning.teacher))
     if data is None:
         raise ValueError("say on what to train the model further: --data, a text, a folder of texts, or conversations")
     system: Any = load(base)
@@ -74,6 +79,9 @@ def begin(
         raise ValueError(f"{base} takes {room} tokens in all, and a length of {tuning.length} is asked for")
     loaded = data if isinstance(data, Data) else load_data(data, "text", **data_options)
     examples, held_out, notes = sides(system, loaded, tuning.length)
+    if tuning.teacher is not None:
+        examples, held_out, more = taught(system, examples, held_out, tuning, folder, bar)
+        notes += more
     torch.manual_seed(recipe.seed)
     if key in CONVERSIONS:
         system = converted(system, how["block"] or CONVERSIONS[key], how["mask"])
@@ -100,7 +108,7 @@ def begin(
 def learner_of(system: LanguageModel, tuning: Tuning) -> Tuned:
     """What is trained of a model. Raises ValueError for a decoder that leaves out no layers."""
     if tuning.decoder is None:
-        return Tuned(system, tuning.adapter)
+        return (Tuned if tuning.teacher is None else Aligned)(system, tuning.adapter)
     layers = decoder_of(system, tuning.decoder, Sampling()).target.get("layers")
     if layers is None:
         raise ValueError(

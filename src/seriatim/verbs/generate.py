@@ -67,7 +67,8 @@ def stream(
     """Pieces of text as they are decided, behind a text (of models that decide masks, or its ids). Raises
     ValueError for a decoder that does not exist or does not suit."""
     s = sampling_of(system, **sampling)
-    return system.stream(prompt, length, s, seed, decoder_of(system, decoder, s), trace, watch)
+    asked = system.asked(prompt)  # a draft model reads the same prompt
+    return asked.stream(prompt, length, s, seed, decoder_of(asked, decoder, s), trace, watch)
 
 
 def fill(

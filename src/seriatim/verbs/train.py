@@ -68,9 +68,10 @@ def train(
 
     from_: train a next-token model further, whatever `load` reads, with its tokenizer, config and chat template; lora:
     the rank of an adapter that is trained in place of its weights. Data are texts, or conversations, of which answers
-    alone count; settings are then those of `Tuning` and of the recipe. Where the key is a decoder with a part to train
-    (medusa, hydra, ...), that part is trained beside the frozen model, and settings are the part's own, the recipe's
-    and those of `drafting.Reading`. A system that begins as another (sdar) takes over its weights.
+    alone count, or with a `teacher` among the settings what that model writes behind pieces of them; settings are those
+    of `Tuning` and of the recipe. Where the key is a decoder with a part to train (medusa, hydra, ...), that part is
+    trained beside the frozen model, and settings are the part's own, the recipe's and those of `drafting.Reading`. A
+    system that begins as another (sdar) takes over its weights.
 
     Raises ValueError, KeyError, OSError with what is wrong and what to do, FloatingPointError where the loss breaks
     down.
@@ -88,7 +89,7 @@ def train(
         if system_class(key).begins_as is not None and not (key in finetune.CONVERSIONS and _is_published(from_)):
             begun = _taken_over(key, from_, data, folder, lora, own, data_options)
         else:
-            begun = finetune.begin(key, from_, data, folder, lora, own, **data_options)
+            begun = finetune.begin(key, from_, data, folder, lora, own, bar, **data_options)
     else:
         if lora is not None:
             raise ValueError("an adapter is on a model that there is already: say which (--from)")
