@@ -138,7 +138,7 @@ def test_a_model_of_any_order_is_asked_by_its_bound(masked):
 
 
 def test_by_how_many_draws_is_asked_of_the_command_and_128_are_usual(masked):
-    """Draws are spread over the counts of hidden tokens: of one token that is scored there is one count, and no noise."""
+    """Draws are spread over the counts of hidden tokens: of one token there is one count, and no noise."""
     from seriatim.verbs.harness import Harness
 
     place = masked.place

@@ -74,11 +74,11 @@ class Harness(TemplateLM):
         if self.draws < 1:
             raise ValueError(f"a bound is taken by at least 1 draw, got {draws!r}")
         barred = {"suppress_tokens": suppress_tokens, "begin_suppress_tokens": begin_suppress_tokens}
-        self.barred = {name: token_ids(self.tokenizer, _tokens(text)) for name, text in barred.items()}
+        self.barred: dict[str, Any] = {name: token_ids(self.tokenizer, _tokens(text)) for name, text in barred.items()}
         kept = token_ids(self.tokenizer, _tokens(keep_tokens))
-        self.asked = {"guidance": float(guidance), "keep_tokens": kept} | (
-            {} if steps is None else {"steps": int(steps)}
-        )
+        self.asked: dict[str, Any] = {"guidance": float(guidance), "keep_tokens": kept}
+        if steps is not None:
+            self.asked["steps"] = int(steps)
         if not isinstance(model, MaskedText) and (steps is not None or kept or float(guidance)):
             raise ValueError(f"{pretrained} writes each token from those before: it takes no steps and no guidance")
         self.max_length = min(max_length or model.model.layout.size, model.model.layout.size)
