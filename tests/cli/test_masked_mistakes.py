@@ -102,6 +102,12 @@ def test_nothing_to_fill_is_refused(systems, capsys):
         systems[PUBLISHED].generate("import", max_new_tokens=0)
 
 
+def test_a_bound_is_taken_by_draws_of_something(systems):
+    for ids, draws, said in (([5, 6], 0, "at least 1 draw"), ([], 4, "at least one is scored")):
+        with pytest.raises(ValueError, match=said):
+            systems[MDLM].bound(ids, draws=draws)
+
+
 def test_the_mask_is_refused_among_ids_and_its_name_is_text_where_it_is_no_token(systems):
     for name in (MDLM, BLOCKS, PUBLISHED):
         system = systems[name]

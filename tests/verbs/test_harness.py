@@ -120,7 +120,9 @@ def masked(tmp_path_factory):
     place = tmp_path_factory.mktemp("masked") / "run"
     tiny = {"length": 48, "width": 16, "depth": 1, "heads": 2, "steps": 2, "batch": 2}
     train("mdlm", "stdlib", out=place, settings=tiny)
-    return Harness(str(place), draws=64)
+    made = Harness(str(place), draws=64)
+    made.place = str(place)
+    return made
 
 
 def test_a_model_of_any_order_is_asked_by_its_bound(masked):
@@ -133,6 +135,38 @@ def test_a_model_of_any_order_is_asked_by_its_bound(masked):
     assert same == (masked.model.write("the quick", 2, replace(masked.model.sampling, temperature=0, steps=2)) == " b")
     with pytest.raises(ValueError, match="is to be scored"):
         masked.loglikelihood(asked(("a", "b" * 60)), disable_tqdm=True)
+
+
+def test_by_how_many_draws_is_asked_of_the_command_and_128_are_usual(masked):
+    """Draws are spread over the counts of hidden tokens: of one token there is one count, and no noise."""
+    from seriatim.verbs.harness import Harness
+
+    place = masked.place
+    assert Harness(place).draws == 128
+    few, many = (Harness.create_from_arg_string(f"pretrained={place},draws={n}") for n in (1, 128))
+    pairs = asked(("the quick", "b"), ("the", " quick brown fox"))
+    (a, x), (b, y) = (model.loglikelihood(pairs, disable_tqdm=True) for model in (few, many))
+    assert a[0] == pytest.approx(b[0]) and abs(x[0] - y[0]) > 1e-4
+    with pytest.raises(ValueError, match="at least 1 draw"):
+        Harness(place, draws=0)
+
+
+def test_steps_guidance_and_tokens_are_asked_of_the_command(masked, folder):
+    from seriatim.verbs.harness import Harness
+
+    plain = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    (own,) = masked.generate_until(asked(("the quick", plain)), disable_tqdm=True)
+    arguments = f"pretrained={masked.place},suppress_tokens=<eos>;{ord(own[0])},steps=6,guidance=1.5,keep_tokens=116"
+    model = Harness.create_from_arg_string(arguments)
+    assert model.asked == {"guidance": 1.5, "keep_tokens": (116,), "steps": 6}
+    (text,) = model.generate_until(asked(("the quick", plain)), disable_tqdm=True)
+    want = replace(model.model.sampling, temperature=0.0, **model.asked, **model.barred)
+    assert text == model.model.write("the quick", 12, want) and own[0] not in text
+    other = Harness(str(folder), suppress_tokens="</s>", begin_suppress_tokens=5)
+    assert other.barred == {"suppress_tokens": (1,), "begin_suppress_tokens": (5,)}
+    assert len(other.generate_until(asked(("the", plain)), disable_tqdm=True)[0]) > 0
+    with pytest.raises(ValueError, match="no steps and no guidance"):
+        Harness(str(folder), guidance=1.0)
 
 
 def test_a_model_of_any_order_writes_up_to_a_stop_string(masked):

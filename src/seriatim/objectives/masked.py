@@ -117,7 +117,7 @@ def masking_of(noise: str = "linear", weight: str = "bound", by: str = "time") -
         raise ValueError(f"weight is bound or even, not {weight!r}")
     if by == "count" and noise != "linear":
         raise ValueError(f"a noise schedule is one of times, and masking is by count: leave out the noise {noise!r}")
-    chosen: Masking = ByTime(noise_of(noise)) if by == "time" else by_count
+    chosen: Masking = by_count if by == "count" else by_time if noise == "linear" else ByTime(noise_of(noise))
     return chosen if weight == "bound" else Unweighted(chosen)
 
 

@@ -99,11 +99,13 @@ class MaskedText(TextSystem):
     @torch.inference_mode()
     def bound(self, ids: Sequence[int], given: int = 0, draws: int = 128, seed: int = 0) -> float:
         """An upper bound on the surprise, in nats, of the tokens behind the first `given` ones, by so many draws of
-        what is hidden, whose counts are spread evenly (LLaDA's evaluation). Raises ValueError where there are none, or
-        more than the model takes."""
+        what is hidden, whose counts are spread evenly (LLaDA's evaluation). Raises ValueError where there are none of
+        either, or more tokens than the model takes."""
         most = self.model.layout.size
         if not 0 <= given < len(ids) <= most:
             raise ValueError(f"{given} of {len(ids)} tokens are given: at least one is scored, and {most} fit")
+        if draws < 1:
+            raise ValueError(f"a bound is taken by at least 1 draw, got {draws}")
         was, nats = self.training, 0.0
         self.eval()
         for start in range(0, draws, AT_ONCE):

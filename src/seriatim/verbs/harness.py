@@ -4,7 +4,9 @@
 
 The arguments are the harness's own. `--model_args` takes `pretrained` (whatever `seriatim.load` takes), `batch_size`,
 `dtype`, `weights`, `adapter`, `decoder`, `compile`, `max_length` and, of a model that decides tokens in any order,
-`draws`: by how many its bound on the likelihood is taken.
+`draws`: by how many (128) its bound on the likelihood is taken, the counts of hidden tokens spread evenly; `steps` and
+`guidance` by which it writes. `suppress_tokens`, `begin_suppress_tokens` and `keep_tokens` are ids or tokens between
+semicolons.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from seriatim.systems.decoders import decoder_of
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.masked_text import MaskedText
 from seriatim.systems.system import Sampling
+from seriatim.systems.tokens import token_ids
 from seriatim.verbs.load import load
 
 try:
@@ -49,6 +52,11 @@ class Harness(TemplateLM):
         compile: bool = False,
         max_length: int | None = None,
         draws: int | str = 128,
+        steps: int | str | None = None,
+        guidance: float | str = 0.0,
+        suppress_tokens: int | str = "",
+        begin_suppress_tokens: int | str = "",
+        keep_tokens: int | str = "",
         **rest: Any,  # what the harness passes to every model: device, max_batch_size
     ):
         super().__init__()
@@ -63,6 +71,16 @@ class Harness(TemplateLM):
             model.model.compile_decoding()
         self.model, self.tokenizer, self.batch_size, self.decoder = model, model.tokenizer, int(batch_size), decoder
         self.draws = int(draws)
+        if self.draws < 1:
+            raise ValueError(f"a bound is taken by at least 1 draw, got {draws!r}")
+        barred = {"suppress_tokens": suppress_tokens, "begin_suppress_tokens": begin_suppress_tokens}
+        self.barred: dict[str, Any] = {name: token_ids(self.tokenizer, _tokens(text)) for name, text in barred.items()}
+        kept = token_ids(self.tokenizer, _tokens(keep_tokens))
+        self.asked: dict[str, Any] = {"guidance": float(guidance), "keep_tokens": kept}
+        if steps is not None:
+            self.asked["steps"] = int(steps)
+        if not isinstance(model, MaskedText) and (steps is not None or kept or float(guidance)):
+            raise ValueError(f"{pretrained} writes each token from those before: it takes no steps and no guidance")
         self.max_length = min(max_length or model.model.layout.size, model.model.layout.size)
 
     @property
@@ -162,17 +180,23 @@ class Harness(TemplateLM):
             return [self._unmasked(self.model, row, new, settings, stops) for row in rows]
         made = self.model.generate(
             rows, self.decoder, max_new_tokens=new, temperature=settings.get("temperature", 0.0) or 0.0,
-            top_k=settings.get("top_k"), top_p=settings.get("top_p"), stop=[*self.model.stop, *stops],
+            top_k=settings.get("top_k"), top_p=settings.get("top_p"), stop=[*self.model.stop, *stops], **self.barred,
         )  # fmt: skip
         return [g.text or "" for g in made]  # type: ignore[union-attr]
 
     def _unmasked(self, model: MaskedText, row: list[int], new: int, settings: Any, stops: Sequence[str]) -> str:
         """A text up to its end, or the first of the stop strings."""
-        asked = {k: settings[k] for k in ("top_k", "top_p") if settings.get(k) is not None}
+        asked: dict[str, Any] = {k: settings[k] for k in ("top_k", "top_p") if settings.get(k) is not None}
+        asked |= self.asked | self.barred
         sampling = replace(model.sampling, temperature=settings.get("temperature", 0.0) or 0.0, **asked)
         way = decoder_of(model, self.decoder, sampling)
         text = "".join(model.stream(row, new, sampling, decoding=way))
         return text[: min((at for s in stops if (at := text.find(s)) >= 0), default=len(text))]
+
+
+def _tokens(text: int | str) -> list[int | str]:
+    """Tokens between semicolons: whole numbers are ids."""
+    return [int(word) if word.isdigit() else word for word in str(text).strip("[]").split(";") if word]
 
 
 if __name__ == "__main__":
