@@ -63,7 +63,7 @@ class Transformer(nn.Module):
             for name in ("norm1", "norm1_bias"):
                 self.layers[0].register_parameter(name, None)
         d, plain = config.width, config.vector is None  # with a vector, the last norm is adaptive too (VAR, DiT)
-        there = plain and config.last_norm
+        there = (plain or config.scaled) and config.last_norm
         self.norm = nn.Parameter(torch.ones(d)) if there else None
         self.norm_bias = nn.Parameter(torch.zeros(d)) if there and config.norm == "layer" else None
         self.ada = None if plain else nn.Parameter(torch.zeros(2 * d, config.vector or 0))
