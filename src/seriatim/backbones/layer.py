@@ -107,8 +107,8 @@ class TransformerConfig:
             raise ValueError(f"biases are of {', '.join(MATRICES)}, got {', '.join(self.bias)}")
         if self.vector is not None and (self.place != "pre" or self.parallel):
             raise ValueError("a conditioning vector drives norms before each branch, of branches one after the other")
-        if self.vector is not None and not (self.first_norm and self.last_norm):
-            raise ValueError("a conditioning vector drives all norms, the first and the last among them")
+        if self.vector is not None and not self.first_norm:
+            raise ValueError("a conditioning vector drives all norms of a stack, the first among them")
         if self.experts is not None and (self.activation not in GATED or self.bias is True):
             raise ValueError("experts are gated networks without biases")
         if self.qk_norm == "l2" and self.score_scale is None:
