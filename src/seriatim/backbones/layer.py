@@ -50,7 +50,8 @@ class TransformerConfig:
     queries times keys (None: 1 over the root of the head's dimension). `softcap` bounds scores. `relative`: they depend
     on distance, in all layers alike. `experts` stand in place of one feed-forward network. `first_norm`, `last_norm`:
     whether a norm stands before the first branch of all, and behind the last layer (a layer that goes on in the states
-    of another model may have neither).
+    of another model may have neither). `scaled`: norms have weights beside what a conditioning vector says (without one
+    they always have).
     """
 
     width: int
@@ -77,6 +78,7 @@ class TransformerConfig:
     kinds: tuple[str, ...] = ("all",)
     first_norm: bool = True
     last_norm: bool = True
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "kv_heads", "head_dim", "hidden", "vector", "memory"):
@@ -105,8 +107,8 @@ class TransformerConfig:
             raise ValueError(f"biases are of {', '.join(MATRICES)}, got {', '.join(self.bias)}")
         if self.vector is not None and (self.place != "pre" or self.parallel):
             raise ValueError("a conditioning vector drives norms before each branch, of branches one after the other")
-        if self.vector is not None and not (self.first_norm and self.last_norm):
-            raise ValueError("a conditioning vector drives all norms, the first and the last among them")
+        if self.vector is not None and not self.first_norm:
+            raise ValueError("a conditioning vector drives all norms of a stack, the first among them")
         if self.experts is not None and (self.activation not in GATED or self.bias is True):
             raise ValueError("experts are gated networks without biases")
         if self.qk_norm == "l2" and self.score_scale is None:
@@ -177,7 +179,7 @@ class Layer(Quantizable):
         def optional(name: str, there: bool, value: Tensor) -> None:
             self.register_parameter(name, nn.Parameter(value) if there else None)
 
-        affine, layer_norm = c.vector is None and c.pre, c.norm == "layer"
+        affine, layer_norm = (c.vector is None or c.scaled) and c.pre, c.norm == "layer"
         optional("norm1", affine, torch.ones(d))
         optional("norm1_bias", affine and layer_norm, torch.zeros(d))
         optional("norm2", affine, torch.ones(d))

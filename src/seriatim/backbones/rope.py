@@ -91,12 +91,15 @@ class Stretch:
 @dataclass(frozen=True)
 class RoPE:
     """`theta` is the base; `axes` how many dimensions of a head each axis takes (None: one axis takes all); `dims` how
-    many are turned at all, from the first (None: all)."""
+    many are turned at all, from the first (None: all). crossed: a dimension of the first half of a head is paired with
+    one of the second half, each with the angle of its own axis, and the slowest frequency of an axis is one over its
+    base (the released ACDiT; no rotation in the strict sense)."""
 
     theta: float = 10_000.0
     axes: tuple[int, ...] | None = None
     dims: int | None = None
     stretch: Stretch | None = None
+    crossed: bool = False
 
     def __post_init__(self) -> None:
         if not self.theta > 0:
@@ -114,7 +117,10 @@ class RotaryTable:
         if sum(axes) != turned or turned > head_dim or any(a % 2 for a in axes):
             raise ValueError(f"rotary axes {axes} must be even and add up to the head dimension {turned}")
         self.axes, self.rope = len(axes), rope
-        self.frequency = [rope.theta ** (-torch.arange(0, a, 2, dtype=torch.float64, device="cpu") / a) for a in axes]
+        turns = [torch.arange(0, a, 2, dtype=torch.float64, device="cpu") / a for a in axes]
+        if rope.crossed:
+            turns = [torch.linspace(0, 1, a // 2, dtype=torch.float64, device="cpu") for a in axes]
+        self.frequency = [rope.theta ** (-turn) for turn in turns]
         stretch = rope.stretch
         if (
             stretch is not None
@@ -133,7 +139,13 @@ class RotaryTable:
             raise ValueError(f"rotary embedding over {self.axes} axes met coordinates with {coord.shape[-1]}")
         scale, stretch = 1.0, self.rope.stretch
         if stretch is None:
-            angle = torch.cat([coord[..., i, None] * f.to(coord.device) for i, f in enumerate(self.frequency)], -1)
+            parts = [coord[..., i, None] * f.to(coord.device) for i, f in enumerate(self.frequency)]
+            if self.rope.crossed:
+                angle = torch.cat([x for part in parts for x in (part, part)], -1)[..., None, :]
+                sign = torch.ones(angle.shape[-1], device=coord.device)
+                sign[: len(sign) // 2] = -1
+                return angle.cos().to(dtype), (angle.sin() * sign).to(dtype)
+            angle = torch.cat(parts, -1)
         else:
             length = coord[..., 0].amax(1, keepdim=True).double() + 1
             length = torch.zeros_like(length) if near else length

@@ -54,6 +54,7 @@ class Transformer(nn.Module):
     """Layers over slots. `mixers` says what each kind of layer honours: here any visibility."""
 
     kept_as = "modulation"  # the name by which a cache keeps what a condition says to every layer
+    below = 0  # layers of another stack whose keys and values stand in the same cache, before those of this one
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -63,9 +64,10 @@ class Transformer(nn.Module):
             for name in ("norm1", "norm1_bias"):
                 self.layers[0].register_parameter(name, None)
         d, plain = config.width, config.vector is None  # with a vector, the last norm is adaptive too (VAR, DiT)
-        there = plain and config.last_norm
+        there = (plain or config.scaled) and config.last_norm
         self.norm = nn.Parameter(torch.ones(d)) if there else None
         self.norm_bias = nn.Parameter(torch.zeros(d)) if there and config.norm == "layer" else None
+        plain = plain or not config.last_norm
         self.ada = None if plain else nn.Parameter(torch.zeros(2 * d, config.vector or 0))
         self.ada_bias = None if plain else nn.Parameter(torch.zeros(2 * d))
         r = config.relative
@@ -202,9 +204,9 @@ class Transformer(nn.Module):
 
     def _modulation(self, vector: Vector) -> list[Tensor]:
         """What the vector says to every layer, and to the last norm."""
-        assert self.ada is not None
         of: list[tuple[Any, Any, int]] = [(layer.ada, layer.ada_bias, 6) for layer in self.layers]
-        return [modulation(vector, *one) for one in (*of, (self.ada, self.ada_bias, 2))]
+        last = [] if self.ada is None else [(self.ada, self.ada_bias, 2)]
+        return [modulation(vector, *one) for one in (*of, *last)]
 
     def _some(self, x: Tensor, plan: Plan, sights: dict[str, Sight], context: Context) -> Tensor:
         """Layers that some of the slots skip: they keep what they have, and are not seen there."""
@@ -319,7 +321,7 @@ class Transformer(nn.Module):
         v = v.transpose(1, 2)
         dtype = q.dtype
         if cache is not None:
-            k, v = cache.append(i, k, v)
+            k, v = cache.append(i + self.below, k, v)
             q = q.to(k.dtype)
         if groups == heads and not isinstance(mask, str) and not self.training and c.softcap is None:
             out = F.scaled_dot_product_attention(q, k, v, mask, scale=c.score_scale)
