@@ -7,16 +7,13 @@ pictures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.conditions.condition import ClassCondition
-from seriatim.data.base import Data
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.line import Line
 from seriatim.heads.categorical import CategoricalHead
@@ -24,10 +21,8 @@ from seriatim.laws.case import Case, randomise
 from seriatim.layout import grid
 from seriatim.model import Model
 from seriatim.plan import Plan
-from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.meta import Meta
-from seriatim.systems.system import Sampling
-from seriatim.training.recipe import Recipe
+from seriatim.systems.raster_system import RasterSystem
 from seriatim.view import inclusive
 
 META = Meta(
@@ -63,41 +58,14 @@ def build(config: Config | None = None) -> Model:
     return Model(grid(c.side, c.side), Line(prefix=1), embed, backbone, CategoricalHead(c.width, c.vocab), condition)
 
 
-class RasterAR(ImageSystem):
+class RasterAR(RasterSystem):
     """Pixels of small pictures, or ids of a VQ tokenizer, row by row."""
 
     meta, Config = META, Config
-    tokenizers = ("pixels", "image-vq")
-    tokenizer_settings = MappingProxyType({"levels": 17})
-    sizes = MappingProxyType({
-        "tiny": {},
-        "small": {"width": 192, "depth": 6, "heads": 6},
-        "b": {"width": 768, "depth": 12, "heads": 12},
-    })  # fmt: skip
-    recipes = MappingProxyType({
-        "tiny": Recipe(800, drop=0.1),
-        "small": Recipe(4000, batch=64, learning_rate=1e-3, drop=0.1, bf16=True, ema=0.995),
-        "b": Recipe(300_000, batch=256, learning_rate=1e-4, drop=0.1, bf16=True, ema=0.9999, compile=True),
-    })  # fmt: skip
-    sampling = Sampling(top_p=0.96, guidance=0.5)
 
     @staticmethod
     def build(config: Any, tokenizer: Any) -> Model:
         return build(config)
-
-    @classmethod
-    def tokenizer_for(cls, shape: Sequence[int]) -> str:
-        """Pixels of small grey pictures, ids of a VQ tokenizer of others."""
-        return "pixels" if shape[0] == 1 and shape[1] <= 16 else "image-vq"
-
-    @classmethod
-    def known(cls, tokenizer: Any, data: Data) -> dict[str, Any]:
-        rows, columns = tokenizer.grid
-        if tokenizer.vocab is None or getattr(tokenizer, "depth", 1) != 1 or rows != columns:
-            raise ValueError(
-                f"{META.key} needs a tokenizer with one id a place on a square grid: pixels of grey, or image-vq"
-            )
-        return {**super().known(tokenizer, data), "side": rows}
 
 
 def case() -> Case:
