@@ -38,23 +38,9 @@ from seriatim.slots import (
 from seriatim.view import INF, View
 
 __all__ = [
-    "VALUE",
-    "MASK",
-    "NOISE",
-    "DERIVED",
-    "LEARNED",
-    "SOURCES",
-    "MIXERS",
-    "Slots",
-    "Reads",
-    "slots_of",
-    "reads_at",
-    "Plan",
-    "plan_of",
-    "Cost",
-    "Leak",
-    "OrderError",
-]
+    "VALUE", "MASK", "NOISE", "DERIVED", "LEARNED", "SOURCES", "MIXERS", "Slots", "Reads", "slots_of", "reads_at",
+    "Plan", "plan_of", "Cost", "Leak", "OrderError",
+]  # fmt: skip
 
 MIXERS = ("any", "causal", "scan", "full")
 
