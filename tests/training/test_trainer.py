@@ -249,7 +249,7 @@ def test_a_finished_folder_is_not_written_over(tmp_path):
 
 def test_resuming_with_other_settings_is_refused_and_named(tmp_path):
     run(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"other settings \(recipe.batch None, now 8\)"):
+    with pytest.raises(ValueError, match=r"other settings \(recipe.batch 32, now 8\)"):
         run(tmp_path / "a", resume=True, batch=8)
 
 

@@ -59,7 +59,7 @@ class RunFolder:
             return
         there = self.read_card()
         for name, known in json.loads(json.dumps(dict(defaults or {}))).items():
-            there[name] = {**known, **there.get(name, {})}
+            there[name] = {k: v for k, v in known.items() if k in card[name]} | there.get(name, {})
         for name, value in json.loads(json.dumps(card)).items():
             if name != "version" and there.get(name) != value:
                 differs = _difference(name, there.get(name), value)

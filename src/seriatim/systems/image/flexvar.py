@@ -140,7 +140,7 @@ class FlexVAR(PyramidSystem):
             return super().losses(batch, random, drop)
         canvas, condition = self.canvas(batch, drawn_scales(self.config.scales, random.generator))
         dropped = torch.rand(canvas.batch, generator=random.generator) < drop if drop else None
-        return self.model.losses(canvas, condition, dropped).sum(), canvas.open.sum()
+        return self.summed(self.model.losses(canvas, condition, dropped), canvas.open)
 
     def codes(self, images: Float[Tensor, "n c h w"], shapes: tuple[Shape, ...]) -> Int[Tensor, "n E"]:
         with torch.no_grad():

@@ -129,6 +129,7 @@ class HMAR(ResidualPyramid):
 
     meta, Config = META, Config
     begins_as = "hmar"
+    normed = False  # scales and stages have weights of their own
     recipes = MappingProxyType({
         **PyramidSystem.recipes,
         "further": Recipe(2000, batch=64, learning_rate=1e-3, drop=0.1, bf16=True, ema=0.995),
