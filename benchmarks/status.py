@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,14 +25,21 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch
 
 from seriatim.cli.main import main as command
+from seriatim.data.base import load_data
 from seriatim.laws.interface import COLUMNS
 from seriatim.laws.interface import cell as said
 from seriatim.laws.suite import mutant_finding, system_findings
+from seriatim.posttraining.drafting import Base, save_part
+from seriatim.posttraining.judge import train_judge
+from seriatim.systems.decoder.judge_decoding import examples
 from seriatim.systems.decoders import FAMILIES, example_of
 from seriatim.systems.meta import catalogue, source_hash
 from seriatim.training.checkpoint import save_json
+from seriatim.verbs.load import load
 
 ROOT = Path(__file__).parents[1]
+LETTERS = 40_000  # of text that a part is trained on for a moment
+SHORT = ["--steps", "5", "--batch", "2", "--tokens", "2000", "--window", "64"]
 WEIGHTS = {  # what holds published weights to the official code
     "next-token": "tests/interop/test_families.py",
     **dict.fromkeys(("mdlm", "sdar", "fast-dllm-v2", "wedlm"), "tests/interop/test_masked_families.py"),
@@ -39,6 +47,7 @@ WEIGHTS = {  # what holds published weights to the official code
     **dict.fromkeys(("medusa", "hydra"), "tests/posttraining/test_heads.py"),
     "eagle-2": "tests/posttraining/test_eagle.py",
     "chimera": "tests/posttraining/test_chimera.py",
+    "bild": "tests/systems/test_bild_answers.py",
 }
 
 
@@ -53,13 +62,31 @@ def runs_from_end_to_end(key: str, family: str) -> bool:
     """A short training on built-in data, with its pictures, and generation from the folder."""
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
         if family in FAMILIES:
-            asked = ["--prompt", "def ", "--length", "40", "--decoder", example_of(key)]
-            return command(["generate", "zoo:text-mdlm" if family == "unmasking" else "zoo:text-base", *asked]) == 0
+            model = "zoo:text-mdlm" if family == "unmasking" else "zoo:text-base"
+            decoder = example_with_part(key, model, Path(place) / "part")
+            asked = ["--prompt", "def ", "--length", "40", "--decoder", decoder]
+            return command(["generate", model, *asked]) == 0
         run = str(Path(place) / "run")
         short = ["--steps", "20", "--tokenizer-steps", "20"] if family == "image" else ["--steps", "20"]
         if command(["train", key, "--out", run, *short]):
             return False
         return family == "tokenizer" or command(["generate", run, "--count", "1"]) == 0
+
+
+def example_with_part(key: str, model: str, place: Path) -> str:
+    """How a decoder is named on a model of the zoo: where its example names a run, with a part of its own that was
+    trained for a moment."""
+    example = example_of(key)
+    if "runs/" not in example:
+        return example
+    if key == "judge-decoding":
+        base = Base(load(model))
+        save_part(train_judge(base, examples(base.system.tokenizer, 20))[0], base, place)
+    else:
+        text = place.with_name("text.txt")  # a whole library would be tokenised for minutes
+        text.write_text("".join(load_data("stdlib", "text").test.documents)[:LETTERS], encoding="utf-8")
+        command(["train", key, "--base", model, "--data", str(text), *SHORT, "--out", str(place)])
+    return re.sub(r"runs/[^+]+", str(place), example)
 
 
 def weights_load(key: str) -> str | None:

@@ -42,7 +42,8 @@ NUMBERS = {
     "phi-3-mini-128k-instruct": 3_821_079_552,
     "olmo-2-7b": 7_298_617_344,
 }
-OTHERS = {"mamba2-130m", "mamba-codestral-7b", "bamba-9b", "t5-small", "flan-t5-base"}  # in test_other_configs.py
+# in test_other_configs.py
+OTHERS = {"mamba2-130m", "mamba-codestral-7b", "bamba-9b", "t5-small", "flan-t5-base", "mt5-small"}
 ACTIVATIONS = {
     "swiglu": "silu", "geglu_tanh": "gelu_pytorch_tanh", "geglu": "gelu", "gelu": "gelu", "gelu_tanh": "gelu_new",
 }  # fmt: skip

@@ -34,16 +34,17 @@ PADDED = torch.tensor([[5, 9, 33, 1, -1, -1], PROMPTS[1]])
 SETTINGS = [(0.0, 4.0), (SURE, 0.5), (SURE, 2.0)]
 
 
-def telling(**changes: Any) -> Any:
+def telling(kind: str = "T5", tied: bool = False, **changes: Any) -> Any:
     """A T5 of `transformers` whose weights say something."""
-    config = transformers.T5Config(**{
+    config = getattr(transformers, f"{kind}Config")(**{
         "vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
         "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "decoder_start_token_id": 0,
         "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu",
     } | changes)  # fmt: skip
     torch.manual_seed(3)
-    model = transformers.T5ForConditionalGeneration(config).eval()
-    model.lm_head.weight = torch.nn.Parameter(torch.empty(config.vocab_size, 32))
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty(config.vocab_size, 32))
     stds = {"shared": 2.0, "relative": 2.0, "lm_head": 0.6}
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -243,6 +244,29 @@ def test_the_command_line_answers_with_a_small_model_beside_a_large_one(folders,
     prompt = " ".join(f"w{i}" for i in PROMPT[:-1]).replace("w2 ", "what ")  # unknown words are read as 2
     assert main([*asked[:2], "--prompt", prompt, *asked[4:]]) == 0
     assert json.loads(capsys.readouterr().out)["text"] == made["text"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_a_pair_of_mt5_answers_as_the_plain_loop_does(tied, tmp_path):
+    """The published pairs for translation; their outputs are never scaled, one table or two."""
+    large = telling("MT5", tied, d_kv=12)
+    with torch.no_grad():
+        large.shared.weight.mul_(0.3 if tied else 1.0)
+    voices, ours, prompt = [], [], torch.tensor([PROMPT])
+    for n, model in enumerate((large, near(large, 0.03))):
+        model.save_pretrained(tmp_path / str(n))
+        ours.append(load_published(tmp_path / str(n), torch.float64).answering(prompt))
+        said = remembering(lambda ids, m=model: m(input_ids=prompt, decoder_input_ids=torch.tensor([ids])).logits[0])
+        ids = [0, 7, 30, 4, 19]
+        assert torch.allclose(
+            ours[n].logits(torch.tensor([ids]))[0].float(), said(ids), atol=1e-4 * said(ids).abs().max()
+        )
+        voices.append(said)
+    want, told = as_corrected(*voices, [0], 40, SURE, 1.0)
+    (text,), _, _, _ = run((ours[0], ours[1]), Options(fallback=SURE, rollback=1.0), 39, [[0]])
+    assert text == want[1:]
+    assert tied or (told["back"] and len(set(want)) > 5)  # tied, tiny models repeat themselves
 
 
 def test_pieces_of_an_answer_come_from_a_small_model_beside_a_large_one_too(folders):

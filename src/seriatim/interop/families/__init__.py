@@ -14,7 +14,7 @@ from seriatim.interop.fields import MOST_NUMBERS, Fields
 FAMILIES = {
     "llama": "llama", "mistral": "mistral", "qwen2": "qwen", "qwen3": "qwen", "qwen3_moe": "qwen", "smollm3": "smollm3",
     "phi3": "phi3", "olmo2": "olmo2", "gemma2": "gemma", "gemma3_text": "gemma", "gpt2": "gpt2", "gpt_neox": "gpt_neox",
-    "mamba2": "mamba2", "bamba": "bamba", "t5": "t5",
+    "mamba2": "mamba2", "bamba": "bamba", "t5": "t5", "mt5": "mt5",
 }  # fmt: skip
 # the same, of models that decide masks in any order, or block after block
 MASKED = {
