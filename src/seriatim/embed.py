@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from seriatim.canvas import Canvas
@@ -45,6 +45,10 @@ class SlotEmbed(nn.Module):
     def vectors(self, value: Tensor) -> Float[Tensor, "*rest d"]:
         """The vector of each value."""
         raise NotImplementedError
+
+    def together(self, x: Float[Tensor, "b s c d"], there: Bool[Tensor, "b s c 1"]) -> Float[Tensor, "b s d"]:
+        """One vector of those of the elements that a slot carries, where they are `there`: their sum."""
+        return (x * there.to(x)).sum(2)
 
     def levels(self, level: Float[Tensor, "b s"]) -> Float[Tensor, "b s d"] | None:
         """What is added where noise of a level (1: pure noise) stands; None: nothing."""
@@ -108,8 +112,7 @@ class SlotEmbed(nn.Module):
             node = slots.node.expand(b, -1)
             drafted = _drafted(guess)[torch.arange(b)[:, None], node.clamp(min=0)]
             value = _where(node >= 0, drafted[:, :, None], value)
-        x = self.vectors(value)
-        x = (x * (slots.element >= 0)[..., None].to(x)).sum(2)
+        x = self.together(self.vectors(value), (slots.element >= 0)[..., None])
         noisy, masked, learned = noisy.to(x.device), masked.to(x.device), learned.to(x.device)
         if bool(noisy.any()) and canvas.level is not None:
             level = canvas.level.expand(b, -1).gather(1, slots.element[..., 0].clamp(min=0).expand(b, -1))

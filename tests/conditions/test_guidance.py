@@ -234,7 +234,7 @@ def unconditional():
 @pytest.mark.parametrize(
     "run, says",
     [
-        (lambda: Guidance(1.0, "quadratic"), "constant, linear or cosine"),
+        (lambda: Guidance(1.0, "quadratic"), "constant, linear, half-linear, cosine"),
         (lambda: Guidance(math.nan), "finite"),
         (lambda: Guidance(math.inf), "finite"),
         (lambda: Target(no_null(), {"class": torch.tensor([0])}, Guidance(1.0)), "has no null"),

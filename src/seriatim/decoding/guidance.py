@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+Schedule = Literal["constant", "linear", "half-linear", "cosine"]
 
 
 @dataclass(frozen=True)
 class Guidance:
     """What the head says = (1 + w) conditional - w null, with w = `scale` shaped by progress from 0 to 1.
 
-    "constant": w = scale throughout; "linear": from 0 to scale (VAR); "cosine": from 0 to scale, slowly at first. Of
-    logits, noise or velocity, as the head defines it. Papers that write null + s (conditional - null) mean s = 1 + w.
+    "constant": w = scale throughout; "linear": from 0 to scale (VAR); "half-linear": so over the first half, then it
+    stays (Token-Shuffle); "cosine": from 0 to scale, slowly at first. Of logits, noise or velocity, as the head defines
+    it. Papers that write null + s (conditional - null) mean s = 1 + w.
     """
 
     scale: float
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Schedule = "constant"
 
     def __post_init__(self) -> None:
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(f"guidance is constant, linear or cosine, not {self.schedule!r}")
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(f"guidance is one of {', '.join(get_args(Schedule))}, not {self.schedule!r}")
         if not math.isfinite(self.scale):
             raise ValueError(f"the guidance scale must be finite, got {self.scale}")
 
@@ -30,4 +33,6 @@ class Guidance:
             return self.scale
         if self.schedule == "linear":
             return self.scale * progress
+        if self.schedule == "half-linear":
+            return self.scale * min(2 * progress, 1.0)
         return self.scale * (1 - math.cos(math.pi * progress)) / 2
