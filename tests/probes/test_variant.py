@@ -15,29 +15,16 @@ from seriatim.backbones.cache import KVCache
 from seriatim.decoding.loop import decode, generate
 from seriatim.decoding.sample import SampleAll
 from seriatim.decoding.target import Target
-from seriatim.factorization.static import Scales
 from seriatim.laws.case import Case, randomise
 from seriatim.laws.laws import LAWS, Broken
 from seriatim.random import Forced, Keyed
 from seriatim.systems.image.var import Config, build
+from seriatim.systems.image.variant import Supernet
 from seriatim.tokenizers.multiscale import MultiScaleConfig
 
 DEPTH, SCALES, CLASSES = 4, (1, 1, 2), 3
 
 # ---- the composition -------------------------------------------------------------------------------------------------
-
-
-class Supernet(Scales):
-    """Scale k runs `depths[k]` of `total` layers, evenly from the first to the last: floor(i (total - 1) / (d - 1))."""
-
-    def __init__(self, total, depths):
-        super().__init__()
-        self.layers = torch.zeros(total, len(depths), dtype=torch.bool)
-        for scale, depth in enumerate(depths):
-            self.layers[[i * (total - 1) // max(depth - 1, 1) for i in range(depth)], scale] = True
-
-    def packed(self, canvas):
-        return replace(super().packed(canvas), layers=self.layers[:, canvas.layout.coord[:, 0]])
 
 
 def variant(depths, scales=SCALES, order=None):

@@ -1,4 +1,4 @@
-"""Trials of pyramid systems, as claims state them: what happens to pictures when scales are skipped or refined."""
+"""Trials of pyramid systems, as claims state them: what comes of skipped or refined scales, or of fewer layers."""
 
 from __future__ import annotations
 
@@ -77,6 +77,17 @@ def refined(trained: Any, samples: int = SAMPLES) -> Mapping[str, Any]:
         said = fd_s(system, trained.data, replace(system.sampling, steps=1 + passes), seed, samples)
         figures |= {f"fd_s_{passes}": said["fd_s"], f"accuracy_{passes}": said.get("accuracy")}
     return {**figures, "fd_s": figures[f"fd_s_{PASSES[-1]}"]}
+
+
+def both_depths(trained: Any) -> Mapping[str, Any]:
+    """Losses of a supernet on held-out pictures, nats an id: at its first depth, with all layers, and their mean."""
+    system = trained.system.eval()
+    figures = {}
+    for name, depth in (("loss_fewer", system.config.depths[0]), ("loss_full", system.config.depth)):
+        with torch.inference_mode():
+            nats, ids = system.at(depth).score(trained.data.test)
+        figures[name] = nats / ids
+    return {**figures, "loss_both": sum(figures.values()) / 2}
 
 
 def one_pass(system: Any, seed: int, samples: int = SAMPLES) -> Mapping[str, Any]:
