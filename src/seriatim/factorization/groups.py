@@ -15,7 +15,7 @@ from torch import Tensor
 from seriatim.canvas import Canvas
 from seriatim.factorization.static import Blocks
 from seriatim.layout import Layout
-from seriatim.plan import NOISE, Plan, Reads, Slots
+from seriatim.plan import NOISE, VALUE, Plan, Reads, Slots
 from seriatim.random import Random
 from seriatim.view import inclusive
 
@@ -58,8 +58,7 @@ class Groups(Blocks):
         layout, rank = canvas.layout, canvas.rank
         e = torch.arange(layout.size)[None]
         hidden = rank >= 0
-        slots = Slots(
-            e[..., None], torch.where(hidden, self.source, 0), layout.coord[None], torch.where(hidden, -1, rank)
-        )
+        source = torch.where(hidden, self.source, VALUE)
+        slots = Slots(e[..., None], source, layout.coord[None], torch.where(hidden, -1, rank))
         read = torch.where(hidden, e, -1)
         return Plan(slots, {"all": inclusive(self.block(canvas))}, Reads(read, read), rank, layout=layout)
