@@ -11,6 +11,7 @@ import pytest
 from seriatim.cli.main import parser
 from seriatim.cli.training import settings_of
 from seriatim.systems.meta import catalogue, load
+from seriatim.systems.tuned import Tuning
 from seriatim.training.recipe import Recipe
 from seriatim.verbs.drafting import Reading, is_draft_part
 from seriatim.verbs.load import system_class
@@ -58,7 +59,8 @@ def mistakes(command: str, known: set[str]) -> str | None:
         if size is not None and key in catalogue() and size not in sizes_of(key):
             return f"{key} has no size {size!r}"
     if rest and options.key in catalogue():
-        unknown = set(settings_of(rest)) - config_of(options.key) - {f.name for f in fields(Recipe)} - OWN
+        further = {f.name for f in fields(Tuning)} if options.base else set()
+        unknown = set(settings_of(rest)) - config_of(options.key) - {f.name for f in fields(Recipe)} - OWN - further
         return f"{options.key} has no {sorted(unknown)}" if unknown else None
     return None
 
