@@ -108,7 +108,9 @@ class TokenShuffle(RasterSystem):
 def case() -> Case:
     """A tiny instance for the laws."""
     c = Config(vocab=2, classes=3, width=16, depth=2, heads=2, dropout=0.0, blocks=1)
-    return Case(randomise(build(c, 2, 4), std=0.35), vocab=2, condition={"class": torch.tensor([1])}, limits=(id_by_id,))
+    return Case(
+        randomise(build(c, 2, 4), std=0.35), vocab=2, condition={"class": torch.tensor([1])}, limits=(id_by_id,)
+    )
 
 
 def id_by_id() -> Limit:
