@@ -1,4 +1,4 @@
-"""Vision Full-view prompt: where prefixes come from and what they may change, beyond the laws that every system obeys."""
+"""Vision Full-view prompt: where prefixes come from and what they may change, beyond the laws of every system."""
 
 import itertools
 

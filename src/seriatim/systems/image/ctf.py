@@ -11,7 +11,7 @@ scale of the last norm. Members are told apart by a classifier of all ids, limit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -131,7 +131,8 @@ class CTF(RasterSystem):
         """Each stage in a forward of its own layers; over so many ids, each of which is two elements."""
         canvas, condition = self.canvas(batch)
         dropped = torch.rand(canvas.batch, generator=random.generator) < drop if drop else None
-        encoded, order = self.model.encode(condition, dropped), self.model.factorization
+        order: Any = self.model.factorization
+        encoded = self.model.encode(condition, dropped)
         parts = [self.model.losses_by(order.part(canvas, (s,)), canvas, encoded) for s in (COARSE, FINE)]
         return (parts[0] + parts[1]).sum(), canvas.open.sum() // 2
 
@@ -176,17 +177,16 @@ def each_its_own() -> Limit:
     return Limit("as many clusters as ids are raster autoregression", got, torch.cat([want, torch.zeros_like(want)], 1))
 
 
-class _SeesFine(CoarseThenFine):
-    """Wrong on purpose: the second stage is fed fine parts, and everybody sees everybody."""
+class _SeesAll(CoarseThenFine):
+    """Wrong on purpose: everybody sees everybody."""
 
     def part(self, canvas, stages):
         plan = super().part(canvas, stages)
-        plan.views["all"] = full(plan.size)
-        return plan
+        return replace(plan, views={"all": full(plan.size)})
 
 
 def mutant() -> Case:
     """The case with a view in which the first stage sees what it predicts, which the laws must catch."""
     wrong = case()
-    wrong.model.factorization = _SeesFine(1, 1)
+    wrong.model.factorization = _SeesAll(1, 1)
     return wrong

@@ -120,6 +120,10 @@ class VFPrompt(RasterSystem):
     def build(config: Any, tokenizer: Any) -> Model:
         return build(config)
 
+    @property
+    def _examples(self) -> Any:
+        return self.model.examples
+
     def prefix(
         self, labels: Int[Tensor, "n"], generator: torch.Generator, but: Int[Tensor, "n E"] | None = None
     ) -> Int[Tensor, "n k"]:
@@ -131,7 +135,7 @@ class VFPrompt(RasterSystem):
         ids = torch.randint(c.vocab, (len(labels), c.shown), generator=generator)
         if c.source == "uniform" or not c.shown:
             return ids
-        picture, found = self.model.examples.draw(labels, generator, but)  # type: ignore[operator, union-attr]
+        picture, found = self._examples.draw(labels, generator, but)
         spread = (torch.arange(c.shown) * c.side**2 + c.side**2 // 2) // c.shown
         return torch.where(found[:, None], picture[:, spread], ids)
 
@@ -146,7 +150,7 @@ class VFPrompt(RasterSystem):
         assert condition is not None
         prefix = self.prefix(condition["class"], (random or Generator(0)).generator, ids)
         if self.training and self.config.source == "class":
-            self.model.examples.add(condition["class"], ids)  # type: ignore[operator, union-attr]
+            self._examples.add(condition["class"], ids)
         return self.model.canvas({"token": torch.cat([prefix, ids], 1)}, self.config.shown), condition
 
     def losses(self, batch: Mapping[str, Tensor], random: Generator, drop: float) -> tuple[Tensor, Tensor]:
