@@ -36,8 +36,8 @@ class VQConfig(LossConfig, CodebookConfig):
 
     dim: of the codes (bsq, lfq and bernoulli have log2(vocab), fsq has the levels recommended for about `vocab` codes,
     whatever is given here); depth: ids a place, for residual-vq; entropy: weight of the penalty on unsure and uneven
-    choices (None: the quantizer's own: 0 for vq and vq-l2, 0.5 for ibq, 0.1 for bsq, lfq and bernoulli; the rest have no
-    such penalty); inner: channels between the residual body and the code.
+    choices (None: the quantizer's own: 0 for vq and vq-l2, 0.5 for ibq, 0.1 for bsq, lfq and bernoulli; the rest have
+    no such penalty); inner: channels between the residual body and the code.
     """
 
     side: int = 32
