@@ -18,6 +18,7 @@ SMALL: dict[str, tuple[str, dict[str, object]]] = {
     "vq-bsq": ("vq", {"side": 16, "vocab": 16, "width": 8, "quantizer": "bsq"}),
     "vq-fsq": ("vq", {"side": 16, "vocab": 256, "width": 8, "quantizer": "fsq"}),
     "vq-lfq": ("vq", {"side": 16, "vocab": 16, "width": 8, "quantizer": "lfq"}),
+    "vq-bernoulli": ("vq", {"side": 16, "vocab": 16, "width": 8, "quantizer": "bernoulli"}),
     "vq-sim": ("vq", {"side": 16, "vocab": 16, "dim": 4, "width": 8, "quantizer": "sim-vq"}),
     "vq-residual": ("vq", {"side": 16, "vocab": 8, "dim": 4, "width": 8, "quantizer": "residual-vq", "depth": 3}),
     "vq, residual body": (

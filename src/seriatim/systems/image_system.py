@@ -146,6 +146,10 @@ class ImageSystem(System):
     def unfinished(self, codes: Tensor, known: Tensor) -> Float[Tensor, "n c h w"]:
         """What is known so far as pictures: the rest is grey."""
         images = self.picture(torch.where(known.view(*known.shape, *[1] * (codes.dim() - 2)), codes, 0))
+        return self.shown(images, known)
+
+    def shown(self, images: Float[Tensor, "n c h w"], known: Tensor) -> Float[Tensor, "n c h w"]:
+        """The places (n, rows times columns) of pictures that are known, grey around them."""
         rows, columns = self.tokenizer.grid
         patch = images.shape[2] // rows, images.shape[3] // columns
         shown = known.view(-1, 1, rows, columns).repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)

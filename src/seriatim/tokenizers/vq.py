@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from seriatim.tokenizers import library, quantizers
 from seriatim.tokenizers.base import check_codes, check_pictures
+from seriatim.tokenizers.bernoulli import Bernoulli
 from seriatim.tokenizers.codebook import CodebookConfig, Phase, count_uses, fill, idle, phase, revive, unused
 from seriatim.tokenizers.conv import Body, check_body, conv_body, map_to_rows, rows_to_map
 from seriatim.tokenizers.losses import LossConfig, PictureLoss
 from seriatim.tokenizers.quantizers import Quantized, Quantizer
 
-QuantizerName = Literal["vq", "vq-l2", "ibq", "bsq", "fsq", "lfq", "sim-vq", "residual-vq"]
+QuantizerName = Literal["vq", "vq-l2", "ibq", "bsq", "fsq", "lfq", "bernoulli", "sim-vq", "residual-vq"]
 
 FSQ_LEVELS = {8: (8, 6, 5), 10: (8, 5, 5, 5), 12: (7, 5, 5, 5, 5), 14: (8, 8, 8, 6, 5), 16: (8, 8, 8, 5, 5, 5)}
 """Levels that FSQ's paper recommends for about 2^k codes."""
@@ -33,10 +34,10 @@ FSQ_LEVELS = {8: (8, 6, 5), 10: (8, 5, 5, 5), 12: (7, 5, 5, 5, 5), 14: (8, 8, 8,
 class VQConfig(LossConfig, CodebookConfig):
     """The shape of a tokenizer and how it is trained; the defaults suit 32x32 glyphs (8x8 ids of 256).
 
-    dim: of the codes (bsq and lfq have log2(vocab), fsq has the levels recommended for about `vocab` codes, whatever
-    is given here); depth: ids a place, for residual-vq; entropy: weight of the penalty on unsure and uneven choices
-    (None: the quantizer's own: 0 for vq and vq-l2, 0.5 for ibq, 0.1 for bsq and lfq; the rest have no such penalty);
-    inner: channels between the residual body and the code.
+    dim: of the codes (bsq, lfq and bernoulli have log2(vocab), fsq has the levels recommended for about `vocab` codes,
+    whatever is given here); depth: ids a place, for residual-vq; entropy: weight of the penalty on unsure and uneven
+    choices (None: the quantizer's own: 0 for vq and vq-l2, 0.5 for ibq, 0.1 for bsq, lfq and bernoulli; the rest have
+    no such penalty); inner: channels between the residual body and the code.
     """
 
     side: int = 32
@@ -102,6 +103,8 @@ def make_quantizer(c: VQConfig) -> Quantizer:
                 f"fsq has levels for about {', '.join(str(2**b) for b in FSQ_LEVELS)} codes, not {c.vocab}"
             )
         return library.FSQ(FSQ_LEVELS[bits])
+    if c.quantizer == "bernoulli":
+        return Bernoulli(bits, **({} if c.entropy is None else {"entropy": c.entropy}))
     return quantizers.BSQ(bits, **options) if c.quantizer == "bsq" else library.LFQ(bits, **options)
 
 
