@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -161,11 +161,14 @@ class ResidualPyramid(PyramidSystem):
     """Over the multi-scale residual tokenizer of VAR: each scale adds to the coarser ones."""
 
     tokenizers = ("image-msvq",)
+    tokenizer_class: ClassVar[type[MultiScaleTokenizer]] = MultiScaleTokenizer
 
     @classmethod
     def known(cls, tokenizer: Any, data: Data) -> dict[str, Any]:
-        if not isinstance(tokenizer, MultiScaleTokenizer):
-            raise ValueError(f"{cls.meta.key} needs a multi-scale tokenizer: a run of image-msvq")
+        if type(tokenizer) is not cls.tokenizer_class:  # one of another analysis would do, but its config is another
+            raise ValueError(
+                f"{cls.meta.key} needs a {cls.tokenizer_class.kind} tokenizer: a run of {cls.tokenizers[0]}"
+            )
         return {"tokenizer": tokenizer.config, "classes": max(len(data.classes), 1)}
 
     def unfinished(self, codes: Tensor, known: Tensor) -> Float[Tensor, "n c h w"]:

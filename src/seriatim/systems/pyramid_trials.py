@@ -90,6 +90,28 @@ def both_depths(trained: Any) -> Mapping[str, Any]:
     return {**figures, "loss_both": sum(figures.values()) / 2}
 
 
+def exposure_gap(trained: Any, samples: int = 512) -> Mapping[str, Any]:
+    """Losses of a SAR on held-out pictures, nats an id behind the first scale: in view of the truth, in view of its own
+    predictions (the likeliest ids of one forward), and the gap between them."""
+    from seriatim.systems.image.sar import predicted, student_losses
+    from seriatim.systems.system import evenly
+
+    system, data = trained.system.eval(), trained.data.test
+    model, sums, ids = system.model, {"loss_true": 0.0, "loss_own": 0.0}, 0
+    for part in evenly(len(data), samples).split(64):
+        canvas, condition = system.canvas(data.take(part))
+        plan = model.factorization.packed(canvas)
+        with torch.inference_mode():
+            encoded = model.encode(condition)
+            h = model.hidden(plan, canvas, None, encoded)
+            own = model.canvas({"token": predicted(model, plan, canvas, h)}, layout=canvas.layout)
+            for name, context in (("loss_true", canvas), ("loss_own", own)):
+                sums[name] += float(student_losses(model, plan, context, encoded, canvas).sum())
+        ids += int((canvas.layout.coord[:, 0] > 0).sum()) * canvas.batch
+    figures = {name: nats / ids for name, nats in sums.items()}
+    return {**figures, "gap": figures["loss_own"] - figures["loss_true"]}
+
+
 def one_pass(system: Any, seed: int, samples: int = SAMPLES) -> Mapping[str, Any]:
     """FD-s and accuracy of glyphs that a pyramid system draws in one forward a scale."""
     from seriatim.data.base import load_data

@@ -17,11 +17,13 @@ from seriatim.tokenizers.kl import KLConfig, KLTokenizer
 from seriatim.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from seriatim.tokenizers.patches import PatchConfig, PatchTokenizer
 from seriatim.tokenizers.pixels import PixelConfig, PixelTokenizer
+from seriatim.tokenizers.rings import RingConfig, RingTokenizer
 from seriatim.tokenizers.vq import VQConfig, VQTokenizer
 from seriatim.training.checkpoint import load_weights, save_json, save_weights
 
 KINDS: dict[str, tuple[type, type]] = {
     "multi-scale": (MultiScaleConfig, MultiScaleTokenizer),
+    "rings": (RingConfig, RingTokenizer),
     "vq": (VQConfig, VQTokenizer),
     "flexible": (FlexConfig, FlexTokenizer),
     "kl": (KLConfig, KLTokenizer),
