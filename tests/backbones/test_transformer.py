@@ -477,14 +477,16 @@ def test_inputs_that_do_not_fit_are_refused():
         Transformer(replace(BASE, kinds=("near",)))(x, plan)
 
 
-def test_norms_that_are_left_out_have_no_weights_and_none_are_with_a_vector():
+def test_norms_that_are_left_out_have_no_weights_and_a_vector_drives_the_first():
     bare = Transformer(replace(BASE, first_norm=False, last_norm=False, norm="layer"))
     names = set(dict(bare.named_parameters()))
     assert not names & {"norm", "norm_bias", "layers.0.norm1", "layers.0.norm1_bias"}
     assert {"layers.1.norm1", "layers.1.norm1_bias", "layers.0.norm2"} <= names
-    for wrong in ({"first_norm": False}, {"last_norm": False}):
-        with pytest.raises(ValueError, match="drives all norms"):
-            replace(BASE, vector=4, **wrong)
+    driven = [Transformer(replace(BASE, vector=4, norm="layer", last_norm=last)) for last in (True, False)]
+    more, fewer = (set(dict(one.named_parameters())) for one in driven)
+    assert fewer < more and all("." not in name for name in more - fewer), "no norm after the last layer"
+    with pytest.raises(ValueError, match="drives all norms"):
+        replace(BASE, vector=4, first_norm=False)
 
 
 def test_positions_beyond_the_table_are_named():

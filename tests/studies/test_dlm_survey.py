@@ -321,8 +321,8 @@ def test_a_queue_that_was_cut_off_goes_on_arm_by_arm_and_ends_in_a_page(in_small
     result = verb.measure("dlm-survey", in_small)
     assert done == ["random", "random", "confidence", "text, next-token", "text, mdlm"]
     assert run[len(done) :] == ["text, mdlm", "lists, mdlm"], "what is finished is not measured again"
-    assert result["verdict"] == "holds" and result["train_seconds"] > 0
     trained = result["arms"]["text, mdlm"][0]
+    assert result["verdict"] == "holds" and trained["train_seconds"] > 0
     assert [(c["way"], c["k"]) for c in trained["cells"]] == [("random", 1), ("random", 4), ("confidence", 4)]
     found = study.trained("mdlm", "text")
     assert study.costs(found)["train_seconds"] == trained["train_seconds"], "a finished run is found"

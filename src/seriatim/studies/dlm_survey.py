@@ -339,7 +339,7 @@ def ideal(tasks: Sequence[str], draws: int = 256) -> Callable[[Any, int], Mappin
 
 def costs(run: Any) -> dict[str, Any]:
     """What a training took, and its curve."""
-    seconds = round(sum(h.get("seconds", 0.0) for h in run.history), 1)
+    seconds = round(sum(h.get("seconds", 0.0) for h in run.history), 3)
     curve = [(h["step"], h["loss"]) for h in run.history]
     return {"parameters": parameters(run.system.model), "train_seconds": seconds, "losses": curve}
 
