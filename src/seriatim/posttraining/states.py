@@ -12,7 +12,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from seriatim.posttraining.drafting import Base
 from seriatim.training.checkpoint import save_json
+from seriatim.training.precision import autocast
 
 AT_ONCE = 2048  # tokens of a forward
 NOTED = 10.0  # seconds between two notes of how far it is
@@ -118,7 +118,7 @@ def _fill(base: Base, ids: Int[Tensor, "windows n"], path: Path, size: int, tell
 def _states(base: Base, ids: Int[Tensor, "w n"]) -> Float[Tensor, "w n d"]:
     """In bfloat16, also where the base is finer."""
     narrow = base.dtype == torch.float32 and base.device.type == "cpu"
-    with torch.autocast("cpu", torch.bfloat16) if narrow else nullcontext():
+    with autocast("cpu", bf16=narrow):
         return base.states(ids.long().to(base.device)).to("cpu", torch.bfloat16)
 
 

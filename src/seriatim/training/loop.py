@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from seriatim.canvas import Canvas
 from seriatim.model import Model
 from seriatim.random import Generator
+from seriatim.training.precision import autocast
 from seriatim.training.recipe import Recipe
 
 Draw = Callable[[int, torch.Generator], tuple[Canvas, Mapping[str, Tensor] | None]]
@@ -57,7 +58,7 @@ def mean_loss(model: Model, draw: Draw, recipe: Recipe, generator: torch.Generat
     device = model.device.type
     random = Generator()
     random.generator = generator  # one state for everything that is drawn
-    with torch.autocast(device, torch.bfloat16, enabled=recipe.bf16):
+    with autocast(device, recipe.bf16):
         losses = model.losses(canvas, condition, drop, random=random)
     count = (canvas.rank >= 0).sum() if canvas.length is None else losses.numel() - canvas.batch * canvas.given_length
     return losses.sum() / count

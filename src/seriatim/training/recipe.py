@@ -14,10 +14,10 @@ class Recipe:
 
     steps, batch: optimizer steps, and samples in each (of all processes and accumulated parts together); accumulate:
     parts a batch is computed in; warm_up: share of the steps; clip: largest gradient norm; drop: share of samples whose
-    condition is replaced by the null; bf16: autocast of the forward; ema: decay of the averaged weights that generation
-    uses (None: the last weights); norm: by what the losses of a batch are divided (`NORMS`: token, sequence, batch);
-    compile: compile the layers where a C++ compiler is found; validate_every: steps between two looks at held-out data
-    (None: ten looks).
+    condition is replaced by the null; bf16: autocast of the forward, where the machine has instructions for it; ema:
+    decay of the averaged weights that generation uses (None: the last weights); norm: by what the losses of a batch are
+    divided (`NORMS`: token, sequence, batch); compile: compile the layers where a C++ compiler is found;
+    validate_every: steps between two looks at held-out data (None: ten looks).
     """
 
     steps: int

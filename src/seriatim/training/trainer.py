@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from seriatim.compiling import why_not_compiled
 from seriatim.random import Generator
 from seriatim.training.loop import adamw
+from seriatim.training.precision import autocast, why_not_bfloat16
 from seriatim.training.recipe import Recipe
 from seriatim.training.run import RunFolder
 from seriatim.training.state import frozen_names, gather, read_safely, restore, write_safely
@@ -127,6 +128,9 @@ class _Training:
         if recipe.batch % parts:
             raise ValueError(f"a batch of {recipe.batch} cannot be computed in {parts} equal parts; take a multiple")
         learner.train()
+        missing = why_not_bfloat16(self.accelerator.device.type) if recipe.bf16 else None
+        if missing is not None:
+            warnings.warn(f"training is in float32, which is faster here: {missing}", stacklevel=2)
         if recipe.compile:
             compile_layers(learner.to(self.accelerator.device))
         self.sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and self.accelerator.num_processes > 1
@@ -222,7 +226,7 @@ class _Training:
             return self.model(batch, random, step, r.steps)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.recipe.bf16)
+        return autocast(self.accelerator.device.type, self.recipe.bf16)
 
     @contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
