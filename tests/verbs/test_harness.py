@@ -175,3 +175,8 @@ def test_a_model_of_any_order_writes_up_to_a_stop_string(masked):
     assert len(whole) > 3
     (cut,) = masked.generate_until(asked(("the quick", {**plain, "until": [whole[2]]})), disable_tqdm=True)
     assert cut == whole[: whole.index(whole[2])]
+
+
+def test_a_task_that_leaves_no_room_for_a_prompt_is_refused(both):
+    with pytest.raises(ValueError, match="--gen_kwargs max_gen_toks=24"):
+        both[0].generate_until(asked(("the quick", {"max_gen_toks": LENGTH})), disable_tqdm=True)

@@ -175,7 +175,13 @@ class Harness(TemplateLM):
     def _texts(self, contexts: Sequence[str], settings: Any) -> list[str]:
         until, new = settings.get("until") or [], settings["max_gen_toks"]
         stops = [until] if isinstance(until, str) else [s for s in until if s]
-        rows = [self.tok_encode(context)[-(self.max_length - new) :] for context in contexts]
+        room = self.max_length - new
+        if room < 1:
+            raise ValueError(
+                f"a task asks for {new} new tokens, and this model takes {self.max_length} with the prompt: pass fewer "
+                f"(--gen_kwargs max_gen_toks={max(self.max_length // 2, 1)})"
+            )
+        rows = [self.tok_encode(context)[-room:] for context in contexts]
         if isinstance(self.model, MaskedText):
             return [self._unmasked(self.model, row, new, settings, stops) for row in rows]
         made = self.model.generate(
