@@ -17,6 +17,7 @@ from seriatim.tokenizers.patches import PatchConfig, PatchTokenizer
 from seriatim.tokenizers.pixels import PixelConfig, PixelTokenizer
 from seriatim.tokenizers.quantizers import BSQ, IBQ, VQ, NormalizedVQ, Quantized, Quantizer
 from seriatim.tokenizers.report import report, ssim
+from seriatim.tokenizers.sequential import SequentialConfig, SequentialTokenizer, Stream
 from seriatim.tokenizers.vq import VQConfig, VQTokenizer
 
 __all__ = [
@@ -34,6 +35,9 @@ __all__ = [
     "VQTokenizer",
     "FlexConfig",
     "FlexTokenizer",
+    "SequentialConfig",
+    "SequentialTokenizer",
+    "Stream",
     "KLConfig",
     "KLTokenizer",
     "Posterior",

@@ -18,6 +18,7 @@ from seriatim.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from seriatim.tokenizers.patches import PatchConfig, PatchTokenizer
 from seriatim.tokenizers.pixels import PixelConfig, PixelTokenizer
 from seriatim.tokenizers.rings import RingConfig, RingTokenizer
+from seriatim.tokenizers.sequential import SequentialConfig, SequentialTokenizer
 from seriatim.tokenizers.vq import VQConfig, VQTokenizer
 from seriatim.training.checkpoint import load_weights, save_json, save_weights
 
@@ -27,6 +28,7 @@ KINDS: dict[str, tuple[type, type]] = {
     "vq": (VQConfig, VQTokenizer),
     "flexible": (FlexConfig, FlexTokenizer),
     "kl": (KLConfig, KLTokenizer),
+    "sequential": (SequentialConfig, SequentialTokenizer),
     "pixels": (PixelConfig, PixelTokenizer),
     "patches": (PatchConfig, PatchTokenizer),
 }
