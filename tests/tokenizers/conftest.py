@@ -27,6 +27,11 @@ SMALL: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "vq, critic": ("vq", {"side": 32, "vocab": 16, "dim": 4, "width": 8, "adversarial": 0.02, "critic_width": 8}),
     "flexible": ("flexible", {"side": 16, "scales": (1, 2, 3, 4), "vocab": 16, "dim": 4, "width": 8}),
+    "detail": (
+        "detail",
+        {"side": 16, "vocab": 16, "dim": 4, "queries": 6, "group": 2, "width": 16, "heads": 2, "depth": 1}
+        | {"draw_depth": 1, "near": 4, "shorter": 0.5},
+    ),
     "sequential": (
         "sequential",
         {"side": 16, "vocab": 16, "dim": 4, "queries": 4, "groups": 2, "width": 16, "heads": 2, "depth": 1}

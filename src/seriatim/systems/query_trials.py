@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from seriatim.maps import bicubic_up
 from seriatim.systems.flow_trials import quality
 from seriatim.systems.system import evenly
 
@@ -44,6 +45,29 @@ def previews_settle(system: Any, seed: int, data: Any = None) -> Mapping[str, An
         for name, part in (("low", slice(0, LOW + 1)), ("high", slice(LOW + 1, None)))
     }
     return {f"error_{g + 1}": e for g, e in enumerate(errors)} | {"falls": falls, "of": len(errors) - 1} | shares
+
+
+@torch.no_grad()
+def prefixes_and_repairs(system: Any, seed: int, data: Any = None) -> Mapping[str, Any]:
+    """Of a next-detail tokenizer, on held-out pictures: the squared error of each prefix, enlarged (`error_1`, ...),
+    and how often it does not grow; that of all ids when a group of them is wrong, with and without the repair behind
+    it, mean over groups (`error_wrong`, `error_repaired`)."""
+    from seriatim.data.base import load_data
+
+    t, held_out = system.model, (data or load_data("glyphs", "image")).test
+    images = held_out.take(evenly(len(held_out), EXAMPLES))["image"]
+    ids, side, c = t.encode(images), (t.side, t.side), t.config
+    drawn = {n: bicubic_up(t.decode_prefix(ids[:, :n]), side) for n in c.lengths}
+    errors = {n: float((x - images).square().mean()) for n, x in drawn.items()}
+    g, wrong, repaired = torch.Generator().manual_seed(seed), [], []
+    for at in (*range(c.group), *range(c.group, c.queries - c.group, c.group)):
+        lines, end = t.corrupted(images, at, g), t.end_of(at)
+        left = torch.cat([lines.fed[:, :end], lines.clean[:, end:]], 1)
+        wrong.append(float((t.decode(left) - images).square().mean()))
+        repaired.append(float((t.decode(lines.fed) - images).square().mean()))
+    falls = sum(now <= before for before, now in pairwise(errors.values()))
+    said = {f"error_{n}": e for n, e in errors.items()} | {"falls": falls, "of": len(errors) - 1}
+    return said | {"error_wrong": sum(wrong) / len(wrong), "error_repaired": sum(repaired) / len(repaired)}
 
 
 def spectrum(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "f"]:

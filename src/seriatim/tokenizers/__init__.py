@@ -2,6 +2,7 @@
 
 from seriatim.tokenizers.base import PictureTokenizer
 from seriatim.tokenizers.conv import ConvDecoder, ConvEncoder, ResidualDecoder, ResidualEncoder
+from seriatim.tokenizers.detail import Corrupted, DetailConfig, DetailTokenizer
 from seriatim.tokenizers.files import KINDS, load_tokenizer, make_tokenizer, save_tokenizer
 from seriatim.tokenizers.flexible import FlexConfig, FlexTokenizer
 from seriatim.tokenizers.kl import KLConfig, KLTokenizer, Posterior
@@ -35,6 +36,9 @@ __all__ = [
     "VQTokenizer",
     "FlexConfig",
     "FlexTokenizer",
+    "DetailConfig",
+    "DetailTokenizer",
+    "Corrupted",
     "SequentialConfig",
     "SequentialTokenizer",
     "Stream",

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from seriatim.tokenizers.base import PictureTokenizer
+from seriatim.tokenizers.detail import DetailConfig, DetailTokenizer
 from seriatim.tokenizers.flexible import FlexConfig, FlexTokenizer
 from seriatim.tokenizers.kl import KLConfig, KLTokenizer
 from seriatim.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
@@ -28,6 +29,7 @@ KINDS: dict[str, tuple[type, type]] = {
     "vq": (VQConfig, VQTokenizer),
     "flexible": (FlexConfig, FlexTokenizer),
     "kl": (KLConfig, KLTokenizer),
+    "detail": (DetailConfig, DetailTokenizer),
     "sequential": (SequentialConfig, SequentialTokenizer),
     "pixels": (PixelConfig, PixelTokenizer),
     "patches": (PatchConfig, PatchTokenizer),

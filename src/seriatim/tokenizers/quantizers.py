@@ -131,6 +131,15 @@ class VQ(_Table):
     def decode_ids(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         return F.embedding(ids, self.table)
 
+    @torch.no_grad()
+    def nearest(self, z: Float[Tensor, "b n d"], count: int) -> Int[Tensor, "b n count"]:
+        """The ids of the nearest codes to each latent, the one that it becomes first."""
+        if not 1 <= count <= self.vocab:
+            raise ValueError(f"1 to {self.vocab} codes are nearest, not {count}")
+        with full_precision(z):
+            codes = self.decode_ids(torch.arange(self.vocab, device=z.device)[None])[0]
+            return _closeness(self._check(z), codes).topk(count, -1).indices
+
 
 class NormalizedVQ(VQ):
     """`VQ` on the unit sphere: latents and codewords are l2-normalised, so that the nearest is the most aligned.

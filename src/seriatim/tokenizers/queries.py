@@ -32,7 +32,7 @@ class Looking(Plan):
 class LookingAtAll(Looking):
     """The same where everybody sees everybody."""
 
-    def attention(self, view: str, cache) -> None:  # type: ignore[no-untyped-def, override]
+    def attention(self, view: str, cache) -> None:  # type: ignore[no-untyped-def]
         return None
 
 
@@ -94,9 +94,7 @@ class QueryEncoder(nn.Module):
         self.from_patch = nn.Linear(channels * patch * patch, width)
         self.queries = nn.Parameter(torch.randn(n, rank or width) * (1.0 if rank else 0.02))
         self.widen = nn.Linear(rank, width) if rank else nn.Identity()
-        self.again = nn.Parameter(torch.randn(n, width) * 0.02) if again else None
-        self.from_code = nn.Linear(dim, width) if again else None
-        self.place = nn.Parameter(torch.randn(n, width) * 0.02) if again else None
+        self.follow = Follow(n, width, dim) if again else None
         self.net = Transformer(config)
         self.to_code = nn.Linear(width, dim, bias=False)
         nn.init.normal_(self.to_code.weight, std=1 / math.sqrt(width))
@@ -111,14 +109,25 @@ class QueryEncoder(nn.Module):
         x = F.layer_norm(x, x.shape[-1:], eps=EPS)
         queries = self.widen(self.queries).expand(len(x), -1, -1)
         if prefix is not None:
-            if self.again is None or self.from_code is None:
+            if self.follow is None:
                 raise ValueError("this encoder has no queries that follow a prefix: make it with again=True")
-            rest = self.again[prefix.shape[1] :].expand(len(x), -1, -1)
-            queries = torch.cat([self.from_code(prefix.to(x.dtype)), rest], 1)
-        if self.place is not None:
-            queries = queries + self.place
+            queries = self.follow(prefix.to(x.dtype))
         h = self.net(torch.cat([x, queries], 1), self.plan)
         return self.to_code(h[:, self.patches :])
+
+
+class Follow(nn.Module):
+    """The line of queries behind a prefix of codes: these, widened, and other queries in the places of the rest."""
+
+    def __init__(self, count: int, width: int, dim: int):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(count, width) * 0.02)
+        self.place = nn.Parameter(torch.randn(count, width) * 0.02)
+        self.from_code = nn.Linear(dim, width)
+
+    def forward(self, prefix: Float[Tensor, "b k dim"]) -> Float[Tensor, "b n d"]:
+        rest = self.queries[prefix.shape[1] :].expand(len(prefix), -1, -1)
+        return torch.cat([self.from_code(prefix), rest], 1) + self.place
 
 
 def query_plan(side: int, turn: Int[Tensor, "n"]) -> Plan:
