@@ -33,7 +33,8 @@ def shapes():
     out = {
         "patchify.weight": (w, 3, 4, 4), "patchify.bias": (w,), "quant_in_conv.weight": (8, w, 1, 1),
         "quant_out_conv.weight": (w, 8, 1, 1), "quantize.embedding.weight": (32, 8),
-        "query_embedding.weight": (1024, 8), "query_linear.weight": (w, 8), "query_linear.bias": (w,), "decoder_embedding.weight": (1024, w),
+        "query_embedding.weight": (1024, 8), "query_linear.weight": (w, 8), "query_linear.bias": (w,),
+        "decoder_embedding.weight": (1024, w),
     }  # fmt: skip
     flow = "diff_decoder.net."
     for name, out_size, in_size in (

@@ -80,10 +80,10 @@ def _ours(weights: Mapping[str, Tensor], queries: int, width: int) -> dict[str, 
         if name.startswith(TRAINING) or name in ("query_embedding.weight", "decoder_embedding.weight"):
             continue
         part, _, kind = name.rpartition(".")
-        stack = next((s for s in STACKS if name.startswith(s + ".")), None)
-        if stack is not None:
-            number, _, rest = name.removeprefix(stack + ".").partition(".")
-            layers.setdefault((stack, number), {})[rest] = x
+        within = [stack for stack in STACKS if name.startswith(stack + ".")]
+        if within:
+            number, _, rest = name.removeprefix(within[0] + ".").partition(".")
+            layers.setdefault((within[0], number), {})[rest] = x
         elif part in ENDS:
             out[f"{ENDS[part]}.{kind}"] = x.flatten(1) if kind == "weight" else x
         elif name != "quantize.embedding.weight":
@@ -103,12 +103,10 @@ def _layer(w: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for kind, ours in (("weight", ""), ("bias", "_bias")):
         q, k, v = (w[f"attention.{x}.{kind}"] for x in "qkv")
         out["qkv" + ours] = torch.cat([_turned(q), _turned(k), v])
-        for x in "qk":
-            out[f"{x}_norm{ours}"] = _turned(w[f"attention.{x}_norm.{kind}"])
+        out |= {f"{x}_norm{ours}": _turned(w[f"attention.{x}_norm.{kind}"]) for x in "qk"}
         out["up" + ours] = w[f"mlp.fc1.{kind}"]
         for name, of, gate in (("out", "attention.proj", gates[0]), ("down", "mlp.fc2", gates[1])):
-            x = w[f"{of}.{kind}"]
-            out[name + ours] = x * (gate[:, None] if kind == "weight" else gate)
+            out[name + ours] = w[f"{of}.{kind}"] * (gate[:, None] if kind == "weight" else gate)
         for name in ("norm1", "norm2"):
             if f"{name}.{kind}" in w:
                 out[name + ours] = w[f"{name}.{kind}"]
@@ -119,7 +117,7 @@ def _layer(w: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _steer(w: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What steers the slots of one layer."""
-    out = {}
+    out: dict[str, Tensor] = {}
     for kind in ("weight", "bias"):
         for part, ours in (("time_embed.mlp", "time"), ("cond_embed", "memory")):
             out |= {f"{ours}.{i}.{kind}": w[f"{part}.{i}.{kind}"] for i in (0, 2)}

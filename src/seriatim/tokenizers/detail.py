@@ -160,6 +160,7 @@ class DetailTokenizer(CodedTokenizer):
 
     kind: ClassVar[str] = "detail"
     config: DetailConfig
+    quantizer: NormalizedVQ
 
     def __init__(self, config: DetailConfig) -> None:
         super().__init__()

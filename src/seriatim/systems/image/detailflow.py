@@ -147,6 +147,7 @@ class DetailFlow(QuerySystem):
         model, target = self.model, self.model.canvas({"token": said})
         context = model.canvas({"token": fed})
         plan = model.factorization.packed(context)
+        assert plan is not None
         h = model.hidden(plan, context, None, model.encode(raw, dropped))
         return model.losses_at(h, plan.reads, target), target.open
 
