@@ -10,7 +10,7 @@ import torch
 from seriatim.random import Generator
 from seriatim.systems.image import d_ar
 from seriatim.systems.query_trials import previews_settle, spectrum
-from seriatim.systems.system import Sampling
+from seriatim.systems.system import Sampling, config_from
 from seriatim.tokenizers import PixelConfig, PixelTokenizer
 from seriatim.tokenizers.sequential import SequentialConfig, SequentialTokenizer
 from seriatim.verbs.load import load
@@ -136,6 +136,12 @@ def test_what_settles_is_measured():
     said = previews_settle(SimpleNamespace(model=made.tokenizer), 0, data)
     assert said["of"] == 3 and 0 <= said["falls"] <= 3 and all(said[f"error_{g}"] > 0 for g in (1, 2, 3, 4))
     assert 0 < said["low_by_half"] < 1 and 0 < said["high_by_half"] < 1
+
+
+def test_a_config_follows_from_the_tokenizer_at_every_size():
+    known = d_ar.DAR.known(system().tokenizer, DATA)
+    for size in d_ar.DAR.sizes:
+        assert config_from(d_ar.DAR, {}, size, **known).group_size == 2
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from seriatim.laws.case import randomise
 from seriatim.random import Generator
 from seriatim.systems.image import detailflow
 from seriatim.systems.query_trials import prefixes_and_repairs
-from seriatim.systems.system import Sampling
+from seriatim.systems.system import Sampling, config_from
 from seriatim.tokenizers import PixelConfig, PixelTokenizer
 from seriatim.tokenizers.detail import DetailConfig, DetailTokenizer
 from seriatim.verbs.load import load
@@ -201,6 +201,12 @@ def test_other_tokenizers_and_shares_are_refused():
         detailflow.DetailFlow.known(PixelTokenizer(PixelConfig()), DATA)
     with pytest.raises(ValueError, match="correction of 2"):
         detailflow.Config(correction=2)
+
+
+def test_a_config_follows_from_the_tokenizer_at_every_size():
+    known = detailflow.DetailFlow.known(system().tokenizer, DATA)
+    for size in detailflow.DetailFlow.sizes:
+        assert config_from(detailflow.DetailFlow, {}, size, **known).group_size == 2
 
 
 @pytest.mark.slow

@@ -15,10 +15,10 @@ from seriatim.tokenizers.files import KINDS
 
 @dataclass(frozen=True)
 class QueryConfig:
-    """Sizes of a generator over `groups` groups of `size` ids."""
+    """Sizes of a generator over `groups` groups of `group_size` ids."""
 
     groups: int = 8
-    size: int = 4
+    group_size: int = 4
     vocab: int = 256
     classes: int = 62
     width: int = 96
@@ -27,8 +27,8 @@ class QueryConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if min(self.groups, self.size) < 1:
-            raise ValueError(f"there is at least 1 group of at least 1 id, got {self.groups} of {self.size}")
+        if min(self.groups, self.group_size) < 1:
+            raise ValueError(f"there is at least 1 group of at least 1 id, got {self.groups} of {self.group_size}")
 
 
 class QuerySystem(ImageSystem):
@@ -48,4 +48,4 @@ class QuerySystem(ImageSystem):
         if not isinstance(tokenizer, KINDS[cls.codes][1]):
             raise ValueError(f"{cls.meta.key} needs a {cls.codes} tokenizer: a run of {cls.tokenizers[0]}")
         groups, size = tokenizer.grid  # type: ignore[attr-defined]
-        return {**super().known(tokenizer, data), "groups": groups, "size": size}
+        return {**super().known(tokenizer, data), "groups": groups, "group_size": size}

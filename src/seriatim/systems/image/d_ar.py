@@ -73,14 +73,14 @@ class Config(QueryConfig):
         """Which id of the tokenizer's line each element is."""
         order = torch.randperm(self.groups, generator=torch.Generator().manual_seed(0))
         order = order if self.shuffled else torch.arange(self.groups)
-        return (order[:, None] * self.size + torch.arange(self.size)).flatten()
+        return (order[:, None] * self.group_size + torch.arange(self.group_size)).flatten()
 
 
 def build(config: Config | None = None) -> Model:
     """The model, with fresh weights: that of raster-ar over a line of ids."""
     c = config or Config()
     same = raster_ar.Config(c.groups, c.vocab, c.classes, c.width, c.depth, c.heads, c.dropout)
-    return raster_ar.build(same, c.groups, c.size)
+    return raster_ar.build(same, c.groups, c.group_size)
 
 
 class DAR(QuerySystem):
@@ -104,13 +104,13 @@ class DAR(QuerySystem):
     def so_far(self, canvas: Canvas) -> Float[Tensor, "n c h w"]:
         """The preview after the groups that are known; grey before the first. The last frame is the picture."""
         c, t = self.config, self.tokenizer
-        known = canvas.known[:, c.order.argsort()].view(-1, c.groups, c.size).all((0, 2))
+        known = canvas.known[:, c.order.argsort()].view(-1, c.groups, c.group_size).all((0, 2))
         groups = int(known.long().cumprod(0).sum())
         if groups == c.groups:
             return self.finished(canvas)
         if groups == 0:
             return torch.zeros(canvas.batch, t.channels, t.side, t.side)
-        return t.previews(canvas.value["token"][:, c.order.argsort()][:, : groups * c.size])[-1]
+        return t.previews(canvas.value["token"][:, c.order.argsort()][:, : groups * c.group_size])[-1]
 
     def stream(
         self, labels: Int[Tensor, " n"], sampling: Sampling | None = None, seed: int = 0,
@@ -124,22 +124,22 @@ class DAR(QuerySystem):
         if c.shuffled:
             raise ValueError("groups that are generated in another order cannot be drawn one by one")
         start = torch.zeros(len(labels), 0, dtype=torch.long) if given is None else given
-        if start.shape[1] % c.size or start.shape[1] > c.groups * c.size or len(start) != len(labels):
+        if start.shape[1] % c.group_size or start.shape[1] > c.groups * c.group_size or len(start) != len(labels):
             raise ValueError(
-                f"what is given are whole groups of {c.size} ids, {c.groups} at most, a row for each of {len(labels)} "
-                f"labels; got {tuple(start.shape)}"
+                f"what is given are whole groups of {c.group_size} ids, {c.groups} at most, a row for each of "
+                f"{len(labels)} labels; got {tuple(start.shape)}"
             )
-        ids = torch.nn.functional.pad(start, (0, c.groups * c.size - start.shape[1]))
+        ids = torch.nn.functional.pad(start, (0, c.groups * c.group_size - start.shape[1]))
         canvas = self.model.canvas({"token": ids}, start.shape[1])
         stream, told = Stream(self.tokenizer, len(labels)), 0
         steps = decode(
             self.target(self.condition(labels, len(labels)), s), canvas, self.decider(s), None, Generator(seed)
         )
         while told < c.groups:
-            while int(canvas.known.sum(1).min()) < (told + 1) * c.size:
+            while int(canvas.known.sum(1).min()) < (told + 1) * c.group_size:
                 next(steps)
             with torch.inference_mode():
-                preview = stream.push(canvas.value["token"][:, told * c.size : (told + 1) * c.size])
+                preview = stream.push(canvas.value["token"][:, told * c.group_size : (told + 1) * c.group_size])
             told += 1
             yield preview
         yield stream.picture
@@ -152,7 +152,7 @@ class DAR(QuerySystem):
         generated. Raises ValueError for more groups than there are."""
         if not 0 <= groups <= self.config.groups:
             raise ValueError(f"0 to {self.config.groups} groups are taken over, got {groups}")
-        given = self.tokenizer.encode(images)[:, : groups * self.config.size]
+        given = self.tokenizer.encode(images)[:, : groups * self.config.group_size]
         return list(self.stream(labels, sampling, seed, given))[-1]
 
 

@@ -111,11 +111,11 @@ class PaddedEmbed(TokenEmbed):
 def build(config: Config | None = None) -> Model:
     """The model, with fresh weights."""
     c = config or Config()
-    order = OpenedGroups(c.groups * c.size, c.size)
+    order = OpenedGroups(c.groups * c.group_size, c.group_size)
     backbone = Transformer(TransformerConfig(c.width, c.depth, c.heads, dropout=c.dropout, vector=c.width))
-    embed = PaddedEmbed(c.vocab, c.width, c.groups, c.size)
+    embed = PaddedEmbed(c.vocab, c.width, c.groups, c.group_size)
     condition = {"class": ClassCondition(c.classes, c.width, ("prefix", "vector"), std=0.4)}
-    return Model(grid(c.groups, c.size), order, embed, backbone, CategoricalHead(c.width, c.vocab), condition)
+    return Model(grid(c.groups, c.group_size), order, embed, backbone, CategoricalHead(c.width, c.vocab), condition)
 
 
 class DetailFlow(QuerySystem):
