@@ -70,6 +70,7 @@ class ImageSystem(System):
     tokenizers: ClassVar[tuple[str, ...]]  # how pictures become elements; the first is the default
     tokenizer_settings: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # of one that needs no training
     sampling = Sampling(top_p=0.96)
+    placed = True  # do coordinates of elements tell places in the picture?
     seen_ahead = False  # may what is known of a picture be seen before its turn comes?
     validation_size = 256
     validation_batch = 64
@@ -151,7 +152,7 @@ class ImageSystem(System):
         """The elements all of whose pixels are kept."""
         shape = self.tokenizer.grid
         raster = grid(*shape).coord
-        if layout.coord.shape != raster.shape or not torch.equal(layout.coord, raster):
+        if not self.placed or layout.coord.shape != raster.shape or not torch.equal(layout.coord, raster):
             raise ValueError(f"no part of a picture is kept by {self.meta.key}: its elements have no place in one")
         return whole_cells(keep, shape).flatten()
 

@@ -36,6 +36,7 @@ class QuerySystem(ImageSystem):
 
     codes: ClassVar[str]
     source = "glyphs"
+    placed = False  # groups and places of a line, not of the picture
     tokenizer_settings = MappingProxyType({})
     sizes, recipes = RasterSystem.sizes, RasterSystem.recipes
 

@@ -9,7 +9,7 @@ What is new is in the tokenizer (tokenizers/sequential.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from seriatim.canvas import Canvas
 from seriatim.decoding.loop import decode
 from seriatim.laws.case import Case, Limit, randomise
+from seriatim.layout import Layout
 from seriatim.model import Model
 from seriatim.random import Generator
 from seriatim.systems.claim import Arm, Claim, Trial
@@ -94,9 +95,8 @@ class DAR(QuerySystem):
     def build(config: Any, tokenizer: Any) -> Model:
         return build(config)
 
-    def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, dict[str, Tensor] | None]:
-        codes = self.tokenizer.encode(batch["image"])[:, self.config.order]
-        return self.model.canvas({"token": codes}), self.condition(batch.get("label"), len(codes))
+    def elements(self, images: Float[Tensor, "n c h w"], layout: Layout) -> Int[Tensor, "n N"]:
+        return super().elements(images, layout)[:, self.config.order]
 
     def picture(self, codes: Int[Tensor, "n N"]) -> Float[Tensor, "n c h w"]:
         return self.tokenizer.decode(codes[:, self.config.order.argsort()])
