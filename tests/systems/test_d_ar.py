@@ -150,3 +150,10 @@ def test_it_is_trained_and_loaded_with_its_tokenizer(tmp_path):
     again = load(tmp_path / "run")
     assert isinstance(again.tokenizer, SequentialTokenizer) and again.config == made.system.config
     assert torch.equal(again.draw(torch.arange(2)).images, made.system.draw(torch.arange(2)).images)
+
+
+def test_a_part_of_a_picture_is_not_kept_by_ids_of_a_line():
+    made = system()
+    side = made.tokenizer.side
+    with pytest.raises(ValueError, match="no place"):
+        made.repaint(torch.zeros(1, 1, side, side), torch.ones(side, side, dtype=torch.bool), torch.tensor([0]))
