@@ -137,7 +137,7 @@ def mixed(
     if live is not None:
         log = log * live[:, None]
         count, seen = live.sum(1)[:, None], live[:, None, None].expand(b, -1, -1, -1, -1).flatten(0, 1)
-    inside = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)), seen, scale=1.0)
+    inside = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), seen, scale=1.0)
     out = inside.unflatten(0, (b, -1))
     keys = k if live is None else k * live[:, None, :, None]
     wrote, through = keys.mT @ v, (log.sum(-1) / count).exp()[..., None, None]

@@ -143,7 +143,7 @@ class ARFlow(DenoisedSystem):
         """Of pictures (b, c, h, w), or of sequences (b, n, c, h, w) of them."""
         images = batch["image"]
         count = images.shape[1] if images.dim() == 5 else 1
-        codes = self.vectors(images.flatten(0, -4)).view(len(images), -1, self.config.dim)
+        codes = self.vectors(images.flatten(0, -4)).reshape(len(images), -1, self.config.dim)
         layout = self.model.layout if count == 1 else pictures(count, self.config.side)
         return self.model.canvas({"token": codes}, layout=layout), self.condition(batch.get("label"), len(images))
 
