@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from seriatim.backbones.quantize import quantize
+from seriatim.data.base import INK
 from seriatim.home import HOME
 from seriatim.interop.fields import read_config
 from seriatim.interop.hub import HUB, from_hub
@@ -124,7 +125,7 @@ def _load(place: Path, dtype: torch.dtype | None) -> System:
     tokenizer = load_tokenizer_of(folder.path)
     system = cls(cls.Config(**card["config"]), tokenizer)
     load_weights(system.weights_to_keep(), folder.weights)
-    system.classes = tuple(card.get("classes", ()))
+    system.classes, system.ink = tuple(card.get("classes", ())), card.get("data") in INK
     return system.eval().requires_grad_(False)
 
 
