@@ -124,7 +124,7 @@ class ARFlow(DenoisedSystem):
         "b": {"width": 768, "depth": 12, "heads": 12},
     })  # fmt: skip
     recipes = MappingProxyType({
-        "tiny": Recipe(2500, batch=60, learning_rate=2e-3, drop=0.1, ema=0.995),
+        "tiny": Recipe(2000, batch=60, learning_rate=2e-3, drop=0.1, ema=0.995),
         "small": Recipe(8000, batch=60, learning_rate=1e-3, drop=0.1, ema=0.998),
         "b": Recipe(400_000, batch=1280, learning_rate=1e-4, floor=1.0, drop=0.1, betas=(0.9, 0.95), ema=0.9999),
     })  # fmt: skip
@@ -160,9 +160,9 @@ CLAIM = Claim(
     paper="ImageNet 128x128, 400,000 steps: FID 14.08, with guidance 4.34, against 9.17 of SiT",
     metric="fd_s",
     arms={
-        "arflow": Arm("arflow", steps=2500, measure=remembering),
-        "sit": Arm("arflow", {"pictures": 1}, steps=2500, measure=remembering),
-        "same picture": Arm("arflow", {"context": "same"}, steps=2500, measure=remembering),
+        "arflow": Arm("arflow", steps=1500, measure=remembering),
+        "sit": Arm("arflow", {"pictures": 1}, steps=1500, measure=remembering),
+        "same picture": Arm("arflow", {"context": "same"}, steps=1500, measure=remembering),
         "arflow, 3 minutes": Arm("arflow", minutes=3, measure=remembering),
         "sit, 3 minutes": Arm("arflow", {"pictures": 1}, minutes=3, measure=remembering),
     },
