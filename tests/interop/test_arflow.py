@@ -29,9 +29,10 @@ def shapes():
     """Names and shapes of the tensors of a file, at this size."""
     w, p = WIDTH, PATCH
     out = {
-        "x_embedder.proj.weight": (w, CHANNELS, p, p), "x_embedder.proj.bias": (w,), "t_embedder.mlp.0.weight": (w, 256),
-        "t_embedder.mlp.0.bias": (w,), "t_embedder.mlp.2.weight": (w, w), "t_embedder.mlp.2.bias": (w,),
-        "y_embedder.embedding_table.weight": (CLASSES + 1, w), "final_layer.linear.bias": (2 * CHANNELS * p * p,),
+        "x_embedder.proj.weight": (w, CHANNELS, p, p), "x_embedder.proj.bias": (w,),
+        "t_embedder.mlp.0.weight": (w, 256), "t_embedder.mlp.0.bias": (w,), "t_embedder.mlp.2.weight": (w, w),
+        "t_embedder.mlp.2.bias": (w,), "y_embedder.embedding_table.weight": (CLASSES + 1, w),
+        "final_layer.linear.bias": (2 * CHANNELS * p * p,),
         "final_layer.linear.weight": (2 * CHANNELS * p * p, w), "final_layer.adaLN_modulation.1.weight": (2 * w, w),
         "final_layer.adaLN_modulation.1.bias": (2 * w,),
     }  # fmt: skip

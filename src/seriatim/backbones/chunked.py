@@ -133,14 +133,14 @@ def mixed(
     where = slots.clamp(min=0)
     q, k, v = (x[:, where].transpose(2, 3) for x in (q, k, v))  # b z h m p
     log = log[:, where].transpose(2, 3)  # b z h m
-    count, seen = slots.shape[1], None
+    seen, mean = None, log.mean(-1)
     if live is not None:
-        log = log * live[:, None]
-        count, seen = live.sum(1)[:, None], live[:, None, None].expand(b, -1, -1, -1, -1).flatten(0, 1)
+        log, seen = log * live[:, None], live[:, None, None].expand(b, -1, -1, -1, -1).flatten(0, 1)
+        mean = log.sum(-1) / live.sum(1)[:, None]
     inside = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), seen, scale=1.0)
     out = inside.unflatten(0, (b, -1))
     keys = k if live is None else k * live[:, None, :, None]
-    wrote, through = keys.mT @ v, (log.sum(-1) / count).exp()[..., None, None]
+    wrote, through = keys.mT @ v, mean.exp()[..., None, None]
     into = q * log.cumsum(-1).exp()[..., None]
     start = q.new_zeros(b, heads, p, p) if before is None else before.to(q.dtype)
     after: list[Tensor] = []

@@ -7,8 +7,8 @@ import difflib
 
 from rich.console import Console
 
+from seriatim.data import emoji
 from seriatim.data.base import BUILT_IN, OPTIONAL, load_data
-from seriatim.data.emoji import kept_at, make_emoji
 
 
 def run_data(options: argparse.Namespace) -> int:
@@ -18,7 +18,7 @@ def run_data(options: argparse.Namespace) -> int:
         for name, modality in BUILT_IN.items():
             console.print(f"{name:12} {modality:6} built in", highlight=False)
         for name, modality in OPTIONAL.items():
-            state = f"at {kept_at()}" if kept_at().is_file() else f"not made yet: seriatim data {name}"
+            state = f"at {emoji.kept_at()}" if emoji.kept_at().is_file() else f"not made yet: seriatim data {name}"
             console.print(f"{name:12} {modality:6} {state}", highlight=False, soft_wrap=True)
         return 0
     if options.name not in OPTIONAL:
@@ -26,13 +26,13 @@ def run_data(options: argparse.Namespace) -> int:
         near = difflib.get_close_matches(options.name, OPTIONAL, n=1)
         hint = f"; did you mean {near[0]}?" if near else f": that is {', '.join(OPTIONAL)}"
         raise KeyError(f"{options.name!r} {what}{hint}")
-    path = kept_at()
+    path = emoji.kept_at()
     if path.is_file() and not options.again:
         console.print(
             f"{options.name} is there already: {path} (--again makes it anew)", highlight=False, soft_wrap=True
         )
     else:
-        path = make_emoji(options.source, lambda line: console.print(line, highlight=False, soft_wrap=True))
+        path = emoji.make_emoji(options.source, lambda line: console.print(line, highlight=False, soft_wrap=True))
     data = load_data(options.name, OPTIONAL[options.name])
     console.print(
         f"{path}\n{len(data.train):,} pictures to train on, {len(data.test):,} held out; classes: "

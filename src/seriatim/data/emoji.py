@@ -161,7 +161,9 @@ def make_emoji(source: str | Path | None = None, tell: Callable[[str], None] = l
     for vendor, file in files.items():
         inside = contents(file, ("package/emoji.json", f"package/img/{vendor}/{SIDE}/"))
         own = _table(file, inside)
-        table = table or own
+        if table is not None and own != table:
+            raise ValueError(f"{file} is of another version than the archive before it: take both of one")
+        table = own
         rows[vendor] = _pictures(file, vendor, inside, table)
         tell(f"{vendor}: {len(rows[vendor]):,} pictures ({LICENCES[vendor]})")
     assert table is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 import subprocess
@@ -72,12 +73,15 @@ def contents(file: Path, wanted: tuple[str, ...]) -> dict[str, bytes]:
     Raises ValueError where the archive is not whole."""
     found = {}
     try:
-        with tarfile.open(file, "r|gz") as archive:  # one pass: going back in it means unpacking again
+        # one pass: going back means unpacking again
+        with gzip.open(file) as unpacked, tarfile.open(fileobj=unpacked, mode="r|") as archive:
             for member in archive:
                 if member.isfile() and member.name.startswith(wanted):
                     opened = archive.extractfile(member)
                     assert opened is not None
                     found[member.name] = opened.read()
+            while unpacked.read(2**20):  # to its end, where the sum of all is checked
+                pass
     except BROKEN as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise

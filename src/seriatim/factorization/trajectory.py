@@ -20,7 +20,8 @@ class Trajectory(Groups):
     it is (`noisy`); they should be ever cleaner. In sampling one picture, whose every step sees where it stood in all
     earlier ones, as if they were other pictures: each step is a chunk of slots, and all of them are kept.
 
-    What is given or decided stands in its place as it is.
+    What is given or decided stands in its place as it is. Where a picture has been stands in the cache alone: without
+    one (`Target(cached=False)`) every step is on its own.
     """
 
     def __init__(self, size: int):

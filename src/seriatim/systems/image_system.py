@@ -84,6 +84,10 @@ class ImageSystem(System):
         """The kind of tokenizer for pictures (channels, height, width), where the user names none."""
         return cls.tokenizers[0]
 
+    def drawn_from(self, examples: Any) -> Any:
+        """One side of the data as batches are drawn from it: here sample by sample."""
+        return examples
+
     def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, dict[str, Tensor] | None]:
         codes = self.elements(batch["image"], self.model.layout)
         return self.model.canvas({"token": codes}), self.condition(batch.get("label"), len(codes))
