@@ -36,7 +36,7 @@ def labels(n):
 
 def blank(model, n):
     canvas = model.blank(n)
-    canvas.value["token"] = canvas.value["token"].double()
+    canvas.value["token"] = canvas.value["token"].to(model.embed.project.weight)
     return canvas
 
 
@@ -184,6 +184,24 @@ def test_pictures_are_drawn_in_as_many_forwards_as_steps():
     assert torch.equal(out.frames[-1], out.images)
     guided, plain = (way(system_of().model.double(), SolverStep(3), guidance=g)[0] for g in (Guidance(0.0), None))
     assert (guided[2][0] - plain[2][0]).abs().max() < 1e-9
+
+
+def test_a_known_part_stands_as_noisy_as_the_rest_until_it_is_decided():
+    system = system_of()
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    keep = torch.zeros(8, 8, dtype=torch.bool)
+    keep[:, :4] = True
+    out = system.repaint(images, keep, torch.tensor([3, 5]), Sampling(steps=5), seed=1)
+    assert torch.equal(out.images[..., :4], images[..., :4])
+    known, value = keep[::2, ::2].flatten(), system.vectors(images)
+    decider = system.keeping(SolverStep(4), {"token": value}, known)
+    steps, _ = way(system.model, decider)
+    noise = steps[0][1].noise["token"]
+    for _, canvas in steps[1:]:
+        level = canvas.level[:, :, None]
+        path = ((1 - level) * value + level * noise)[:, known]
+        assert (canvas.noise["token"][:, known] - path).abs().max() < 1e-6
+    assert len({float(canvas.level[0, 0]) for _, canvas in steps}) == 4
 
 
 def test_what_cannot_be_is_refused():
