@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seriatim.layout import Layout
 from seriatim.reach import closure, last_look, nearest, transitive
-from seriatim.scan import CHAIN, Scan, scan_of
+from seriatim.scan import CHAIN, Chunks, Scan, chunks_of, scan_of
 from seriatim.slots import (
     DERIVED,
     LEARNED,
@@ -42,7 +42,7 @@ __all__ = [
     "Plan", "plan_of", "Cost", "Leak", "OrderError",
 ]  # fmt: skip
 
-MIXERS = ("any", "causal", "scan", "full")
+MIXERS = ("any", "causal", "scan", "chunks", "full")
 
 
 class OrderError(ValueError):
@@ -199,6 +199,13 @@ class Plan:
                 raise OrderError(f"layers of kind {view!r}: {error}") from None
         return memo[view]
 
+    def chunks(self, view: str) -> Chunks:
+        """Which chunks of slots hand a state on to which; `OrderError` where a kind of layer cannot honour the view."""
+        try:
+            return chunks_of(self.views[view])
+        except ValueError as error:
+            raise OrderError(f"layers of kind {view!r}: {error}") from None
+
     @cached_property
     def batch(self) -> int:
         """Number of rows; 1 when the batch shares all labels."""
@@ -213,16 +220,17 @@ class Plan:
 
         `mixers` says what a kind of layer can honour: "any" mask (the default); "causal" lets a slot see all earlier
         slots of its lane, whatever the view says; "full" has no mask but the lane; "scan" honours all earlier slots of
-        a lane, or the paths of a draft tree, and refuses any other view (`OrderError`).
+        a lane, or the paths of a draft tree, and refuses any other view (`OrderError`); "chunks" so honours what whole
+        chunks of slots see.
         """
         total = torch.eye(self.size, dtype=torch.bool)[None]
         for name, view in self.views.items():
             honour = (mixers or {}).get(name, "any")
             if honour not in MIXERS:
                 raise ValueError(f"layers {name!r} honour {honour!r}; a mixer is one of {', '.join(MIXERS)}")
-            if honour == "scan":
-                self.scan(name)
-            if honour in ("any", "scan"):
+            if honour in ("scan", "chunks"):
+                self.scan(name) if honour == "scan" else self.chunks(name)
+            if honour in ("any", "scan", "chunks"):
                 total = total | view.mask()
                 continue
             wide = torch.ones(1, self.size, self.size, dtype=torch.bool)

@@ -4,6 +4,9 @@ A state holds everything that it was given, in one order. So a recurrent layer h
 that a slot sees are one path: all earlier ones of its lane (a sequence, packed samples), or its ancestors in a draft
 tree. Anything else (full visibility, windows, two streams over blocks) is refused here, with the pair of slots that
 shows why. Knows nothing of networks.
+
+Where slots stand in chunks, a state may be handed on from chunk to chunk while the slots of a chunk see each other by
+attention (`chunks_of`). Chunks may go on from one another in a tree: two streams over blocks are such a tree.
 """
 
 from __future__ import annotations
@@ -111,6 +114,76 @@ def _in_array_order(view: View) -> bool:
     born_after = F.pad(born_after[:, 1:], (0, 1), value=int(far.max()) + INF + 1)
     fine = (born_before <= at + far) & (at - far < dies_before) & (at + far < born_after)
     return bool((fine | ~live).all())
+
+
+# ---- chunks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Chunks:
+    """Slots in chunks, each of which goes on from the state of another one; parents come before their children.
+
+    slots: those of each chunk, in array order, -1 behind the last of a shorter one; parent: the chunk that each goes on
+    from (-1: what came before this forward); chunk: that of each slot.
+    """
+
+    slots: Int[Tensor, "z m"]
+    parent: tuple[int, ...]
+    chunk: Int[Tensor, "s"]
+
+    @cached_property
+    def place(self) -> Int[Tensor, "s"]:
+        """Where each slot stands in `slots`, flattened."""
+        flat = self.slots.flatten()
+        live = (flat >= 0).nonzero()[:, 0]
+        return live[flat[live].argsort()]
+
+    @cached_property
+    def even(self) -> bool:
+        """Are all chunks of one size?"""
+        return bool((self.slots >= 0).all())
+
+
+def chunks_of(view: View) -> Chunks:
+    """The chunks of a view in which every slot sees all of its own chunk and of those on the path to it: whole scales
+    or frames one after another, and blocks in two streams.
+
+    Raises ValueError, naming slots, for any other view, and where rows of the batch differ or stand in lanes.
+    """
+    if view.lane is not None and bool((view.lane != 0).any()):
+        raise ValueError("a state that is handed from chunk to chunk has one lane a row, and no padding")
+    masks = view.mask()
+    mask, slot = masks[0], torch.arange(view.size)
+    if bool((masks != mask).any()):
+        raise ValueError("chunks are the same in all rows of a batch")
+    mutual = mask & mask.T
+    depth = mask.sum(1)
+    first = mutual.long().argmax(1)  # of its chunk
+    if bool((wrong := (mask != mask[first]).any(1)).any()):
+        at = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"slots {int(first[at])} and {at} see each other, but not the same slots: a chunk sees as a whole what is "
+            "handed on to it. Windows and masks inside of a chunk need attention layers"
+        )
+    heads = first.unique()
+    heads = heads[depth[heads].argsort(stable=True)]
+    number = torch.full((view.size,), -1).scatter(0, heads, torch.arange(len(heads)))[first]
+    parent = []
+    for z, head in enumerate(heads.tolist()):
+        earlier = mask[head] & (number != z)
+        nearest = int(torch.where(earlier, depth, 0).argmax()) if bool(earlier.any()) else -1
+        if nearest >= 0 and not torch.equal(mask[nearest], earlier):
+            odd = int((mask[nearest] ^ earlier).nonzero()[0])
+            raise ValueError(
+                f"slot {head} sees slot {nearest}, and one of them sees slot {odd}, but not both: a state that is "
+                "handed from chunk to chunk holds all that it was given"
+            )
+        parent.append(int(number[nearest]) if nearest >= 0 else -1)
+    sizes = number.bincount(minlength=len(heads))
+    slots = torch.full((len(heads), int(sizes.max()) if view.size else 0), -1)
+    for z in range(len(heads)):
+        slots[z, : sizes[z]] = slot[number == z]
+    return Chunks(slots, tuple(parent), number)
 
 
 def _why_not(mask: Bool[Tensor, "s s"], path: Bool[Tensor, "s s"], slot: int, parent: int) -> str:

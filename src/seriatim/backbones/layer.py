@@ -168,7 +168,7 @@ def weights_of(layer: nn.Module) -> Weights:
 class Layer(Quantizable):
     """The parameters of one layer."""
 
-    matrices = MATRICES  # that `quantize` may keep as integers
+    matrices: tuple[str, ...] = MATRICES  # that `quantize` may keep as integers
 
     def __init__(self, c: TransformerConfig):
         super().__init__()

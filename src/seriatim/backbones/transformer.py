@@ -48,6 +48,7 @@ class Context(NamedTuple):
     modulation: Sequence[Tensor] | None = None  # shifts, scales and gates of each layer and the last norm, if at hand
     product: Callable[..., Tensor] = F.linear  # with matrices; `linear` knows all formats, at the cost of a call
     route: Any = None  # of a forward whose slots skip feed-forward networks
+    condition: Vector | None = None  # the vector as it came, before its activation
 
 
 class Transformer(nn.Module):
@@ -121,13 +122,14 @@ class Transformer(nn.Module):
             cache.begin(plan)
         some = bool(plan.spawns) or plan.layers is not None or (cache is not None and cache.skips)
         sights = self._sights(plan, cache, x, some)
-        modulation = None
+        modulation, condition = None, vector
         if vector is not None:
-            condition, vector = vector, active(vector)
+            vector = active(vector)
             if cache is not None and isinstance(condition, Tensor) and condition.dim() == 2:
                 modulation = cache.kept(self.kept_as, condition)
                 modulation = modulation or cache.keep(self.kept_as, condition, self._modulation(vector))
-        context = Context(cache, vector, memory, None if there is None else there[:, None, None], modulation)
+        seen = None if there is None else there[:, None, None]
+        context = Context(cache, vector, memory, seen, modulation, condition=condition)
         if plan.spawns:
             return self._growing(x, plan, sights, context)
         if some:

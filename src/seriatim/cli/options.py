@@ -57,6 +57,12 @@ def add_commands(commands: Any) -> None:
     laws.add_argument("--verbose", "-v", action="store_true", help="also print what each law found")
     laws.set_defaults(run=_later("laws", "run_laws"))
 
+    data = commands.add_parser("data", help="the built-in data, and those that are made once from downloads")
+    data.add_argument("name", nargs="?", metavar="NAME", help="what to make: emoji (default: list what there is)")
+    data.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="where the archives are, without npm")
+    data.add_argument("--again", action="store_true", help="make it anew where it is there already")
+    data.set_defaults(run=_later("having", "run_data"))
+
     demo = commands.add_parser("demo", help="train VAR on handwritten digits and draw samples, in minutes")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
     demo.add_argument("--steps", type=positive, help="training steps of the generator (default: the system's own)")

@@ -21,14 +21,17 @@ class NoiseClock(nn.Module):
     Noise stands at `Canvas.level`, a mask at 1. values: the level that is told of what is decided or given: 0, or a
     little more, for models that met hardly any context without noise; None: the norms of such slots are plain, so that
     their keys and values depend neither on the time nor on the condition. begin: the time that is told of level 0; it
-    is -1 where the first of a thousand steps of a diffusion is called 0. whole: times are cut to whole numbers.
+    is -1 where the first of a thousand steps of a diffusion is called 0; length: what is added to it at level 1. whole:
+    times are cut to whole numbers.
     """
 
-    def __init__(self, width: int, values: float | None = 0.0, begin: float = 0.0, whole: bool = False):
+    def __init__(
+        self, width: int, values: float | None = 0.0, begin: float = 0.0, whole: bool = False, length: float = THOUSAND
+    ):
         super().__init__()
         if values is not None and not 0 <= values <= 1:
             raise ValueError(f"a level of noise lies in 0..1, got {values}")
-        self.values, self.begin, self.whole = values, begin, whole
+        self.values, self.begin, self.whole, self.length = values, begin, whole, length
         first, last = nn.Linear(2 * FREQUENCIES, width), nn.Linear(width, width)
         self.net = nn.Sequential(first, nn.SiLU(), last)
         for layer in (first, last):
@@ -52,7 +55,7 @@ class NoiseClock(nn.Module):
         weight = self.net[0].weight
         level, group = self.levels(canvas, plan).unique(dim=1, return_inverse=True)
         plain = (level < 0).to(weight.device)
-        time = self.begin + THOUSAND * level.to(weight.device)
+        time = self.begin + self.length * level.to(weight.device)
         told = self.net(time_features((time.floor() if self.whole else time).to(weight.dtype)))
         if vector is not None:
             if vector.dim() != 2:

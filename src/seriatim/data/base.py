@@ -77,6 +77,7 @@ BUILT_IN = {
     "digits": "image", "glyphs": "image", "photos": "image", "lines": "image", "stdlib": "text", "questions": "text",
     "list-tasks": "text", "stars": "text",
 }  # fmt: skip
+OPTIONAL = {"emoji": "image"}  # the same, but made once from downloads by `seriatim data`
 DEFAULT = {"image": "glyphs", "text": "stdlib"}
 INK = ("digits", "glyphs", "lines")  # pictures of ink on paper: 1 is black
 
@@ -93,11 +94,12 @@ def load_data(source: str | Path | None, modality: str, **options: Any) -> Data:
         raise ValueError(f"modality is one of {', '.join(DEFAULT)}, got {modality!r}")
     if source is None:
         source = DEFAULT[modality]
-    if isinstance(source, str) and source in BUILT_IN:
-        if BUILT_IN[source] != modality:
-            fitting = ", ".join(name for name, own in BUILT_IN.items() if own == modality)
+    named = {**BUILT_IN, **OPTIONAL}
+    if isinstance(source, str) and source in named:
+        if named[source] != modality:
+            fitting = ", ".join(name for name, own in named.items() if own == modality)
             raise ValueError(
-                f"{source!r} is {BUILT_IN[source]} data, and {modality} data is needed: a path, or one of {fitting}"
+                f"{source!r} is {named[source]} data, and {modality} data is needed: a path, or one of {fitting}"
             )
         name = source.replace("-", "_")
         return _call(source, _loader(name, name), options)
@@ -129,9 +131,14 @@ def _call(source: str, loader: Callable[..., Data], options: dict[str, Any]) -> 
 
 
 def _unknown(source: str | Path) -> str:
-    near = difflib.get_close_matches(str(source), BUILT_IN, n=2, cutoff=0.5) if isinstance(source, str) else []
+    near = (
+        difflib.get_close_matches(str(source), [*BUILT_IN, *OPTIONAL], n=2, cutoff=0.5)
+        if isinstance(source, str)
+        else []
+    )
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"no data at {str(source)!r}: there is no such file or folder.{hint} Built in: {', '.join(BUILT_IN)}"
+    names = ", ".join([*BUILT_IN, *OPTIONAL])
+    return f"no data at {str(source)!r}: there is no such file or folder.{hint} Built in: {names}"
 
 
 # ---- tables and sides ------------------------------------------------------------------------------------------------

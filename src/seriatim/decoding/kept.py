@@ -5,16 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from seriatim.canvas import Canvas, Edit, Set, Unset
+from seriatim.canvas import Canvas, Edit, Revise, Set, Unset
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.loop import Decider, Step
 from seriatim.model import Rows
-from seriatim.random import Random
+from seriatim.random import Key, Random
 
 
 @dataclass(frozen=True)
@@ -50,3 +51,28 @@ class Kept:
             b, i = (mine[element.clamp(min=0)] & (element >= 0)).nonzero(as_tuple=True)
             x[b, i] = self.value[kind][b, canvas.layout.index[element[b, i]]].to(x.dtype)
         return Set(x, edit.element)
+
+
+@dataclass(frozen=True)
+class KeptInNoise(Kept):
+    """The same for vectors that are denoised step by step: until they are decided, those that are known stand between
+    their noise (draw 0 of each) and their value, as noisy as a path says and as what is denoised beside them, which so
+    sees them coming."""
+
+    path: Any
+
+    def decide(self, canvas: Canvas, guess: Guess | None, rows: Rows, random: Random) -> Step:
+        step = super().decide(canvas, guess, rows, random)
+        return replace(step, edits=tuple(self._on_its_way(canvas, edit, random) for edit in step.edits))
+
+    def _on_its_way(self, canvas: Canvas, edit: Edit, random: Random) -> Edit:
+        if type(edit) is not Revise or edit.level is None:
+            return edit
+        (kind,) = canvas.layout.kinds
+        element, x = edit.element.clamp(min=0), edit.value
+        known = (self.keep[element] & (edit.element >= 0))[..., None].to(x.device)
+        at = canvas.layout.index[element].to(x.device)
+        value = self.value[kind].to(x)[torch.arange(len(x), device=x.device)[:, None], at]
+        noise = random.normal(tuple(x.shape), Key(canvas.row, element), x.device).to(x)
+        alpha, sigma = (k[..., None] for k in self.path.at(edit.level.to(x)))
+        return Revise(edit.element, torch.where(known, alpha * value + sigma * noise, x), edit.level)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seriatim.canvas import GIVEN, Canvas, Revise
@@ -95,7 +95,7 @@ class Denoised:
     which on the straight path is Euler's method. Sampling from it at once is such a step to the clean value.
     """
 
-    __slots__ = ("level", "path", "predicts", "said", "x")
+    __slots__ = ("guided", "level", "path", "predicts", "said", "x")
 
     def __init__(
         self,
@@ -104,8 +104,10 @@ class Denoised:
         level: Float[Tensor, "b m"],
         path: Path,
         predicts: Predicts,
+        guided: Bool[Tensor, "d"] | None = None,
     ):
         self.said, self.x, self.level, self.path, self.predicts = said, x, level, path, predicts
+        self.guided = guided
 
     def parts(self) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b m d"]]:
         """The value and the noise that `x` is taken to be made of."""
@@ -138,17 +140,19 @@ class Denoised:
         raise TypeError("a value that is denoised in place has no log_prob: only the path of a whole solver has one")
 
     def mix(self, others: Sequence[Denoised], weights: Sequence[float]) -> Denoised:
-        """What the branches say, weighted: guidance."""
+        """What the branches say, weighted: guidance, of those numbers of a vector that are guided."""
         said = self.said * weights[0]
         for other, weight in zip(others, weights[1:], strict=True):
             said = said + other.said * weight
-        return Denoised(said, self.x, self.level, self.path, self.predicts)
+        if self.guided is not None:
+            said = torch.where(self.guided.to(said.device), said, self.said)
+        return Denoised(said, self.x, self.level, self.path, self.predicts, self.guided)
 
     def take(self, index: Tensor) -> Denoised:
         where = index.clamp(min=0).expand(self.x.shape[0], -1)
         wide = where[..., None].expand(-1, -1, self.x.shape[-1])
         level = self.level.gather(1, where)
-        return Denoised(self.said.gather(1, wide), self.x.gather(1, wide), level, self.path, self.predicts)
+        return Denoised(self.said.gather(1, wide), self.x.gather(1, wide), level, self.path, self.predicts, self.guided)
 
     def warped(self, warper: object) -> Denoised:
         raise TypeError("temperature and filters have no meaning for a value denoised in place; scale its first noise")
@@ -157,7 +161,8 @@ class Denoised:
 class InPlaceHead(nn.Module):
     """Vectors of `dim` numbers from the hidden states of the slots where their noise stands.
 
-    `predicts`: "noise", "velocity" (value - noise) or the "value". Training: put noise on the canvas with `noised`;
+    `predicts`: "noise", "velocity" (value - noise) or the "value". guided: the numbers of a vector that guidance is of
+    (None: all); samplers of DiT guide three of four channels. Training: put noise on the canvas with `noised`;
     the loss of `Model.losses` then compares with that noise.
     """
 
@@ -165,8 +170,12 @@ class InPlaceHead(nn.Module):
     continuous = True
     in_place = True  # its loss asks the canvas how noisy each value was
 
-    def __init__(self, width: int, dim: int, path: Path | None = None, predicts: Predicts = "noise"):
+    def __init__(
+        self, width: int, dim: int, path: Path | None = None, predicts: Predicts = "noise",
+        guided: Bool[Tensor, "d"] | None = None,
+    ):  # fmt: skip
         super().__init__()
+        self.guided = guided
         if predicts not in ("noise", "velocity", "value"):
             raise ValueError(f"a head in place predicts noise, velocity or value, not {predicts!r}")
         self.path, self.predicts = path or Cosine(), predicts
@@ -191,7 +200,7 @@ class InPlaceHead(nn.Module):
         x = canvas.noise[kind].to(h.device)[torch.arange(canvas.batch, device=h.device)[:, None], index]
         level = canvas.level.to(h.device).gather(1, element.to(h.device))
         exact = precise(said)
-        return Denoised(said.to(exact), x.to(exact), level.to(exact), self.path, self.predicts)
+        return Denoised(said.to(exact), x.to(exact), level.to(exact), self.path, self.predicts, self.guided)
 
 
 def noised(canvas: Canvas, kind: str, level: Float[Tensor, "b n"], path: Path, random: Random) -> Canvas:

@@ -89,13 +89,16 @@ class Denoising(Model):
         return self.losses_of(self.noised(canvas, random), condition, drop, random)
 
     def noised(self, canvas: Canvas, random: Random) -> Canvas:
-        """The same samples with noise in all elements that are not given: one level for each group of each row. Levels
-        of a batch are spread evenly over their law, which varies less than if each was drawn alone."""
+        """The same samples with noise in all elements that are not given: one level for each group of each row."""
         group = self.factorization.of(canvas.layout)
-        shape = canvas.batch, int(group.max()) + 1
+        return self.at_levels(canvas, self.levels(canvas, int(group.max()) + 1, random)[:, group], random)
+
+    def levels(self, canvas: Canvas, groups: int, random: Random) -> Float[Tensor, "b g"]:
+        """The level of each group of each row. Those of a batch are spread evenly over their law, which varies less
+        than if each was drawn alone."""
+        shape = canvas.batch, groups
         unit, place = (random.uniform(shape, Key(canvas.row, 0, numbered(ORDER, 0, i))) for i in range(2))
-        unit = (place.argsort(0) + unit) / canvas.batch
-        return self.at_levels(canvas, self.times(unit)[:, group], random)
+        return self.times((place.argsort(0) + unit) / canvas.batch)
 
     def at_levels(self, canvas: Canvas, level: Float[Tensor, "b E"], random: Random) -> Canvas:
         """The same samples with noise of these levels."""
@@ -119,3 +122,14 @@ class Denoising(Model):
             self._sound = self.factorization
         encoded = condition if isinstance(condition, Condition) else self.encode(condition, drop)
         return self.losses_by(plan, canvas, encoded, random=random)
+
+
+class Falling(Denoising):
+    """The same behind noisy groups whose levels fall from the first group of a row to its last: each is seen by cleaner
+    ones alone (ARFlow, Hui et al. 2025)."""
+
+    def __init__(self, *parts: Any, times: Times, **more: Any):
+        super().__init__(*parts, times=times, noisy_context=True, **more)
+
+    def levels(self, canvas: Canvas, groups: int, random: Random) -> Float[Tensor, "b g"]:
+        return super().levels(canvas, groups, random).sort(1, descending=True).values

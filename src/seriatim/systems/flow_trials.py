@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from seriatim.factorization.trajectory import Moments
 from seriatim.model import pick_slots
 from seriatim.objectives.denoised import Denoising
 from seriatim.random import Generator
@@ -24,6 +27,25 @@ def context_trial(trained: Any, samples: int = 620) -> Mapping[str, Any]:
     as decoding reads them, and the quality of pictures."""
     system, data = trained.system, trained.data
     return {f"loss_{s:g}": behind_noise(system, data.test, s) for s in NOISES} | quality(trained, samples)
+
+
+STEPS, GUIDANCE = (25, 50, 100), (0.0, 0.5)  # of sampling
+
+
+def remembering(trained: Any, samples: int = 620) -> Mapping[str, Any]:
+    """Quality of pictures that are drawn in so many steps (`fd_s_25`; `fd_s_25_free` without guidance), and, of systems
+    whose steps remember earlier ones, of the same with every step on its own (`fd_s_25_erased`). `fd_s` and what goes
+    with it is that of as many steps as is usual."""
+    system, seed = trained.system, trained_seed(trained)
+    figures: dict[str, Any] = dict(quality(trained, samples))
+    order = system.model.factorization
+    ways = {"": order} | ({} if type(order) is Moments else {"_erased": Moments(order.size)})
+    for (way, how), steps, guidance in itertools.product(ways.items(), STEPS, GUIDANCE):
+        system.model.factorization = how
+        said = fd_s(system, trained.data, replace(system.sampling, steps=steps, guidance=guidance), seed, samples)
+        figures[f"fd_s_{steps}{'' if guidance else '_free'}{way}"] = said["fd_s"]
+    system.model.factorization = order
+    return figures
 
 
 def quality(trained: Any, samples: int = 620) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from seriatim.canvas import Canvas
 from seriatim.data.base import Data
 from seriatim.decoding.kept import Kept
-from seriatim.decoding.loop import decode
+from seriatim.decoding.loop import Decider, decode
 from seriatim.layout import Layout, grid
 from seriatim.random import Generator
 from seriatim.systems.decoders import Decoding, decoder_of
@@ -84,6 +84,10 @@ class ImageSystem(System):
     def tokenizer_for(cls, shape: Sequence[int]) -> str:
         """The kind of tokenizer for pictures (channels, height, width), where the user names none."""
         return cls.tokenizers[0]
+
+    def drawn_from(self, examples: Any) -> Any:
+        """One side of the data as batches are drawn from it: here sample by sample."""
+        return examples
 
     def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, dict[str, Tensor] | None]:
         codes = self.elements(batch["image"], self.model.layout)
@@ -165,8 +169,12 @@ class ImageSystem(System):
             canvas = self.model.canvas(value, known[None], Generator(seed), layout=layout)
         else:
             canvas = self.model.blank(len(images), Generator(seed), layout)
-            way = replace(way, decider=Kept(way.decider, value, known))
+            way = replace(way, decider=self.keeping(way.decider, value, known))
         return self._draw(labels, len(images), s, seed, film, way, canvas)
+
+    def keeping(self, decider: Decider, value: Mapping[str, Tensor], known: Bool[Tensor, "E"]) -> Decider:
+        """A decider that takes what is known as it comes."""
+        return Kept(decider, value, known)
 
     def layout(self, sampling: Sampling) -> Layout:
         """What is drawn. Raises ValueError for sizes that this system does not draw."""

@@ -6,12 +6,12 @@ unit variance, whatever the tokenizer. A config holds `side`, `dim`, `mean` and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seriatim.backbones.rope import RoPE
@@ -20,7 +20,8 @@ from seriatim.canvas import GUESSED, Canvas
 from seriatim.conditions.clock import NoiseClock
 from seriatim.conditions.condition import ClassCondition
 from seriatim.data.base import Data
-from seriatim.decoding.loop import Proposer
+from seriatim.decoding.kept import KeptInNoise
+from seriatim.decoding.loop import Decider, Proposer
 from seriatim.decoding.solver import Noise
 from seriatim.embed import SlotEmbed, TokenEmbed
 from seriatim.factorization.groups import Groups
@@ -73,6 +74,9 @@ class DenoisedSystem(VectorSystem):
 
     def proposer(self, sampling: Sampling) -> Proposer:
         return Noise()
+
+    def keeping(self, decider: Decider, value: Mapping[str, Tensor], known: Bool[Tensor, "E"]) -> Decider:
+        return KeptInNoise(decider, value, known, self.model.heads["token"].path)
 
     def so_far(self, canvas: Canvas) -> Float[Tensor, "n c h w"]:
         """What is known, and what is being denoised as it stands; grey elsewhere."""

@@ -203,6 +203,8 @@ def prepared(system: System, data: Data) -> tuple[Any, Any]:
         return system.answered(data.train), system.answered(data.test)
     if isinstance(system, TextSystem):
         return system.examples(data.train.documents), system.examples(data.test.documents)  # type: ignore[union-attr]
+    if isinstance(system, ImageSystem):
+        return system.drawn_from(data.train), system.drawn_from(data.test)
     return data.train, data.test
 
 
