@@ -60,6 +60,11 @@ class ImageSystem(System):
         """The kind of tokenizer for pictures (channels, height, width), where the user names none."""
         return cls.tokenizers[0]
 
+    @classmethod
+    def tokenizer_settings_for(cls, shape: Sequence[int]) -> Mapping[str, Any]:
+        """Those of a tokenizer that needs no training, for pictures (channels, height, width)."""
+        return cls.tokenizer_settings
+
     def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, dict[str, Tensor] | None]:
         with torch.no_grad():
             codes = self.tokenizer.encode(batch["image"])
