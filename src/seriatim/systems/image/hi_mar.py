@@ -261,10 +261,10 @@ CLAIM = Claim(
     metric="fd_s_4",
     arms={
         "hi-mar": Arm("hi-mar", {"width": 128}, minutes=3, sampling=LIKE, measure=few_steps),
-        "mar": Arm("mar", {"width": 128, "depth": 5}, minutes=3, sampling=LIKE, measure=few_steps),
+        "mar": Arm("mar", {"width": 128, "depth": 5, "head_width": 139}, minutes=3, sampling=LIKE, measure=few_steps),
         "values": Arm("hi-mar", {"width": 128, "told": "values"}, minutes=3, sampling=LIKE, measure=few_steps),
         "token": Arm(
-            "hi-mar", {"width": 128, "head": "token", "head_width": 160}, minutes=3, sampling=LIKE, measure=few_steps
+            "hi-mar", {"width": 128, "head": "token", "head_width": 144}, minutes=3, sampling=LIKE, measure=few_steps
         ),
     },
     ours="hi-mar",
