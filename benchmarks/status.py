@@ -48,6 +48,7 @@ WEIGHTS = {  # what holds published weights to the official code
     "eagle-2": "tests/posttraining/test_eagle.py",
     "chimera": "tests/posttraining/test_chimera.py",
     "bild": "tests/systems/test_bild_answers.py",
+    "var": "tests/interop/test_var.py",
 }
 
 

@@ -49,6 +49,8 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "image-msvq": {"key": "image-msvq", **PICTURES, "settings": {"steps": 3000}},
     "image-vq": {"key": "image-vq", **PICTURES, "settings": {"steps": 3000}},
     "image-flexvq": {"key": "image-flexvq", **PICTURES, "settings": {"steps": 3000}},
+    "image-sequential": {"key": "image-sequential", **PICTURES, "settings": {"steps": 3000}},
+    "image-detail": {"key": "image-detail", **PICTURES, "settings": {"steps": 3000}},
     "image-kl": {"key": "image-kl", **PICTURES, "settings": {"steps": 3000}},
     "text-mdlm": {"key": "mdlm", "size": "small", **TEXT, "settings": {"steps": 1200}},
     "text-block": {

@@ -339,6 +339,11 @@ def test_what_follows_from_the_tokenizer():
         flexvar.FlexVAR.known(MultiScaleTokenizer(MultiScaleConfig(width=8)), data)
 
 
+def pixels(keep):
+    """Places of 4 x 4 pixels."""
+    return keep.repeat_interleave(4, 0).repeat_interleave(4, 1)
+
+
 # ---- known parts -----------------------------------------------------------------------------------------------------
 
 
@@ -348,11 +353,6 @@ def test_kept_places_follow_the_map_at_every_scale():
     got = kept(keep, ((1, 1), (2, 2), (4, 4)))
     assert got[0] and got[1:5].view(2, 2).tolist() == [[True, False]] * 2
     assert torch.equal(got[5:].view(4, 4), keep)
-    assert kept(None, ((1, 1), (2, 2)), 1).tolist() == [True, False, False, False, False]
-    with pytest.raises(ValueError, match="said of"):
-        kept(torch.ones(2, 2, dtype=torch.bool), ((1, 1), (4, 4)))
-    with pytest.raises(ValueError, match="are to be kept"):
-        kept(None, ((1, 1),), 2)
 
 
 def test_kept_parts_stay_and_the_rest_is_drawn_anew():
@@ -362,8 +362,9 @@ def test_kept_parts_stay_and_the_rest_is_drawn_anew():
     seen = []
     made.finished = lambda canvas, finish=made.finished: (seen.append(canvas.value["token"]), finish(canvas))[1]
     for seed in (0, 1):
-        made.repaint(x, keep, torch.arange(3), seed=seed)
-    true = made.codes(x, shapes_of(made.model.layout))
+        out = made.repaint(x, pixels(keep), torch.arange(3), seed=seed).images
+        assert torch.equal(out[..., :8, :], x[..., :8, :]) and not torch.equal(out, x)
+    true = made.elements(x, made.model.layout)
     known = kept(keep, shapes_of(made.model.layout))
     assert torch.equal(seen[0][:, known], true[:, known]) and torch.equal(seen[1][:, known], true[:, known])
     assert not torch.equal(seen[0][:, ~known], seen[1][:, ~known])
@@ -371,9 +372,11 @@ def test_kept_parts_stay_and_the_rest_is_drawn_anew():
 
 def test_a_picture_is_taken_up_from_a_scale():
     made, x = system(), pictures()
-    whole = made.repaint(x, labels=torch.arange(3), coarse=4)
+    whole = made.refine(x, 4, torch.arange(3))
     assert torch.equal(whole.images, made.tokenizer.decode(made.tokenizer.encode(x))) and whole.forwards == 0
-    assert made.repaint(x, labels=torch.arange(3), coarse=2).forwards == 2
+    assert made.refine(x, 2, torch.arange(3)).forwards == 2
+    with pytest.raises(ValueError, match="are to be kept"):
+        made.refine(x, 5)
 
 
 def test_outpainting_takes_a_picture_of_another_form():
@@ -382,7 +385,8 @@ def test_outpainting_takes_a_picture_of_another_form():
     keep[:, 1:5] = True
     canvas = torch.zeros(2, 1, 16, 24)
     canvas[..., 4:20] = pictures(2)
-    assert made.repaint(canvas, keep, torch.arange(2), sampling=s).images.shape == (2, 1, 16, 24)
+    made = made.repaint(canvas, pixels(keep), torch.arange(2), sampling=s)
+    assert made.images.shape == (2, 1, 16, 24) and torch.equal(made.images[..., 4:20], canvas[..., 4:20])
 
 
 # ---- the claim -------------------------------------------------------------------------------------------------------

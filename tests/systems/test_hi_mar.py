@@ -383,6 +383,17 @@ def test_a_film_shows_pivots_and_then_what_covers_them():
     assert bool(covered.any()) and not bool(covered.all())
 
 
+def test_known_parts_of_a_picture_stay():
+    system, images = system_of(), digits().test.take(torch.arange(2))["image"]
+    keep = torch.zeros(8, 8, dtype=torch.bool)
+    keep[:4, :6] = True
+    known = system.known_elements(keep, system.model.layout)
+    assert known[:4].tolist() == [True, False, False, False]
+    assert torch.equal(known[4:].view(4, 4), (ALL[:4, None] < 2) & (ALL[:4] < 3))
+    out = system.repaint(images, keep, torch.tensor([3, 5]))
+    assert torch.equal(out.images[..., keep], images[..., keep]) and not torch.equal(out.images, images)
+
+
 @pytest.mark.parametrize("wrong", [{"pivots": 3}, {"pivots": 4}, {"head": "mlp"}, {"told": "all"}, {"rate": 2.0}])
 def test_sizes_that_do_not_fit_are_refused(wrong):
     with pytest.raises(ValueError):

@@ -27,6 +27,16 @@ SMALL: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "vq, critic": ("vq", {"side": 32, "vocab": 16, "dim": 4, "width": 8, "adversarial": 0.02, "critic_width": 8}),
     "flexible": ("flexible", {"side": 16, "scales": (1, 2, 3, 4), "vocab": 16, "dim": 4, "width": 8}),
+    "detail": (
+        "detail",
+        {"side": 16, "vocab": 16, "dim": 4, "queries": 6, "group": 2, "width": 16, "heads": 2, "depth": 1}
+        | {"draw_depth": 1, "near": 4, "shorter": 0.5},
+    ),
+    "sequential": (
+        "sequential",
+        {"side": 16, "vocab": 16, "dim": 4, "queries": 4, "groups": 2, "width": 16, "heads": 2, "depth": 1}
+        | {"read_depth": 1, "flow_depth": 1, "rank": 2},
+    ),
     "kl": ("kl", {"side": 16, "dim": 4, "width": 8}),
     "kl, residual body": ("kl", {"side": 16, "dim": 4, "width": 32, "halvings": 1, "body": "residual"}),
     "pixels": ("pixels", {"side": 16, "levels": 256}),
@@ -49,6 +59,10 @@ def make() -> Callable[..., nn.Module]:
         torch.manual_seed(seed)
         tokenizer = make_tokenizer(kind, settings | changes)
         assert isinstance(tokenizer, nn.Module)
+        if kind == "sequential":  # gates that begin at zero let no gradient through
+            for p in tokenizer.decoder.parameters():  # type: ignore[union-attr]
+                if not p.any():
+                    nn.init.normal_(p, std=0.1)
         return tokenizer
 
     return build

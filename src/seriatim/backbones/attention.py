@@ -9,7 +9,7 @@ from torch import Tensor
 
 from seriatim.backbones.cache import KVCache
 from seriatim.backbones.layer import TransformerConfig, Weights
-from seriatim.backbones.norm import rms_norm
+from seriatim.backbones.norm import normalise, rms_norm
 from seriatim.plan import Plan
 
 LOG_100 = 4.605170185988092  # the largest logarithm of a learned temperature, as in VAR
@@ -24,6 +24,9 @@ def normalise_heads(c: TransformerConfig, w: Weights, qk: Float[Tensor, "b s h d
         return torch.cat([qk[:, :, : c.heads] * temperature, qk[:, :, c.heads :]], 2)
     if c.qk_norm == "rms":
         return torch.cat([rms_norm(q, w["q_norm"], c.eps), rms_norm(k, w["k_norm"], c.eps)], 2)
+    if c.qk_norm == "layer":
+        q = normalise("layer", q, w["q_norm"], w["q_norm_bias"], c.eps)
+        return torch.cat([q, normalise("layer", k, w["k_norm"], w["k_norm_bias"], c.eps)], 2)
     q = rms_norm(q.flatten(2), w["q_norm"], c.eps).view_as(q)
     return torch.cat([q, rms_norm(k.flatten(2), w["k_norm"], c.eps).view_as(k)], 2)
 

@@ -11,9 +11,12 @@ from seriatim.backbones.layer import Experts, Weights
 
 
 def activate(kind: str, h: Tensor) -> Tensor:
-    """Of the field's activations those that are not inlined: "gelu", "gelu_tanh", "relu", "geglu", "geglu_tanh"."""
+    """Of the field's activations those that are not inlined: "gelu", "gelu_tanh", "relu", "silu", "geglu",
+    "geglu_tanh"."""
     if kind == "relu":
         return F.relu(h)
+    if kind == "silu":
+        return F.silu(h)
     if kind.startswith("geglu"):
         gate, up = h.chunk(2, -1)
         return F.gelu(gate, approximate="tanh" if kind == "geglu_tanh" else "none") * up

@@ -65,7 +65,7 @@ class StateLayer(Layer):
     def __init__(self, c: HybridConfig):
         super().__init__(c)
         assert c.mixer is not None
-        for name in ("qkv", "qkv_bias", "q_norm", "k_norm"):
+        for name in ("qkv", "qkv_bias", "q_norm", "k_norm", "q_norm_bias", "k_norm_bias"):
             self.register_parameter(name, None)
         for name, parameter in mixer_parameters(c.mixer).items():
             self.register_parameter(name, parameter)

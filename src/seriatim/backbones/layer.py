@@ -44,7 +44,8 @@ class TransformerConfig:
     `kinds` names the kind of each layer (its view in the plan); one name serves all layers. `rope` turns queries and
     keys of all layers, or of each kind (a mapping; None: not at all). `vector` is the width of the conditioning vector
     for AdaLN, `memory` that of the memory for cross-attention (None: absent). `qk_norm` is "rms" (with weights, within
-    a head), "rms_all" (over all heads together) or "l2" (unit length, learned temperature a head, as in VAR). `place`
+    a head), "rms_all" (over all heads together), "layer" (within a head, with weights and biases) or "l2" (unit length,
+    learned temperature a head, as in VAR). `place`
     says where norms stand: "pre" (before each branch), "post" (behind it, before it is added), "both". `parallel`:
     both branches read what came into the layer. `bias`: of all matrices, none, or those named. `score_scale`: of
     queries times keys (None: 1 over the root of the head's dimension). `softcap` bounds scores. `relative`: they depend
@@ -90,8 +91,8 @@ class TransformerConfig:
         for name, value, allowed in (
             ("norm", self.norm, ("rms", "layer")),
             ("place", self.place, ("pre", "post", "both")),
-            ("activation", self.activation, (*GATED, "gelu", "gelu_tanh", "relu")),
-            ("qk_norm", self.qk_norm, (None, "rms", "rms_all", "l2")),
+            ("activation", self.activation, (*GATED, "gelu", "gelu_tanh", "relu", "silu")),
+            ("qk_norm", self.qk_norm, (None, "rms", "rms_all", "layer", "l2")),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is one of {allowed}, got {value!r}")
@@ -198,7 +199,9 @@ class Layer(Quantizable):
         q, k = {"rms_all": (c.heads * hd, c.groups * hd)}.get(c.qk_norm or "", (hd, hd))
         l2 = c.qk_norm == "l2"
         optional("q_norm", c.qk_norm is not None, torch.full((c.heads, 1), 4.0).log() if l2 else torch.ones(q))
-        optional("k_norm", c.qk_norm in ("rms", "rms_all"), torch.ones(k))
+        optional("k_norm", c.qk_norm in ("rms", "rms_all", "layer"), torch.ones(k))
+        optional("q_norm_bias", c.qk_norm == "layer", torch.zeros(q))
+        optional("k_norm_bias", c.qk_norm == "layer", torch.zeros(k))
         optional("ada", c.vector is not None, torch.zeros(6 * d, c.vector or 0))
         optional("ada_bias", c.vector is not None, torch.zeros(6 * d))
         optional("norm3", c.memory is not None, torch.ones(d))

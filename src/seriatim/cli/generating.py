@@ -25,6 +25,7 @@ from seriatim.systems.system import System
 from seriatim.systems.text_system import TextSystem
 from seriatim.verbs.generate import TOKENS, draw, fill, sampling_of, save_pictures, stream
 from seriatim.verbs.load import load, where
+from seriatim.verbs.repaint import repainted
 
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 BESIDE = ("prompt", "chat", "ids", "length", "label", "stop", "json_schema", "regex", "grammar")  # not with --infix
@@ -49,8 +50,8 @@ def run_generate(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--infix and --record are for text, and {system.meta.key} makes none (pictures have a film.gif)"
         )
-    if isinstance(system, TextSystem) and any(getattr(options, name) is not None for name in OF_PICTURES):
-        raise ValueError(f"--size and --scales are for pictures, and {system.meta.key} writes text")
+    if isinstance(system, TextSystem) and any(getattr(options, name) is not None for name in (*OF_PICTURES, "image")):
+        raise ValueError(f"--size, --scales and --image are for pictures, and {system.meta.key} writes text")
     if options.chat and not isinstance(system, LanguageModel | PublishedMasked):
         raise ValueError(f"{system.meta.key} has no chat template: --chat is for language models that converse")
     with torch.inference_mode():
@@ -70,6 +71,10 @@ def _check(options: argparse.Namespace) -> None:
         check_page(options.record)
         if (options.count or 1) > 1:
             raise ValueError("--record is the film of one text: leave --count out")
+    if (options.image is None) != (options.inpaint is None):
+        raise ValueError("--image is a picture, --inpaint says which part of it is drawn anew: give both, or neither")
+    if options.image is not None and options.decoder != "own":
+        raise ValueError("a part of a picture is drawn by the system's own decoder: leave --decoder out")
     if options.infix is None:
         return
     parted(options.infix)
@@ -211,11 +216,15 @@ def _record(system: TextSystem, options: argparse.Namespace, recorder: Recorder 
 
 def _pictures(system: ImageSystem, options: argparse.Namespace, sampling: dict[str, Any]) -> int:
     labels = None if options.label is None else [label_of(text, system.classes) for text in options.label]
-    pictures = draw(system, labels, options.count, options.seed, True, options.decoder, **sampling)
+    if options.image is not None:
+        ask = (options.image, options.inpaint, labels, options.count, options.seed)
+        pictures = repainted(system, *ask, **sampling)
+    else:
+        pictures = draw(system, labels, options.count, options.seed, True, options.decoder, **sampling)
     folder = options.out or (
         Path("generated") if str(options.source).startswith("zoo:") else where(options.source) / "generated"
     )
-    paths = save_pictures(pictures, folder, system.classes)
+    paths = save_pictures(pictures, folder, system.classes, ink=system.ink)
     n = len(pictures.images)
     figures = {"pictures": n, "forwards": pictures.forwards, "seconds": round(pictures.seconds, 3)}
     if options.json:

@@ -140,6 +140,10 @@ def _generate(commands: Any) -> None:
     generate.add_argument(
         "--scales", type=scales_of, metavar="1,2,4,8", help="maps of a pyramid, by side or rows x columns as in 8x12"
     )
+    generate.add_argument(
+        "--image", type=Path, metavar="FILE", help="a picture of which a part is drawn anew (--inpaint)"
+    )
+    generate.add_argument("--inpaint", type=Path, metavar="MASK", help="a picture, white where --image is drawn anew")
     for name, text in (
         ("suppress-tokens", "is never written"), ("begin-suppress-tokens", "is not written as the first new one"),
         ("keep-tokens", "guidance leaves visible in the prompt"),

@@ -78,6 +78,7 @@ BUILT_IN = {
     "list-tasks": "text", "stars": "text",
 }  # fmt: skip
 DEFAULT = {"image": "glyphs", "text": "stdlib"}
+INK = ("digits", "glyphs", "lines")  # pictures of ink on paper: 1 is black
 
 
 def load_data(source: str | Path | None, modality: str, **options: Any) -> Data:

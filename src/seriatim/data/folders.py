@@ -96,7 +96,7 @@ def read_picture(path: Path, size: int, channels: int) -> UInt8[np.ndarray, "h w
         target = round(size * ROOM)
         opened.draft(None, (2 * target, 2 * target))  # large JPEGs are decoded at a fraction of their size
         picture = ImageOps.exif_transpose(opened)
-        picture = _plain(picture).convert("L" if channels == 1 else "RGB")
+        picture = on_white(picture).convert("L" if channels == 1 else "RGB")
     width, height = picture.size
     shorter = min(width, height)
     longer = min(max(width, height), round(shorter * LONGEST))
@@ -112,7 +112,7 @@ def read_picture(path: Path, size: int, channels: int) -> UInt8[np.ndarray, "h w
     return np.asarray(picture).reshape(new[1], new[0], channels)
 
 
-def _plain(picture: Image.Image) -> Image.Image:
+def on_white(picture: Image.Image) -> Image.Image:
     """Without transparency and in 8 bits."""
     if picture.mode.startswith("I"):  # 16 bits, of which Pillow would keep the lower ones
         return Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))

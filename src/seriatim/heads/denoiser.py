@@ -20,10 +20,10 @@ FREQUENCIES = 128
 EPS = 1e-6
 
 
-def time_features(t: Float[Tensor, "*rest"]) -> Float[Tensor, "*rest 256"]:
+def time_features(t: Float[Tensor, "*rest"], frequencies: int = FREQUENCIES) -> Float[Tensor, "*rest 2*frequencies"]:
     """Cosines and sines of t, which runs to about 1,000, at frequencies from 1 down to 1/10,000."""
-    steps = torch.arange(FREQUENCIES, dtype=t.dtype, device=t.device)
-    angle = t[..., None] * torch.exp(-math.log(10_000) / FREQUENCIES * steps)
+    steps = torch.arange(frequencies, dtype=t.dtype, device=t.device)
+    angle = t[..., None] * torch.exp(-math.log(10_000) / frequencies * steps)
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seriatim.canvas import Canvas
 from seriatim.data.base import Data
+from seriatim.decoding.kept import Kept
 from seriatim.decoding.loop import decode
-from seriatim.layout import Layout
+from seriatim.layout import Layout, grid
 from seriatim.random import Generator
 from seriatim.systems.decoders import Decoding, decoder_of
 from seriatim.systems.system import Sampling, System
@@ -40,6 +41,28 @@ class Pictures:
     decided: Int[Tensor, "n rows columns"] | None = None
 
 
+def joined(parts: Sequence[Pictures], labels: Tensor | None, seconds: float) -> Pictures:
+    """Pictures that were drawn a batch at a time."""
+    maps = [p.decided for p in parts if p.decided is not None]
+    return Pictures(
+        torch.cat([p.images for p in parts]),
+        labels,
+        [torch.cat(frames) for frames in zip(*(p.frames for p in parts), strict=False)],
+        parts[0].captions,
+        parts[0].forwards,
+        seconds,
+        torch.cat(maps) if maps else None,
+    )
+
+
+def whole_cells(keep: Bool[Tensor, "h w"], shape: tuple[int, int]) -> Bool[Tensor, "rows columns"]:
+    """Which cells of a picture are kept as a whole. Raises ValueError where it has no such cells."""
+    (height, width), (rows, columns) = keep.shape, shape
+    if height % rows or width % columns:
+        raise ValueError(f"{height} x {width} pixels do not fall into {rows} x {columns} places")
+    return keep.view(rows, height // rows, columns, width // columns).all(3).all(1)
+
+
 class ImageSystem(System):
     """Elements are the codes of a picture, kind "token"; the class, where there is one, is the condition "class"."""
 
@@ -47,6 +70,8 @@ class ImageSystem(System):
     tokenizers: ClassVar[tuple[str, ...]]  # how pictures become elements; the first is the default
     tokenizer_settings: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # of one that needs no training
     sampling = Sampling(top_p=0.96)
+    placed = True  # do coordinates of elements tell places in the picture?
+    seen_ahead = False  # may what is known of a picture be seen before its turn comes?
     validation_size = 256
     validation_batch = 64
 
@@ -66,9 +91,13 @@ class ImageSystem(System):
         return cls.tokenizer_settings
 
     def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, dict[str, Tensor] | None]:
-        with torch.no_grad():
-            codes = self.tokenizer.encode(batch["image"])
+        codes = self.elements(batch["image"], self.model.layout)
         return self.model.canvas({"token": codes}), self.condition(batch.get("label"), len(codes))
+
+    def elements(self, images: Float[Tensor, "n c h w"], layout: Layout) -> Tensor:
+        """What the elements of a layout are in pictures: ids (n, E), or vectors (n, E, d)."""
+        with torch.no_grad():
+            return self.tokenizer.encode(images)
 
     def condition(self, labels: Tensor | None, count: int) -> dict[str, Tensor] | None:
         """The raw condition of labels; unlabelled pictures are all of class 0."""
@@ -97,13 +126,52 @@ class ImageSystem(System):
                 part = None if labels is None else labels[k : k + BATCH]
                 size, s = min(BATCH, n - k), sampling or self.sampling
                 out.append(self._draw(part, size, s, seed + k, film, decoder_of(self, decoder, s, ())))
-        whole = Pictures(torch.cat([p.images for p in out]), labels, forwards=out[0].forwards)
-        whole.frames = [torch.cat(parts) for parts in zip(*(p.frames for p in out), strict=False)]
-        whole.captions = out[0].captions
-        maps = [p.decided for p in out if p.decided is not None]
-        whole.decided = torch.cat(maps) if maps else None
-        whole.seconds = time.perf_counter() - start
-        return whole
+        return joined(out, labels, time.perf_counter() - start)
+
+    def repaint(
+        self,
+        images: Float[Tensor, "n c h w"],
+        keep: Bool[Tensor, "h w"],
+        labels: Int[Tensor, " n"] | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        film: bool = False,
+    ) -> Pictures:
+        """Pictures of which a part is known and stays as it is, pixel for pixel (in- and out-painting).
+
+        keep: the pixels that are known; elements all of whose pixels are stay, too. Raises ValueError for another
+        shape, and where elements have no place in the picture."""
+        s, start, out = sampling or self.sampling, time.perf_counter(), []
+        layout = self.layout(s)
+        known = self.known_elements(keep, layout)
+        with torch.inference_mode():
+            for k in range(0, len(images), BATCH):
+                some, part = images[k : k + BATCH], None if labels is None else labels[k : k + BATCH]
+                made = self._repainted(some, known, layout, part, s, seed + k, film)
+                made.images = torch.where(keep, some, made.images)
+                made.frames = [torch.where(keep, some, frame) for frame in made.frames]
+                out.append(made)
+        return joined(out, labels, time.perf_counter() - start)
+
+    def known_elements(self, keep: Bool[Tensor, "h w"], layout: Layout) -> Bool[Tensor, "E"]:
+        """The elements all of whose pixels are kept."""
+        shape = self.tokenizer.grid
+        raster = grid(*shape).coord
+        if not self.placed or layout.coord.shape != raster.shape or not torch.equal(layout.coord, raster):
+            raise ValueError(f"no part of a picture is kept by {self.meta.key}: its elements have no place in one")
+        return whole_cells(keep, shape).flatten()
+
+    def _repainted(
+        self, images: Tensor, known: Tensor, layout: Layout, labels: Tensor | None, s: Sampling, seed: int, film: bool
+    ) -> Pictures:
+        """Given where that may be seen from the beginning, else taken as it comes in the order."""
+        value, way = {"token": self.elements(images, layout)}, decoder_of(self, "own", s, ())
+        if self.seen_ahead or self.model.factorization.free:
+            canvas = self.model.canvas(value, known[None], Generator(seed), layout=layout)
+        else:
+            canvas = self.model.blank(len(images), Generator(seed), layout)
+            way = replace(way, decider=Kept(way.decider, value, known))
+        return self._draw(labels, len(images), s, seed, film, way, canvas)
 
     def layout(self, sampling: Sampling) -> Layout:
         """What is drawn. Raises ValueError for sizes that this system does not draw."""

@@ -29,8 +29,7 @@ from seriatim.laws.case import Case, Limit
 from seriatim.layout import Layout, pyramid, shapes_of
 from seriatim.maps import Shape
 from seriatim.model import Model
-from seriatim.systems.decoders import decoder_of
-from seriatim.systems.image_system import ImageSystem, Pictures
+from seriatim.systems.image_system import ImageSystem, Pictures, whole_cells
 from seriatim.systems.system import Sampling
 from seriatim.tokenizers.multiscale import MultiScaleTokenizer
 from seriatim.training.recipe import Recipe
@@ -106,54 +105,34 @@ class PyramidSystem(ImageSystem):
     })  # fmt: skip
     schedule = "linear"
 
-    def codes(self, images: Float[Tensor, "n c h w"], shapes: tuple[Shape, ...]) -> Int[Tensor, "n E"]:
-        """Ids of all scales of pictures."""
-        return self.tokenizer.encode(images)
+    seen_ahead = True  # of what is known of a finer scale, coarser ones see nothing
 
-    def repaint(
-        self,
-        images: Float[Tensor, "n c h w"],
-        keep: Bool[Tensor, "rows columns"] | None = None,
-        labels: Int[Tensor, " n"] | None = None,
-        coarse: int = 0,
-        sampling: Sampling | None = None,
-        seed: int = 0,
-        film: bool = False,
-    ) -> Pictures:
-        """Pictures of which parts are known and stay as they are: their ids are given at every scale.
+    def known_elements(self, keep: Bool[Tensor, "h w"], layout: Layout) -> Bool[Tensor, "E"]:
+        """Of each scale the places whose part of the picture is kept (`kept`)."""
+        shapes = shapes_of(layout)
+        return kept(whole_cells(keep, shapes[-1]), shapes)
 
-        keep: the part of the finest map that is known (in- and out-painting); coarse: so many scales are known as a
-        whole, and what follows is drawn anew (a picture refined, or another like it). Raises ValueError for a map of
-        another shape.
-        """
+    def refine(
+        self, images: Float[Tensor, "n c h w"], coarse: int, labels: Int[Tensor, " n"] | None = None,
+        sampling: Sampling | None = None, seed: int = 0, film: bool = False,
+    ) -> Pictures:  # fmt: skip
+        """Pictures whose first `coarse` scales are those of given ones; what follows is drawn anew (a picture refined,
+        or others like it). Raises ValueError for scales that there are not."""
         s = sampling or self.sampling
         layout = self.layout(s)
-        shapes = shapes_of(layout)
-        known = kept(keep, shapes, coarse)
+        if not 0 <= coarse <= len(shapes_of(layout)):
+            raise ValueError(f"there are {len(shapes_of(layout))} scales, and {coarse} are to be kept")
         with torch.inference_mode():
-            canvas = self.model.canvas({"token": self.codes(images, shapes)}, known[None], layout=layout)
-            return self._draw(labels, len(images), s, seed, film, decoder_of(self, "own", s, ()), canvas)
+            return self._repainted(images, layout.coord[:, 0] < coarse, layout, labels, s, seed, film)
 
 
-def kept(keep: Bool[Tensor, "rows columns"] | None, shapes: tuple[Shape, ...], coarse: int = 0) -> Bool[Tensor, "E"]:
-    """Which elements of a pyramid are known where a part of its finest map is, or its first `coarse` scales are.
-
-    As the released VAR edits: at each scale the places of which the resized map is more than half; and with any map the
-    scales of at most 3 places, as a whole. Raises ValueError for a map of another shape.
-    """
-    if keep is not None and tuple(keep.shape) != shapes[-1]:
-        raise ValueError(f"what is kept is said of {shapes[-1]} places (rows, columns), got {tuple(keep.shape)}")
-    if not 0 <= coarse <= len(shapes):
-        raise ValueError(f"there are {len(shapes)} scales, and {coarse} are to be kept")
+def kept(keep: Bool[Tensor, "rows columns"], shapes: tuple[Shape, ...]) -> Bool[Tensor, "E"]:
+    """Which elements of a pyramid are known where a part of its finest map is. As the released VAR edits: at each scale
+    the places of which the resized map is more than half; and the scales of at most 3 places as a whole."""
     parts = []
-    for k, (rows, columns) in enumerate(shapes):
-        if k < coarse or (keep is not None and rows * columns <= 3):
-            parts.append(torch.ones(rows * columns, dtype=torch.bool))
-        elif keep is None:
-            parts.append(torch.zeros(rows * columns, dtype=torch.bool))
-        else:
-            share = F.interpolate(keep[None, None].float(), (rows, columns), mode="bilinear", align_corners=False)
-            parts.append(share.flatten() > 0.5)
+    for rows, columns in shapes:
+        share = F.interpolate(keep[None, None].float(), (rows, columns), mode="bilinear", align_corners=False)
+        parts.append((share.flatten() > 0.5) | (rows * columns <= 3))
     return torch.cat(parts)
 
 

@@ -137,6 +137,7 @@ class System(nn.Module):
     norm: Norm = staticmethod(per_token)  # the same, of systems that divide as the recipe says (`normed`)
     normed: ClassVar[bool] = True
     classes: tuple[str, ...] = ()  # names of labels
+    ink = False  # are its pictures ink on paper, 1 for black?
     figures: Mapping[str, float] = MappingProxyType({})  # of the last batch, beside its loss
 
     def trained_by(self, recipe: Recipe) -> None:

@@ -27,7 +27,7 @@ from seriatim.factorization.static import AnyOrder
 from seriatim.heads.categorical import CategoricalHead
 from seriatim.heads.in_place import InPlaceHead
 from seriatim.laws.case import Case, Limit
-from seriatim.layout import grid
+from seriatim.layout import Layout, grid
 from seriatim.model import Model
 from seriatim.plan import MASK
 from seriatim.systems.image_system import ImageSystem
@@ -65,9 +65,8 @@ class VectorSystem(ImageSystem):
         with torch.no_grad():
             return (self.tokenizer.encode(images) - self.config.mean) / self.config.deviation
 
-    def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, dict[str, Tensor] | None]:
-        codes = self.vectors(batch["image"])
-        return self.model.canvas({"token": codes}), self.condition(batch.get("label"), len(codes))
+    def elements(self, images: Float[Tensor, "b c h w"], layout: Layout) -> Float[Tensor, "b n d"]:
+        return self.vectors(images)
 
     def picture(self, codes: Tensor) -> Float[Tensor, "n c h w"]:
         return self.tokenizer.decode(codes * self.config.deviation + self.config.mean)

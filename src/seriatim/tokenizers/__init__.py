@@ -2,6 +2,7 @@
 
 from seriatim.tokenizers.base import PictureTokenizer
 from seriatim.tokenizers.conv import ConvDecoder, ConvEncoder, ResidualDecoder, ResidualEncoder
+from seriatim.tokenizers.detail import Corrupted, DetailConfig, DetailTokenizer
 from seriatim.tokenizers.files import KINDS, load_tokenizer, make_tokenizer, save_tokenizer
 from seriatim.tokenizers.flexible import FlexConfig, FlexTokenizer
 from seriatim.tokenizers.kl import KLConfig, KLTokenizer, Posterior
@@ -17,6 +18,7 @@ from seriatim.tokenizers.patches import PatchConfig, PatchTokenizer
 from seriatim.tokenizers.pixels import PixelConfig, PixelTokenizer
 from seriatim.tokenizers.quantizers import BSQ, IBQ, VQ, NormalizedVQ, Quantized, Quantizer
 from seriatim.tokenizers.report import report, ssim
+from seriatim.tokenizers.sequential import SequentialConfig, SequentialTokenizer, Stream
 from seriatim.tokenizers.vq import VQConfig, VQTokenizer
 
 __all__ = [
@@ -34,6 +36,12 @@ __all__ = [
     "VQTokenizer",
     "FlexConfig",
     "FlexTokenizer",
+    "DetailConfig",
+    "DetailTokenizer",
+    "Corrupted",
+    "SequentialConfig",
+    "SequentialTokenizer",
+    "Stream",
     "KLConfig",
     "KLTokenizer",
     "Posterior",

@@ -12,12 +12,14 @@ from typing import Any
 from torch import nn
 
 from seriatim.tokenizers.base import PictureTokenizer
+from seriatim.tokenizers.detail import DetailConfig, DetailTokenizer
 from seriatim.tokenizers.flexible import FlexConfig, FlexTokenizer
 from seriatim.tokenizers.kl import KLConfig, KLTokenizer
 from seriatim.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from seriatim.tokenizers.patches import PatchConfig, PatchTokenizer
 from seriatim.tokenizers.pixels import PixelConfig, PixelTokenizer
 from seriatim.tokenizers.rings import RingConfig, RingTokenizer
+from seriatim.tokenizers.sequential import SequentialConfig, SequentialTokenizer
 from seriatim.tokenizers.vq import VQConfig, VQTokenizer
 from seriatim.training.checkpoint import load_weights, save_json, save_weights
 
@@ -27,6 +29,8 @@ KINDS: dict[str, tuple[type, type]] = {
     "vq": (VQConfig, VQTokenizer),
     "flexible": (FlexConfig, FlexTokenizer),
     "kl": (KLConfig, KLTokenizer),
+    "detail": (DetailConfig, DetailTokenizer),
+    "sequential": (SequentialConfig, SequentialTokenizer),
     "pixels": (PixelConfig, PixelTokenizer),
     "patches": (PatchConfig, PatchTokenizer),
 }

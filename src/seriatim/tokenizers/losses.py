@@ -80,12 +80,16 @@ class PictureLoss(nn.Module):
         last: nn.Parameter,
         step: int,
         steps: int,
+        error: Float[Tensor, ""] | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, float]]:
-        """The sum of all terms, and each of them; `last` is the weight that drew the pixels."""
+        """The sum of all terms, and each of them; `last` is the weight that drew the pixels. error: what stands in the
+        place of that of pixels (the error of a velocity)."""
         c = self.config
         drawn, images = drawn.float(), images.float()
         squared = F.mse_loss(drawn, images)
-        loss = squared if c.error == "l2" else F.l1_loss(drawn, images)
+        loss = error
+        if loss is None:
+            loss = squared if c.error == "l2" else F.l1_loss(drawn, images)
         figures = {"psnr": -10 * math.log10(max(squared.item(), 1e-12) / 4)}
         if c.perceptual:
             distance = feature_distance(self._maps(images), drawn, images).mean()

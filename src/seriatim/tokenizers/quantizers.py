@@ -96,9 +96,13 @@ class _Table(nn.Module):
             raise ValueError(f"latents are (batch, elements, {self.code_dim}), got {tuple(z.shape)}")
         return z.to(self.table.dtype)
 
-    def _pull(self, codes: Tensor, z: Tensor) -> Float[Tensor, ""]:
-        """|codes - sg z|^2 + beta |z - sg codes|^2 (van den Oord et al. 2017, arXiv 1711.00937, equation 3)."""
-        return F.mse_loss(codes, z.detach()) + self.beta * F.mse_loss(z, codes.detach())
+    def _pull(self, codes: Tensor, z: Tensor, weight: Float[Tensor, "b n"] | None = None) -> Float[Tensor, ""]:
+        """|codes - sg z|^2 + beta |z - sg codes|^2 (van den Oord et al. 2017, arXiv 1711.00937, equation 3); each
+        vector counts by its weight, all alike where there is none."""
+        if weight is None:
+            return F.mse_loss(codes, z.detach()) + self.beta * F.mse_loss(z, codes.detach())
+        each = (codes - z.detach()).square().mean(-1) + self.beta * (z - codes.detach()).square().mean(-1)
+        return (each * weight).sum() / weight.sum()
 
     def _sure(self, logits: Tensor) -> Tensor | float:
         return self.entropy * entropy_penalty(logits) if self.entropy else 0.0
@@ -108,24 +112,33 @@ class VQ(_Table):
     """The nearest codeword in Euclidean distance, of a codebook learned by gradient.
 
     Source: van den Oord et al. 2017, arXiv 1711.00937. `beta` weighs the commitment of the latents, `entropy` the
-    penalty on unsure and uneven choices (0 in the paper).
+    penalty on unsure and uneven choices (0 in the paper). weight: by how much each vector counts in the loss.
     """
 
     @property
     def codebook(self) -> nn.Parameter:
         return self.table
 
-    def quantize(self, z: Float[Tensor, "b n d"]) -> Quantized:
+    def quantize(self, z: Float[Tensor, "b n d"], weight: Float[Tensor, "b n"] | None = None) -> Quantized:
         with full_precision(z):
             z = self._check(z)
             logits = _closeness(z, self.table)
             ids = logits.argmax(-1)
             codes = self.decode_ids(ids)
-            loss = self._pull(codes, z) + self._sure(logits)
+            loss = self._pull(codes, z, weight) + self._sure(logits)
         return Quantized(StraightThrough.apply(codes, z), ids, loss, usage(ids))
 
     def decode_ids(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         return F.embedding(ids, self.table)
+
+    @torch.no_grad()
+    def nearest(self, z: Float[Tensor, "b n d"], count: int) -> Int[Tensor, "b n count"]:
+        """The ids of the nearest codes to each latent, the one that it becomes first."""
+        if not 1 <= count <= self.vocab:
+            raise ValueError(f"1 to {self.vocab} codes are nearest, not {count}")
+        with full_precision(z):
+            codes = self.decode_ids(torch.arange(self.vocab, device=z.device)[None])[0]
+            return _closeness(self._check(z), codes).topk(count, -1).indices
 
 
 class NormalizedVQ(VQ):
@@ -135,13 +148,13 @@ class NormalizedVQ(VQ):
     dimensions, codebook by gradient.
     """
 
-    def quantize(self, z: Float[Tensor, "b n d"]) -> Quantized:
+    def quantize(self, z: Float[Tensor, "b n d"], weight: Float[Tensor, "b n"] | None = None) -> Quantized:
         with full_precision(z):
             z = F.normalize(self._check(z), dim=-1)
             logits = _closeness(z, F.normalize(self.table, dim=-1))
             ids = logits.argmax(-1)
             codes = self.decode_ids(ids)
-            loss = self._pull(codes, z) + self._sure(logits)
+            loss = self._pull(codes, z, weight) + self._sure(logits)
         return Quantized(StraightThrough.apply(codes, z), ids, loss, usage(ids))
 
     def decode_ids(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -108,11 +108,61 @@ def make_quantizer(c: VQConfig) -> Quantizer:
     return quantizers.BSQ(bits, **options) if c.quantizer == "bsq" else library.LFQ(bits, **options)
 
 
-class VQTokenizer(nn.Module):
+class CodedTokenizer(nn.Module):
+    """What tokenizers around one quantizer of single vectors share: the life of its codebook in training. Subclasses
+    give `config` (a `CodebookConfig`), `quantizer` and `uses`."""
+
+    config: Any
+    quantizer: Quantizer
+    uses: Tensor | None
+
+    side = property(lambda self: self.config.side)
+    channels = property(lambda self: self.config.channels)
+    vocab = property(lambda self: self.quantizer.vocab)
+    depth = property(lambda self: self.quantizer.depth)
+
+    def _count_from_now(self) -> None:
+        """Make the count of uses, once there is a quantizer."""
+        table = self.quantizer.codebook
+        self.register_buffer("uses", None if table is None else torch.zeros(len(table)))  # since the last revival
+
+    def coded(
+        self, latents: Float[Tensor, "b n d"], step: int, steps: int, generator: torch.Generator, **options: Any
+    ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, ""], dict[str, float]]:
+        """What the decoder is given at a step of training, what that costs, and figures. Quantizers with a table train
+        as a plain autoencoder first, then fill it. options: of `quantize`."""
+        c, revived = self.config, 0
+        if self.quantizer.codebook is not None:
+            now, _ = phase(c, step, steps)
+            if now is Phase.PLAIN:
+                return latents, c.latent_weight * latents.square().mean() + idle(self.quantizer), {}  # type: ignore[arg-type]
+            revived = self._tend(now, latents.detach(), generator) if self.training else 0
+        with seeded(generator):
+            quantized = self.quantizer.quantize(latents, **options)
+        if self.uses is not None and self.training:
+            count_uses(self.uses, quantized.ids)
+        figures = {"vq_loss": quantized.loss.item(), "codes_used": float(quantized.stats["used"])}
+        figures |= {"perplexity": float(quantized.stats["perplexity"]), "codes_revived": float(revived)}
+        return quantized.z_q, c.vq_weight * quantized.loss, figures
+
+    def _tend(self, now: Phase, latents: Float[Tensor, "b n d"], generator: torch.Generator) -> int:
+        """Fill the codebook or revive its unused codes, where it is time; how many were revived."""
+        table = self.quantizer.codebook
+        assert table is not None
+        if now is Phase.FILL:
+            fill(table, latents.flatten(0, 1), generator)
+        elif now is Phase.REVIVE and self.uses is not None:
+            dead = unused(self.uses, self.config.revive_below)
+            revive(table, dead, latents.flatten(0, 1), generator)
+            self.uses.zero_()
+            return len(dead)
+        return 0
+
+
+class VQTokenizer(CodedTokenizer):
     """Pictures in [-1, 1] <-> ids of a grid in raster order, several ids a place where the quantizer is residual."""
 
     kind: ClassVar[str] = "vq"
-    uses: Tensor | None
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -122,13 +172,7 @@ class VQTokenizer(nn.Module):
             c.body, c.channels, c.width, self.quantizer.code_dim, c.halvings, inner=c.inner, kernel=1
         )
         self.picture_loss = PictureLoss(c, c.channels, c.side)
-        table = self.quantizer.codebook
-        self.register_buffer("uses", None if table is None else torch.zeros(len(table)))  # since the last revival
-
-    side = property(lambda self: self.config.side)
-    channels = property(lambda self: self.config.channels)
-    vocab = property(lambda self: self.quantizer.vocab)
-    depth = property(lambda self: self.quantizer.depth)
+        self._count_from_now()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -162,39 +206,11 @@ class VQTokenizer(nn.Module):
     def loss(
         self, images: Float[Tensor, "b c h w"], step: int, steps: int, generator: torch.Generator
     ) -> tuple[Float[Tensor, ""], dict[str, float]]:
-        """As `PictureTokenizer.loss`. Quantizers with a table train as a plain autoencoder first, then fill it."""
-        c = self.config
-        latents = self.latents(images)
-        revived = 0
-        if self.quantizer.codebook is not None:
-            now, _ = phase(c, step, steps)
-            if now is Phase.PLAIN:
-                loss, figures = self.picture_loss(self.draw(latents), images, self.decoder.last, step, steps)
-                loss = loss + c.latent_weight * latents.square().mean() + idle(self.quantizer)  # type: ignore[arg-type]
-                return loss, {"loss": loss.item(), **figures}
-            revived = self._tend(now, latents.detach(), generator) if self.training else 0
-        with seeded(generator):
-            quantized = self.quantizer.quantize(latents)
-        if self.uses is not None and self.training:
-            count_uses(self.uses, quantized.ids)
-        loss, figures = self.picture_loss(self.draw(quantized.z_q), images, self.decoder.last, step, steps)
-        loss = loss + c.vq_weight * quantized.loss
-        figures |= {"vq_loss": quantized.loss.item(), "codes_used": float(quantized.stats["used"])}
-        figures |= {"perplexity": float(quantized.stats["perplexity"]), "codes_revived": float(revived)}
-        return loss, {"loss": loss.item(), **figures}
-
-    def _tend(self, now: Phase, latents: Float[Tensor, "b n d"], generator: torch.Generator) -> int:
-        """Fill the codebook or revive its unused codes, where it is time; how many were revived."""
-        table = self.quantizer.codebook
-        assert table is not None
-        if now is Phase.FILL:
-            fill(table, latents.flatten(0, 1), generator)
-        elif now is Phase.REVIVE and self.uses is not None:
-            dead = unused(self.uses, self.config.revive_below)
-            revive(table, dead, latents.flatten(0, 1), generator)
-            self.uses.zero_()
-            return len(dead)
-        return 0
+        """As `PictureTokenizer.loss`."""
+        z, cost, said = self.coded(self.latents(images), step, steps, generator)
+        loss, figures = self.picture_loss(self.draw(z), images, self.decoder.last, step, steps)
+        loss = loss + cost
+        return loss, {"loss": loss.item(), **figures, **said}
 
 
 @contextmanager

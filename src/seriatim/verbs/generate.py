@@ -113,14 +113,16 @@ def sampling_of(system: System, **changes: Any) -> Sampling:
     return replace(system.sampling, **{k: v for k, v in changes.items() if v is not None})
 
 
-def save_pictures(pictures: Pictures, folder: Path, classes: Sequence[str] = (), columns: int = 10) -> list[Path]:
+def save_pictures(
+    pictures: Pictures, folder: Path, classes: Sequence[str] = (), columns: int = 10, ink: bool = False
+) -> list[Path]:
     """samples.png and, where there are frames, film.gif and order.png: which forward decided each element, the first
-    ones pale, the last ones dark."""
+    ones pale, the last ones dark. ink: 1 is black."""
     side = pictures.images.shape[-1]
     look: dict[str, Any] = {"columns": min(columns, len(pictures.images)), "upscale": max(1, 64 // side)}
     if side <= 16:
         look["resample"] = "bicubic"
-    look["invert"] = pictures.images.shape[1] == 1
+    look["invert"] = ink
     rows = _row_labels(pictures.labels, classes, look["columns"])
     paths = [save_grid(pictures.images, folder / "samples.png", row_labels=rows, **look)]
     if pictures.frames:

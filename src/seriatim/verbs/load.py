@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from seriatim.backbones.quantize import quantize
+from seriatim.data.base import INK
 from seriatim.home import HOME
 from seriatim.interop.fields import read_config
 from seriatim.interop.hub import HUB, from_hub
@@ -22,6 +23,7 @@ from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.meta import catalogue
 from seriatim.systems.meta import load as load_module
 from seriatim.systems.published import Published, load_published
+from seriatim.systems.published_images import SUFFIXES, load_published_images
 from seriatim.systems.published_masked import PublishedMasked
 from seriatim.systems.system import System
 from seriatim.training.checkpoint import load_weights
@@ -114,6 +116,8 @@ def _load(place: Path, dtype: torch.dtype | None) -> System:
         )
     if folder.card.is_file() and not folder.weights.is_file():
         raise ValueError(f"{folder.path} holds no weights yet: its training has not come to its first checkpoint")
+    if place.suffix in SUFFIXES:
+        return load_published_images(place)
     if place.suffix == ".gguf" or (place / "config.json").is_file():
         return _published(place, dtype)
     card = folder.read_card()
@@ -124,7 +128,7 @@ def _load(place: Path, dtype: torch.dtype | None) -> System:
     tokenizer = load_tokenizer_of(folder.path)
     system = cls(cls.Config(**card["config"]), tokenizer)
     load_weights(system.weights_to_keep(), folder.weights)
-    system.classes = tuple(card.get("classes", ()))
+    system.classes, system.ink = tuple(card.get("classes", ())), card.get("data") in INK
     return system.eval().requires_grad_(False)
 
 
@@ -149,7 +153,7 @@ def where(source: str | Path) -> Path:
             )
         return HOME / "models" / text[5:]
     if not text.startswith("zoo:"):
-        if not Path(text).is_dir() and not (text.endswith(".gguf") and Path(text).is_file()):
+        if not Path(text).is_dir() and not (text.endswith((".gguf", *SUFFIXES)) and Path(text).is_file()):
             raise FileNotFoundError(f"there is no folder {text}; give the folder of a run, or one of {_zoo_names()}")
         return Path(text)
     for root in ZOO:

@@ -84,7 +84,7 @@ def _pictures(trained: Trained, samples: int, seed: int) -> dict[str, Any]:
     classes = len(data.classes) or 1
     rows = min(classes, 10)
     labels = torch.arange(rows).repeat_interleave(10)
-    save_pictures(system.draw(labels, seed=seed, film=True), trained.folder, data.classes)
+    save_pictures(system.draw(labels, seed=seed, film=True), trained.folder, data.classes, ink=system.ink)
     return picture_figures(system, data, samples, seed)[0] if samples else {}
 
 
@@ -104,5 +104,5 @@ def _before_and_after(trained: Trained, folder: Path) -> None:
             folder / "reconstructions.png",
             row_labels=names,
             upscale=max(1, 64 // side),
-            invert=images.shape[1] == 1,
+            invert=trained.system.ink,
         )

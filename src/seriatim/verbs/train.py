@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import seriatim
-from seriatim.data.base import Data, Pairs, load_data
+from seriatim.data.base import INK, Data, Pairs, load_data
 from seriatim.data.conversations import Conversations
 from seriatim.interop.hub import HUB
 from seriatim.systems.image_system import ImageSystem
@@ -171,7 +171,7 @@ def _loaded(cls: type[System], data: str | Path | Data | None, data_options: Map
 
 
 def _begun(system: System, recipe: Recipe, data: str | Path | Data | None, loaded: Data) -> Begun:
-    system.classes = loaded.classes
+    system.classes, system.ink = loaded.classes, loaded.name in INK
     system.trained_by(recipe)
     examples, held_out = prepared(system, loaded)
     card: dict[str, Any] = {

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from seriatim.backbones.transformer import Transformer, TransformerConfig
@@ -26,7 +26,7 @@ from seriatim.embed import TokenEmbed
 from seriatim.factorization.coarse_fine import COARSE, FINE, CoarseThenFine
 from seriatim.heads.clustered import ClusterHead
 from seriatim.laws.case import Case, Limit, randomise
-from seriatim.layout import grid
+from seriatim.layout import Layout, grid
 from seriatim.model import Model
 from seriatim.random import Generator
 from seriatim.systems.claim import Arm, Claim
@@ -120,12 +120,9 @@ class CTF(RasterSystem):
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, dict[str, Tensor] | None]:
-        with torch.no_grad():
-            ids = self.tokenizer.encode(batch["image"])
-        where = (self.members == ids[..., None, None]).flatten(2).int().argmax(2)
-        value = torch.cat([where // self.members.shape[1], where % self.members.shape[1]], 1)
-        return self.model.canvas({"token": value}), self.condition(batch.get("label"), len(ids))
+    def elements(self, images: Float[Tensor, "n c h w"], layout: Layout) -> Int[Tensor, "n E"]:
+        where = (self.members == super().elements(images, layout)[..., None, None]).flatten(2).int().argmax(2)
+        return torch.cat([where // self.members.shape[1], where % self.members.shape[1]], 1)
 
     def losses(self, batch: Mapping[str, Tensor], random: Generator, drop: float) -> tuple[Tensor, Tensor]:
         """Each stage in a forward of its own layers; over so many ids, each of which is two elements."""

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from seriatim.backbones.transformer import Transformer, TransformerConfig
@@ -26,7 +26,7 @@ from seriatim.factorization.windows import NextGroup
 from seriatim.heads.categorical import CategoricalHead
 from seriatim.heads.fused import FusedEmbed
 from seriatim.laws.case import Case, Limit, randomise
-from seriatim.layout import line
+from seriatim.layout import Layout, line
 from seriatim.model import Model
 from seriatim.random import Generator
 from seriatim.systems.claim import Arm, Claim
@@ -124,11 +124,8 @@ class ELM(RasterSystem):
             raise ValueError(f"{META.key} cuts ids into bits, so it needs a power of two of them, not {vocab}")
         return {**known, "bits": vocab.bit_length() - 1}
 
-    def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, dict[str, Tensor] | None]:
-        with torch.no_grad():
-            ids = self.tokenizer.encode(batch["image"])
-        value = to_parts(ids, self.config.parts, self.config.vocab).flatten(1)
-        return self.model.canvas({"token": value}), self.condition(batch.get("label"), len(ids))
+    def elements(self, images: Float[Tensor, "n c h w"], layout: Layout) -> Int[Tensor, "n E"]:
+        return to_parts(super().elements(images, layout), self.config.parts, self.config.vocab).flatten(1)
 
     def losses(self, batch: Mapping[str, Tensor], random: Generator, drop: float) -> tuple[Tensor, Tensor]:
         """Over so many places, each of several elements."""

@@ -30,7 +30,6 @@ from seriatim.embed_pyramid import PlaceGrid, PyramidEmbed, previous
 from seriatim.factorization.static import Scales
 from seriatim.laws.case import Case, Limit, randomise
 from seriatim.layout import Layout, pyramid, shapes_of
-from seriatim.maps import Shape
 from seriatim.model import Model, Rows
 from seriatim.objectives.scales import drawn_scales, scales_to
 from seriatim.random import Generator, Random
@@ -131,7 +130,7 @@ class FlexVAR(PyramidSystem):
         self, batch: Mapping[str, Tensor], scales: tuple[int, ...] | None = None
     ) -> tuple[Canvas, dict[str, Tensor] | None]:
         layout = self.model.layout if scales is None else layout_of(scales)
-        codes = self.codes(batch["image"], shapes_of(layout))
+        codes = self.elements(batch["image"], layout)
         return self.model.canvas({"token": codes}, layout=layout), self.condition(batch.get("label"), len(codes))
 
     def losses(self, batch: Mapping[str, Tensor], random: Generator, drop: float) -> tuple[Tensor, Tensor]:
@@ -142,9 +141,9 @@ class FlexVAR(PyramidSystem):
         dropped = torch.rand(canvas.batch, generator=random.generator) < drop if drop else None
         return self.summed(self.model.losses(canvas, condition, dropped), canvas.open)
 
-    def codes(self, images: Float[Tensor, "n c h w"], shapes: tuple[Shape, ...]) -> Int[Tensor, "n E"]:
+    def elements(self, images: Float[Tensor, "n c h w"], layout: Layout) -> Int[Tensor, "n E"]:
         with torch.no_grad():
-            return self.tokenizer.encode(images, shapes)
+            return self.tokenizer.encode(images, shapes_of(layout))
 
     # ---- generation -------------------------------------------------------------------------------------------------
 

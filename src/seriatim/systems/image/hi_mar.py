@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,6 +51,7 @@ from seriatim.plan import DERIVED, MASK, VALUE, Plan
 from seriatim.random import Forced, Generator
 from seriatim.systems.claim import Arm, Claim
 from seriatim.systems.flow_trials import few_steps
+from seriatim.systems.image_system import whole_cells
 from seriatim.systems.meta import Meta
 from seriatim.systems.system import Sampling
 from seriatim.systems.vector_system import VectorSystem
@@ -225,6 +226,11 @@ class HiMAR(VectorSystem):
         small = copy.copy(self.tokenizer)
         small.config = replace(small.config, side=side * self.config.pivots // self.config.side)
         return small
+
+    def known_elements(self, keep: Bool[Tensor, "h w"], layout: Layout) -> Bool[Tensor, "E"]:
+        """Pivots and fine vectors all of whose pixels are kept. (Of given pivots the fine phase is told nothing: it
+        sees the fine vectors in their places.)"""
+        return torch.cat([whole_cells(keep, (n, n)).flatten() for n in (self.config.pivots, self.config.side)])
 
     def decider(self, sampling: Sampling) -> Decider:
         return Remembered(Nested((self.config.pivot_steps, sampling.steps or self.config.side**2), rule="random"))

@@ -49,13 +49,14 @@ class Config:
     dropout: float = 0.1
 
 
-def build(config: Config | None = None) -> Model:
-    """The model, with fresh weights."""
+def build(config: Config | None = None, *shape: int) -> Model:
+    """The model, with fresh weights; shape: rows and columns of a grid that is no square."""
     c = config or Config()
+    rows, columns = shape or (c.side, c.side)
     backbone = Transformer(TransformerConfig(c.width, c.depth, c.heads, dropout=c.dropout, vector=c.width))
-    embed = TokenEmbed(c.vocab, c.width, positions=(c.side * c.side,), start=False, std=0.4)
+    embed = TokenEmbed(c.vocab, c.width, positions=(rows * columns,), start=False, std=0.4)
     condition = {"class": ClassCondition(c.classes, c.width, ("prefix", "vector"), std=0.4)}
-    return Model(grid(c.side, c.side), Line(prefix=1), embed, backbone, CategoricalHead(c.width, c.vocab), condition)
+    return Model(grid(rows, columns), Line(prefix=1), embed, backbone, CategoricalHead(c.width, c.vocab), condition)
 
 
 class RasterAR(RasterSystem):

@@ -1,0 +1,69 @@
+"""Generators of pictures that researchers publish, from their files: which they are is told by the names in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seriatim.interop import var as var_files
+from seriatim.interop.pickled import read_pickled
+from seriatim.systems.image.var import VAR, Config
+from seriatim.systems.system import Sampling, System
+from seriatim.tokenizers.multiscale import MultiScaleTokenizer
+
+SUFFIXES = (".pth", ".pt", ".bin")
+
+
+def load_published_images(path: Path) -> System:
+    """The system of a released file, its tokenizer from another file beside it, sampled as published. Raises
+    FileNotFoundError where the tokenizer is missing, ValueError for files of something else."""
+    weights = read_pickled(path)
+    for known, read in READERS:
+        if known(weights):
+            return read(weights, path).eval().requires_grad_(False)
+    if var_files.is_var_tokenizer(weights):
+        raise ValueError(f"{path} is the tokenizer of VAR: load the generator beside it, such as var_d16.pth")
+    names = ", ".join(sorted(weights)[:3])
+    raise ValueError(f"{path} holds weights of something that is not read here ({names}, ...)")
+
+
+def _var(weights: Mapping[str, Tensor], path: Path) -> System:
+    """VAR d16 to d36; top-k 900 and top-p 0.96 are those of the released figures."""
+    sizes, scales = var_files.sizes_of(weights), var_files.scales_of(weights)
+    config, named = var_files.multiscale_of(_beside(path, var_files.is_var_tokenizer, "vae_ch160v4096z32.pth"), scales)
+    tokenizer = MultiScaleTokenizer(config)
+    _fill(tokenizer, named | {"uses": tokenizer.uses}, path, ("picture_loss",))
+    system = VAR(Config(config, dropout=0.0, **sizes), tokenizer.eval())
+    _fill(system.model, var_files.named_var(weights), path, ("embed.quantizer",))
+    system.sampling = Sampling(top_k=900, top_p=0.96, guidance=1.5)  # type: ignore[misc]
+    return system
+
+
+Reader = tuple[Callable[[Mapping[str, Tensor]], bool], Callable[[Mapping[str, Tensor], Path], System]]
+READERS: tuple[Reader, ...] = ((var_files.is_var, _var),)
+
+
+def _beside(path: Path, known: Callable[[Mapping[str, Tensor]], bool], usual: str) -> dict[str, Tensor]:
+    """The weights of the tokenizer that stands in the folder of a file: under its usual name, or the only other one."""
+    others = [p for p in sorted(path.parent.iterdir()) if p.suffix in SUFFIXES and p.name != path.name]
+    named = [p for p in others if p.name == usual] or others
+    for other in named if len(named) < 4 else ():
+        weights = read_pickled(other)
+        if known(weights):
+            return weights
+    raise FileNotFoundError(f"{path} needs its tokenizer beside it: put {usual} into {path.parent}")
+
+
+def _fill(module: nn.Module, named: Mapping[str, Tensor], path: Path, without: tuple[str, ...] = ()) -> None:
+    """Weights by our names into a part, those that they do not hold left as they are (`without`). Raises ValueError for
+    weights that are missing, left over or of other shapes."""
+    own: dict[str, Any] = {n: x for n, x in module.state_dict().items() if not n.startswith(without or ("\0",))}
+    wrong = sorted(set(named) ^ set(own)) or [n for n, x in own.items() if named[n].shape != x.shape]
+    if wrong:
+        raise ValueError(f"{path} does not hold the weights that its names promise: {', '.join(wrong[:3])}")
+    with torch.no_grad():
+        module.load_state_dict({n: x.to(own[n].dtype) for n, x in named.items()}, strict=False, assign=True)
