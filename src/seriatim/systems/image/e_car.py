@@ -23,12 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.canvas import Canvas
-from seriatim.conditions.condition import ClassCondition
 from seriatim.data.base import Data
-from seriatim.embed_pyramid import PlaceTable, PyramidEmbed
-from seriatim.factorization.static import Scales
 from seriatim.heads.categorical import CategoricalHead
 from seriatim.heads.flow_stages import Cells, StagedFlowConfig, StagedFlowHead, Stages
 from seriatim.laws.case import Case, randomise
@@ -39,6 +35,7 @@ from seriatim.objectives.staged import Staged
 from seriatim.systems.claim import Arm, Claim
 from seriatim.systems.decoders import Decoding
 from seriatim.systems.flow_trials import splits
+from seriatim.systems.image.flowar import assembled
 from seriatim.systems.image_system import FRAMES, Pictures
 from seriatim.systems.meta import Meta
 from seriatim.systems.pyramid_system import PeekingEmbed, one_scale
@@ -126,16 +123,8 @@ def build(config: Config | None = None) -> Staged:
     """The model, with fresh weights: it says that nothing moves."""
     c = config or Config()
     flow = StagedFlowConfig(c.flow_width, c.flow_depth, c.flow_steps, heads=c.heads, split=c.split)
-    stages = Stages.even(c.stages)
-    return _assembled(Staged, c, None, StagedFlowHead(c.width, c.dim, pyramid(c.scales), stages, c.patch, flow))
-
-
-def _assembled(kind: Any, c: Config, codes: Any, head: Any) -> Any:
-    total = sum(side * side for side in c.scales)
-    embed = PyramidEmbed(codes, c.dim, c.width, Enlarged(c.patch), PlaceTable(total), len(c.scales))
-    backbone = Transformer(TransformerConfig(c.width, c.depth, c.heads, dropout=c.dropout, vector=c.width))
-    condition = {"class": ClassCondition(c.classes, c.width, ("prefix", "vector"))}
-    return kind(pyramid(c.scales), Scales(), embed, backbone, head, condition)
+    head = StagedFlowHead(c.width, c.dim, pyramid(c.scales), Stages.even(c.stages), c.patch, flow)
+    return assembled(c, None, head, Enlarged(c.patch), Staged)
 
 
 class ECAR(VectorSystem):
@@ -243,9 +232,9 @@ CLAIM = Claim(
 def case(scales: tuple[int, ...] = (1, 2), vocab: int = 2) -> Case:
     """A tiny instance for the laws, over ids of a codebook (the flow is tested apart)."""
     c = Config(scales[-1], 3, stages=len(scales), classes=3, width=16, depth=2, heads=2)
-    model = randomise(_assembled(Model, c, NormalizedVQ(vocab, c.dim), CategoricalHead(c.width, vocab)))
+    model: Model = assembled(c, NormalizedVQ(vocab, c.dim), CategoricalHead(c.width, vocab), Enlarged())
     limits = (lambda: one_scale(case),)
-    return Case(model, vocab, condition={"class": torch.tensor([1])}, limits=limits, over_ids=True)
+    return Case(randomise(model), vocab, condition={"class": torch.tensor([1])}, limits=limits, over_ids=True)
 
 
 def mutant() -> Case:
