@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "layout": ("Layout", "Segment", "line", "grid", "pyramid"),
-    "canvas": ("Canvas", "Set", "Unset", "Revise", "Insert", "Delete", "Truncate", "Grow"),
+    "canvas": ("Canvas", "Set", "Unset", "Revise", "Remember", "Insert", "Delete", "Truncate", "Grow"),
     "view": ("View", "inclusive", "own_rank", "earlier", "two_stream", "full", "local", "tree", "timed", "join"),
     "plan": ("Plan", "Slots", "Reads", "Cost", "OrderError"),
     "random": ("Generator", "Keyed", "Enumerator", "Forced", "enumerate_law"),

@@ -47,6 +47,15 @@ class Revise:
 
 
 @dataclass(slots=True)
+class Remember:
+    """Keep vectors with elements, for steps that ask for more than what was decided: the hidden states from which they
+    were drawn. `element` is (batch, n), -1 where nothing is kept; `memo` (batch, n, d)."""
+
+    element: Int[Tensor, "b n"]
+    memo: Tensor
+
+
+@dataclass(slots=True)
 class Insert:
     """A new element after element `after` (batch,) of each row (-1: at the front; -2: no insertion in this row), or
     several (batch, n) at once; those after the same element stand in the order given."""
@@ -84,7 +93,7 @@ class Reorder:
     rank: Int[Tensor, "b E"]
 
 
-Edit = Set | Unset | Revise | Insert | Delete | Truncate | Grow | Reorder
+Edit = Set | Unset | Revise | Remember | Insert | Delete | Truncate | Grow | Reorder
 
 
 class Canvas:
@@ -93,11 +102,14 @@ class Canvas:
     layout: the elements; value: kind -> ids (batch, n) or vectors (batch, n, d); `status`, `rank` (the step that
     decides an element; given -1) and `place` (position in reading order) are (batch, elements). `row` identifies a
     sample whatever its batch mates. `noise` and `level` hold the present noisy content of elements and its noise level
-    (1: pure noise, 0: clean), for methods that denoise in place. To be read: `length` is how many first elements are
+    (1: pure noise, 0: clean), for methods that denoise in place; `memo` (batch, elements, d) what is remembered of
+    elements, zero where nothing is. To be read: `length` is how many first elements are
     known in every row, and `given_length` how many were given, while rows are prefixes of one length; then None.
     """
 
-    __slots__ = ("_place", "_rank", "_status", "given_length", "layout", "length", "level", "noise", "row", "value")
+    __slots__ = (
+        "_place", "_rank", "_status", "given_length", "layout", "length", "level", "memo", "noise", "row", "value",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -118,6 +130,7 @@ class Canvas:
             raise ValueError(f"`row` names each of {batch} rows, got shape {tuple(self.row.shape)}")
         self.noise: dict[str, Tensor] = {}
         self.level: Tensor | None = None
+        self.memo: Tensor | None = None
         self.length: int | None = None
         self._status = self._rank = self._place = None
         self.given_length = 0
@@ -270,6 +283,15 @@ class Canvas:
             b, i = live.nonzero(as_tuple=True)
             self.level[b, edit.element[b, i]] = edit.level.expand(edit.element.shape)[b, i]
 
+    def _remember(self, edit: Remember) -> None:
+        live = self._touch(edit.element, "remembered")
+        if edit.memo.shape[:2] != edit.element.shape:
+            raise EditError(f"{tuple(edit.element.shape)} elements take as many vectors, got {tuple(edit.memo.shape)}")
+        if self.memo is None:
+            self.memo = edit.memo.new_zeros(self.batch, self.layout.size, edit.memo.shape[2])
+        b, i = live.nonzero(as_tuple=True)
+        self.memo = self.memo.index_put((b, edit.element[b, i]), edit.memo[b, i].to(self.memo))
+
     def _insert(self, edit: Insert) -> None:
         kind = self.layout.kinds[0]
         after, value = (x if edit.after.dim() == 2 else x[:, None] for x in (edit.after, edit.value))
@@ -314,6 +336,8 @@ class Canvas:
                 store[kind] = torch.cat([store[kind], store[kind].new_zeros(self.batch, n, *store[kind].shape[2:])], 1)
         if self.level is not None:
             self.level = torch.cat([self.level, self.level.new_zeros(self.batch, n)], 1)
+        if self.memo is not None:
+            self.memo = torch.cat([self.memo, self.memo.new_zeros(self.batch, n, self.memo.shape[2])], 1)
 
     def _reorder(self, edit: Reorder) -> None:
         if edit.rank.shape != (self.batch, self.layout.size):
@@ -334,7 +358,7 @@ class Canvas:
         canvas = Canvas.__new__(Canvas)
         canvas.layout, canvas.given_length = self.layout, self.given_length
         if new is None:
-            stores = [self.row, self.level, self._status, self._rank, self._place]
+            stores = [self.row, self.level, self.memo, self._status, self._rank, self._place]
             row, *rest = [None if x is None else x[rows] for x in stores]
             canvas.length = self.length
             canvas.value = {k: v[rows] for k, v in self.value.items()}
@@ -342,7 +366,7 @@ class Canvas:
         else:
             _check_alike(self, new)
             where = torch.where(fresh, self.batch + fresh.long().cumsum(0) - 1, rows)
-            pairs = [(self.row, new.row), (self.level, new.level), (self.status, new.status)]
+            pairs = [(self.row, new.row), (self.level, new.level), (self.memo, new.memo), (self.status, new.status)]
             pairs += [(self.rank, new.rank), (self.place, new.place)]
             row, *rest = [_rows_of_both(a, b, where, self.batch) for a, b in pairs]
             canvas.length = None
@@ -351,7 +375,7 @@ class Canvas:
             canvas.noise = {k: v for k, v in noise.items() if v is not None}
         assert row is not None
         canvas.row = row
-        canvas.level, canvas._status, canvas._rank, canvas._place = rest
+        canvas.level, canvas.memo, canvas._status, canvas._rank, canvas._place = rest
         return canvas
 
     def become(self, other: Canvas) -> None:
@@ -367,6 +391,7 @@ _EDITS = {
     Set: Canvas._set,
     Unset: Canvas._unset,
     Revise: Canvas._revise,
+    Remember: Canvas._remember,
     Insert: Canvas._insert,
     Delete: Canvas._delete,
     Truncate: Canvas._truncate,

@@ -17,3 +17,8 @@ def area_down(x: Float[Tensor, "b d h w"], shape: Shape) -> Float[Tensor, "b d h
 def bicubic_up(x: Float[Tensor, "b d h w"], shape: Shape) -> Float[Tensor, "b d h2 w2"]:
     """Bicubic, corners not aligned; a map of this shape is left as it is."""
     return x if tuple(x.shape[2:]) == shape else F.interpolate(x, size=shape, mode="bicubic")
+
+
+def nearest_up(x: Float[Tensor, "b d h w"], shape: Shape) -> Float[Tensor, "b d h2 w2"]:
+    """Each vector in all places that it covers; a map of this shape is left as it is."""
+    return x if tuple(x.shape[2:]) == shape else F.interpolate(x, size=shape, mode="nearest")

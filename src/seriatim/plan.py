@@ -121,6 +121,7 @@ class Plan:
     windows: Mapping[str, int] = field(default_factory=dict, repr=False)  # kinds of layer that see the last places only
     route: Any = field(default=None, repr=False)  # a `backbones.route.Route`; None: all slots go through all blocks
     spawns: tuple[Any, ...] = ()  # `slots.Spawn`s in the order of their layers: the last slots, which begin on the way
+    progress: Any = field(default=None, repr=False)  # how far it is, 0 to 1 or (b, 1); None: `decoding.target.progress`
     masks: int = 0  # so many of the last slots are masks for who drafts next: no step keeps or reads them
 
     def __post_init__(self) -> None:

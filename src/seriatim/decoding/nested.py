@@ -1,4 +1,5 @@
-"""Several steps inside each block of an order, another number in each: scales that are refined (HMAR)."""
+"""Several steps inside each block of an order, another number in each: scales that are refined (HMAR), pivots and what
+follows from them (Hi-MAR)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 from seriatim.canvas import Canvas
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.loop import Step
-from seriatim.decoding.sample import SampleAll, Schedule, Select
+from seriatim.decoding.sample import Rule, SampleAll, Schedule, Select
 from seriatim.heads.dist import Greedy
 from seriatim.model import Rows
 from seriatim.random import Random
@@ -19,7 +20,8 @@ from seriatim.random import Random
 @dataclass(frozen=True)
 class Nested:
     """`steps[k]` forwards for scale k of a pyramid (1 where the list ends): of all that is read those are decided whose
-    drawn ids were the likeliest, few at first; the rest is hidden and drawn again in view of them.
+    drawn ids were the likeliest (or which a `rule` of `Select` prefers), few at first; the rest is hidden and drawn
+    again in view of them.
 
     Likelihoods are those of what is drawn from, with guidance, temperature and filters, as in HMAR's released code;
     greedily, those of the model. What is decided stays. With one step everywhere it is `SampleAll`.
@@ -27,6 +29,7 @@ class Nested:
 
     steps: Sequence[int] = ()
     schedule: Schedule = "cosine"
+    rule: Rule = "confidence"
 
     def __post_init__(self) -> None:
         if any(n < 1 for n in self.steps):
@@ -39,4 +42,4 @@ class Nested:
         if steps == 1:
             return SampleAll().decide(canvas, guess, rows, random)
         said = rows.said if isinstance(rows.dist, Greedy) else rows.dist
-        return Select("confidence", steps, self.schedule).decide(canvas, guess, rows._replace(said=said), random)
+        return Select(self.rule, steps, self.schedule).decide(canvas, guess, rows._replace(said=said), random)

@@ -300,7 +300,9 @@ class Target:
         vector = model.driving(plan, canvas, both.vector)
         h = model.backbone(torch.cat(parts), self._repeated[1], self.cache, vector, both.memory, *both.padding)
         (full, element, slot), *others = [model.dist(part, plan, canvas) for part in h.chunk(self.copies)]
-        done = progress(canvas, None if guess is None else plan.reads.element)
+        done = plan.progress
+        if done is None:
+            done = progress(canvas, None if guess is None else plan.reads.element)
         weights = [_weight(branch.guidance, done, h) if plan.guided else 0.0 for branch in self.branches]
         dist = full.mix([other[0] for other in others], [1 + sum(weights), *(-w for w in weights)])
         return dist, element, h, slot

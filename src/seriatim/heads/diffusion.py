@@ -10,6 +10,7 @@ of noise a value, learned variance (Nichol & Dhariwal 2021, arXiv 2102.09672).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -95,14 +96,12 @@ class Diffusion(Continuous):
     __slots__ = ()
 
     def sample(self, random: Random, key: Key) -> Float[Tensor, "b m d"]:
-        head: DiffusionHead = self.head
-        c, net, temperature = head.config, head.net, self.temperature
+        head, temperature = self.head, self.temperature
+        c: DiffusionConfig = head.config
         p = process(c.train_steps, c.steps)
-        state = net.state(self.states)
-        clock = net.clock(p.time.to(state))
-        x = self.noise(random, key, 0, head.dim)
+        x, predicted = self.noise(random, key, 0, head.dim), self.predictions(p)
         for i in reversed(range(c.steps)):
-            said = net(x.to(state).expand(len(self.weights), -1, -1, -1), state + clock[i]).to(x.dtype)
+            said = predicted(x, i)
             eps = self.combine(said[..., : head.dim])
             signal, before, beta = float(p.signal[i]), float(p.before[i]), float(p.beta[i])
             if c.clip is not None:
@@ -117,6 +116,17 @@ class Diffusion(Continuous):
                 noise = self.noise(random, key, c.steps - i, head.dim)
                 x = x + temperature * self._deviation(p, i, said[0, ..., head.dim :]) * noise
         return x
+
+    def predictions(self, p: Process) -> Callable[[Tensor, int], Float[Tensor, "k b m out"]]:
+        """What the network says for each branch of values (b, m, d) at the i-th step of a process."""
+        net = self.head.net
+        state = net.state(self.states)
+        clock = net.clock(p.time.to(state))
+
+        def predicted(x: Tensor, i: int) -> Tensor:
+            return net(x.to(state).expand(len(self.weights), -1, -1, -1), state + clock[i]).to(x.dtype)
+
+        return predicted
 
     def _deviation(self, p: Process, i: int, placed: Float[Tensor, "b m d"]) -> Tensor | float:
         """Standard deviation of a step back."""

@@ -62,9 +62,8 @@ class Flow(Continuous):
     __slots__ = ()
 
     def sample(self, random: Random, key: Key) -> Float[Tensor, "b m d"]:
-        c = self.head.config
-        velocity, n = self.velocities(), c.steps
-        x = self.temperature * self.noise(random, key, 0, self.head.dim)
+        c, n = self.head.config, self.steps
+        velocity, x = self.velocities(), self.start(random, key)
         for i in range(n):
             t, step = i / n, 1 / n
             v = velocity(x, t)
@@ -73,7 +72,20 @@ class Flow(Continuous):
             elif c.sampler == "heun":
                 v = (v + velocity(x + step * v, t + step)) / 2
             x = x + step * v
+            self.met(x, i)
         return x
+
+    @property
+    def steps(self) -> int:
+        """Of the integration."""
+        return self.head.config.steps
+
+    def start(self, random: Random, key: Key) -> Float[Tensor, "b m d"]:
+        """What is carried."""
+        return self.temperature * self.noise(random, key, 0, self.head.dim)
+
+    def met(self, x: Float[Tensor, "b m d"], step: int) -> None:
+        """Where it has been carried by a step."""
 
     def velocities(self) -> Callable[[Tensor, float], Tensor]:
         """The guided velocity of values (b, m, d) at a time."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -49,10 +49,27 @@ class MapFlowConfig(FlowConfig):
             raise ValueError("a map is trained by one draw of noise a forward; enlarge the batch instead")
 
 
-class MapDenoiser(nn.Module):
-    """From noisy maps to velocities, given time and a hidden state at each position. Gates and output start at zero."""
+class MapSizes(Protocol):
+    """What a network over maps asks of a config, as in `MapFlowConfig`."""
 
-    def __init__(self, width: int, dim: int, c: MapFlowConfig):
+    @property
+    def hidden(self) -> int: ...
+
+    @property
+    def blocks(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def inject(self) -> str: ...
+
+
+class MapDenoiser(nn.Module):
+    """From noisy maps to velocities (or the noise in them), given time and a hidden state at each position. Gates and
+    output start at zero."""
+
+    def __init__(self, width: int, dim: int, c: MapSizes):
         super().__init__()
         half = c.hidden // c.heads // 2
         self.inject = c.inject

@@ -107,6 +107,21 @@ class ByRate:
         return fewest(free, count, noise), n / count.clamp(min=1)
 
 
+@dataclass(frozen=True)
+class ByShare:
+    """The share of the elements that a noise schedule hides at a time drawn evenly, rounded up; weight n/l, so that the
+    loss is the mean over the hidden ones. No bound on anything."""
+
+    noise: Noise = LINEAR
+
+    def __call__(
+        self, free: Bool[Tensor, "b E"], unit: Float[Tensor, "b"], noise: Float[Tensor, "b E"]
+    ) -> tuple[Bool[Tensor, "b E"], Float[Tensor, "b"]]:
+        n = free.sum(1)
+        count = torch.minimum((n * self.noise.hidden(unit.double())).ceil().long().clamp(min=1), n)
+        return fewest(free, count, noise), n / count.clamp(min=1)
+
+
 def masking_of(noise: str = "linear", weight: str = "bound", by: str = "time") -> Masking:
     """A masking by the words of a config: hidden `by` "time", under a `noise` schedule (`NOISES`), or by "count";
     weighed so that the expectation is the "bound", or with an "even" weight. Raises ValueError for words that mean

@@ -55,6 +55,48 @@ def quality(trained: Any, samples: int = 620) -> dict[str, Any]:
     return {**said, "seconds_a_picture": (time.perf_counter() - start) / samples}
 
 
+STEPS = (4, 8, 16, 32)
+
+
+def few_steps(trained: Any, samples: int = 620) -> dict[str, Any]:
+    """Of pictures by the number of decoding steps, as far as the system leaves a choice (`fd_s_4`, ...)."""
+    system, seed = trained.system, trained_seed(trained)
+    figures: dict[str, Any] = {}
+    for n in STEPS:
+        said = fd_s(system, trained.data, replace(system.sampling, steps=n), seed, samples)
+        figures |= {f"fd_s_{n}": said["fd_s"], f"accuracy_{n}": said.get("accuracy")}
+    return figures
+
+
+def splits(trained: Any, samples: int = 620) -> dict[str, Any]:
+    """Of pictures of a system that draws in stages, and the operations that one takes; the same with ever fewer of the
+    steps in the last stage, as many in all (`fd_s_last_5`, ...)."""
+    head = trained.system.head
+    whole, count = head.config, len(head.cells.sides)
+    figures = {**quality(trained, samples), "gflops": gflops(trained.system)}
+    total, seed = whole.steps * count, trained_seed(trained)
+    for last in (5, 2) if count > 1 else ():
+        rest = total - last
+        first = [rest // (count - 1)] * (count - 1)
+        first[0] += rest - sum(first)
+        head.config = replace(whole, split=(*first, last))
+        said = fd_s(trained.system, trained.data, trained.system.sampling, seed, samples)
+        figures |= {f"fd_s_last_{last}": said["fd_s"], f"gflops_last_{last}": gflops(trained.system)}
+    head.config = whole
+    return figures
+
+
+def gflops(system: Any) -> float:
+    """Operations that one picture takes, in thousand millions: those of matrix products and attention, all branches of
+    guidance included, counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    labels = torch.zeros(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        system.draw(labels)
+    return counter.get_total_flops() / 1e9
+
+
 @torch.no_grad()
 def behind_noise(system: Any, examples: Any, deviation: float, seed: int = 0) -> float:
     """The mean loss of the groups behind the first, when what stands in the groups before them is the true value plus

@@ -89,6 +89,11 @@ class ImageSystem(System):
         """One side of the data as batches are drawn from it: here sample by sample."""
         return examples
 
+    @classmethod
+    def tokenizer_settings_for(cls, shape: Sequence[int]) -> Mapping[str, Any]:
+        """Those of a tokenizer that needs no training, for pictures (channels, height, width)."""
+        return cls.tokenizer_settings
+
     def canvas(self, batch: Mapping[str, Tensor]) -> tuple[Canvas, dict[str, Tensor] | None]:
         codes = self.elements(batch["image"], self.model.layout)
         return self.model.canvas({"token": codes}), self.condition(batch.get("label"), len(codes))

@@ -6,8 +6,7 @@ unit variance, whatever the tokenizer. A config holds `side`, `dim`, `mean` and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -42,7 +41,12 @@ class VectorSystem(ImageSystem):
     """Pictures as a square grid of vectors, kind "token"."""
 
     tokenizers = ("patches", "image-kl")
-    tokenizer_settings = MappingProxyType({"patch": 2})
+
+    @classmethod
+    def tokenizer_settings_for(cls, shape: Sequence[int]) -> Mapping[str, Any]:
+        """The smallest patches, from 2x2 pixels on, that leave a grid of at most 8x8."""
+        side = int(shape[-1])
+        return {"patch": next((n for n in range(2, side + 1) if side % n == 0 and side // n <= 8), 1)}
 
     @classmethod
     def known(cls, tokenizer: Any, data: Data) -> dict[str, Any]:

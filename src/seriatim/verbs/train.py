@@ -250,7 +250,8 @@ def tokenizer_for(
         made: Any = run.system.model
     else:
         shape = data.train.take(torch.tensor([0]))["image"].shape  # type: ignore[union-attr]
-        made = make_tokenizer(kind, {"side": shape[2], "channels": shape[1], **cls.tokenizer_settings})
+        pictures = {"side": shape[2], "channels": shape[1]}
+        made = make_tokenizer(kind, {**pictures, **cls.tokenizer_settings_for(shape[1:])})
     save_tokenizer(made, place)
     return made
 

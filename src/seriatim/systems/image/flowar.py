@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.canvas import Canvas
 from seriatim.conditions.condition import ClassCondition
-from seriatim.embed_pyramid import PlaceTable, PyramidEmbed, previous
+from seriatim.embed_pyramid import Feed, PlaceTable, PyramidEmbed, previous
 from seriatim.factorization.static import Scales
 from seriatim.heads.categorical import CategoricalHead
 from seriatim.heads.flow_map import MapFlowConfig, MapFlowHead
@@ -50,6 +50,8 @@ META = Meta(
     likelihood="none",
     summary="Maps of vectors that double in size, each drawn as a whole by a flow that a transformer conditions.",
 )
+
+M = TypeVar("M", bound=Model)
 
 
 @dataclass(frozen=True)
@@ -98,15 +100,16 @@ def build(config: Config | None = None) -> Model:
     """The model, with fresh weights: it says that nothing moves."""
     c = config or Config()
     flow = MapFlowConfig(c.flow_width, c.flow_depth, c.flow_steps, heads=c.heads, inject=c.inject)
-    return _assembled(c, None, MapFlowHead(c.width, c.dim, pyramid(c.scales), flow))
+    return assembled(c, None, MapFlowHead(c.width, c.dim, pyramid(c.scales), flow))
 
 
-def _assembled(c: Config, codes: Any, head: Any) -> Model:
+def assembled(c: Any, codes: Any, head: Any, feed: Feed = previous, kind: type[M] = Model) -> M:  # type: ignore[assignment]
+    """A model of maps, coarse to fine, of c.scales: behind a class, each is fed what the one before says."""
     total = sum(side * side for side in c.scales)
-    embed = PyramidEmbed(codes, c.dim, c.width, previous, PlaceTable(total), len(c.scales))
+    embed = PyramidEmbed(codes, c.dim, c.width, feed, PlaceTable(total), len(c.scales))
     backbone = Transformer(TransformerConfig(c.width, c.depth, c.heads, dropout=c.dropout, vector=c.width))
     condition = {"class": ClassCondition(c.classes, c.width, ("prefix", "vector"))}
-    return Model(pyramid(c.scales), Scales(), embed, backbone, head, condition)
+    return kind(pyramid(c.scales), Scales(), embed, backbone, head, condition)
 
 
 class FlowAR(VectorSystem):
@@ -174,7 +177,7 @@ CLAIM = Claim(
 def case(scales: tuple[int, ...] = (1, 2), vocab: int = 2) -> Case:
     """A tiny instance for the laws, over ids of a codebook (the flow is tested apart)."""
     c = Config(scales[-1], 3, scales, classes=3, width=16, depth=2, heads=2)
-    model = randomise(_assembled(c, NormalizedVQ(vocab, c.dim), CategoricalHead(c.width, vocab)))
+    model = randomise(assembled(c, NormalizedVQ(vocab, c.dim), CategoricalHead(c.width, vocab)))
     limits = (lambda: one_scale(case),)
     return Case(model, vocab, condition={"class": torch.tensor([1])}, limits=limits, over_ids=True)
 
