@@ -55,14 +55,14 @@ def quality(trained: Any, samples: int = 620) -> dict[str, Any]:
     return {**said, "seconds_a_picture": (time.perf_counter() - start) / samples}
 
 
-STEPS = (4, 8, 16, 32)
+FEW = (4, 8, 16, 32)
 
 
 def few_steps(trained: Any, samples: int = 620) -> dict[str, Any]:
     """Of pictures by the number of decoding steps, as far as the system leaves a choice (`fd_s_4`, ...)."""
     system, seed = trained.system, trained_seed(trained)
     figures: dict[str, Any] = {}
-    for n in STEPS:
+    for n in FEW:
         said = fd_s(system, trained.data, replace(system.sampling, steps=n), seed, samples)
         figures |= {f"fd_s_{n}": said["fd_s"], f"accuracy_{n}": said.get("accuracy")}
     return figures
