@@ -36,17 +36,14 @@ class Pivots(AnyOrder):
     told: what stands in the slot of a pivot in fine forwards, the "states" from which pivots were drawn, or their
     "values". A pivot of which there is neither (given beforehand, where states are told; unknown) is a mask. `whole`:
     states of all fine slots are handed to the head, for one that draws the map as a whole; known ones are not read.
-    The likelihood is "none" unless values can be counted and all is drawn one by one.
     """
 
-    def __init__(
-        self, told: Literal["states", "values"] = "states", likelihood: Literal["bound", "none"] = "none",
-        whole: bool = True,
-    ):  # fmt: skip
+    def __init__(self, told: Literal["states", "values"] = "states", whole: bool = True):
         super().__init__()
         if told not in ("states", "values"):
             raise ValueError(f"of pivots either 'states' or 'values' are told, not {told!r}")
-        self.told, self.likelihood, self.whole = told, likelihood, whole  # type: ignore[assignment]
+        self.told, self.whole = told, whole
+        self.likelihood = "none"  # type: ignore[assignment]  # states from which pivots are drawn are seen, too
 
     def order(self, layout: Layout, random: Random | None = None) -> Tensor:
         return layout.coord[:, 0].clamp(max=1)[None]

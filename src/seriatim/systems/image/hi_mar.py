@@ -320,7 +320,7 @@ class PivotCase(Case):
 def case() -> PivotCase:
     """A tiny instance for the laws, over ids (both diffusions are tested apart)."""
     c = Config(side=2, classes=3, width=16, depth=2, heads=2, dropout=0.0)
-    layout, order = pyramid(SHAPES), Pivots(likelihood="bound", whole=False)
+    layout, order = pyramid(SHAPES), Pivots(whole=False)
     embed = PivotEmbed(TokenEmbed(2, c.width, start=False), layout)
     backbone = Transformer(TransformerConfig(c.width, c.depth, c.heads, vector=c.width))
     condition = {"class": ClassCondition(c.classes, c.width)}
