@@ -27,7 +27,7 @@ from seriatim.factorization.static import Scales
 from seriatim.laws.case import Case, Limit, randomise
 from seriatim.layout import pyramid
 from seriatim.model import Model
-from seriatim.systems.claim import Arm, Claim
+from seriatim.systems.claim import Arm, Claim, Trial
 from seriatim.systems.image import hmar
 from seriatim.systems.meta import Meta
 from seriatim.systems.pyramid_system import (
@@ -38,6 +38,7 @@ from seriatim.systems.pyramid_system import (
     var_config,
     var_model,
 )
+from seriatim.systems.pyramid_trials import costs
 from seriatim.systems.system import Sampling
 from seriatim.tokenizers.multiscale import MultiScaleConfig, MultiScaleVQ
 from seriatim.view import View, inclusive, own_rank
@@ -131,6 +132,7 @@ CLAIM = Claim(
     paper="ImageNet 256x256: FID 1.78 (d32); against VAR 0.19 better, with fewer parameters than its largest",
     metric="bits_per_code",
     arms={
+        "costs": Trial(None, costs),
         "m-var": Arm("m-var", size="small", tokenizer="zoo:image-msvq", minutes=4),
         "sum alone": Arm("hmar", {"weighted": False}, size="small", tokenizer="zoo:image-msvq", minutes=4),
         "var": Arm("var", size="small", tokenizer="zoo:image-msvq", minutes=4),
