@@ -40,7 +40,8 @@ class AxialEmbed(nn.Module):
         if guess is not None:
             raise ValueError("slots of rows and columns hold no drafts")
         device = self.table.device
-        stage, channel, row, column = plan.slots.coord.to(device).unbind(2)
+        stage = plan.slots.coord[..., 0].to(device)
+        _, channel, row, column = plan.slots.coord.clamp(min=0).to(device).unbind(2)  # padding stands nowhere
         element = plan.slots.element[..., 0].expand(canvas.batch, -1)
         value = canvas.value[self.kind].gather(1, element.clamp(min=0).to(canvas.value[self.kind].device))
         there = (plan.slots.source == VALUE).to(device)[..., None]

@@ -146,7 +146,8 @@ class Axial(Transformer):
     # ---- any slots ---------------------------------------------------------------------------------------------------
 
     def _step(self, x: Float[Tensor, "b s d"], plan: Plan, cache: KVCache | None) -> Float[Tensor, "b s d"]:
-        stages, made = plan.slots.coord[..., 0], {}
+        made: dict[str, Tensor] = {}
+        stages = plan.slots.coord[..., 0]
         for stage in self.stages:
             mine = (stages == stage).any(0).nonzero()[:, 0].to(x.device)
             if len(mine):

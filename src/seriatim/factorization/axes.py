@@ -34,7 +34,7 @@ class AxialPlan(Plan):
     """A forward over whole channels: the slots are those of each stage, one stage behind the other, and in it so many
     channels of so many rows and columns. Who sees whom follows from the place in this array, without masks."""
 
-    grids: Size | None = None
+    grids: Size | None = None  # type: ignore[assignment]
 
 
 class Axes(Factorization):
