@@ -160,6 +160,7 @@ class Plan:
     readers = None  # `Reads`: where conditions of single elements stand; None: where the elements are read now
     fork = False  # is this a forward of the second end of a backbone that has two (`backbones.forked`)?
     guided = True  # may guidance change what is said here?
+    grids = None  # (channels, rows, columns), where the slots are whole channels (`factorization.axes`)
     fixed = None  # (b, m): slots that stay as they are while the step is repeated (denoising); None: it is not known
 
     def along(self, route: Any) -> Plan:

@@ -215,3 +215,17 @@ def test_a_second_stage_stopped_and_resumed_is_the_one_never_stopped(tmp_path):
     base = load(tmp_path / "first").model.state_dict()
     assert all(torch.equal(x, one[name]) for name, x in base.items()), "the first stage was changed"
     assert not torch.equal(one["heads.token.fork.weight"], base["heads.token.weight"]), "nothing was learned"
+
+
+def test_hmar_can_be_trained_with_all_elements_weighing_alike():
+    made = {}
+    for weighted in (True, False):
+        torch.manual_seed(0)
+        tokenizer = MultiScaleTokenizer(MultiScaleConfig(scales=(1, 2, 4), vocab=8, dim=4, width=8)).eval()
+        system = hmar.HMAR(hmar.Config(tokenizer.config, 3, 32, 2, 2, 0.0, weighted=weighted), tokenizer).train()
+        batch = {"image": torch.rand(4, 1, tokenizer.config.side, tokenizer.config.side), "label": torch.arange(4) % 3}
+        total, count = system.losses(batch, Generator(0), 0.0)
+        made[weighted] = total / count
+        plain = system.model.losses(*system.canvas(batch)).mean()
+    assert float(made[False]) == pytest.approx(float(plain), rel=1e-6)
+    assert float(made[True]) != pytest.approx(float(made[False]), rel=1e-5)

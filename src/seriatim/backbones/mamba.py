@@ -95,10 +95,12 @@ class MambaConfig:
         """What passes through the convolution: the heads' channels, B and C."""
         return self.inner + 2 * self.groups * self.state
 
-    def new_cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> StateCache:
-        """States of all mixers for `batch` rows, beside weights of this format."""
+    def new_cache(
+        self, batch: int, dtype: torch.dtype, device: torch.device, made: type[StateCache] = StateCache
+    ) -> StateCache:
+        """States of all mixers for `batch` rows, beside weights of this format, in a cache of the kind `made`."""
         conv, state = (self.channels, self.kernel - 1), (self.count, self.head_dim, self.state)
-        return StateCache(self.depth, batch, conv, state, dtype, device)
+        return made(self.depth, batch, conv, state, dtype, device)
 
 
 MIXER_MATRICES = ("into", "out")  # that `quantize` may keep as integers

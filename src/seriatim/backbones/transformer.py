@@ -55,6 +55,7 @@ class Transformer(nn.Module):
     """Layers over slots. `mixers` says what each kind of layer honours: here any visibility."""
 
     kept_as = "modulation"  # the name by which a cache keeps what a condition says to every layer
+    between = False  # is there a third branch, other than attention to a memory?
     below = 0  # layers of another stack whose keys and values stand in the same cache, before those of this one
 
     def __init__(self, config: TransformerConfig):
@@ -282,8 +283,8 @@ class Transformer(nn.Module):
         if self.training and c.dropout:
             h = F.dropout(h, c.dropout)
         x = x + (h if vector is None else gate1 * h)
-        if context.memory is not None:
-            x = x + self._cross(i, w, x, context)
+        if self.between or context.memory is not None:
+            x = x + self._between(i, w, x, sight, context)
         if route is not None and not route.enters(i, x):
             return x
         h = came if c.parallel else x
@@ -332,8 +333,8 @@ class Transformer(nn.Module):
         out = out.to(dtype)
         return (out if n == 1 else out.transpose(1, 2)).reshape(b, n, heads * dim)
 
-    def _cross(self, i: int, w: Weights, x: Tensor, context: Context) -> Tensor:
-        """Attention to a memory, whose keys and values a cache remembers."""
+    def _between(self, i: int, w: Weights, x: Tensor, sight: Sight, context: Context) -> Tensor:
+        """Attention to a memory, whose keys and values a cache remembers: a branch between the two others."""
         c, cache, memory = self.config, context.cache, context.memory
         assert memory is not None
         b, n, _ = x.shape

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seriatim.interop import m_var as mvar_files
 from seriatim.interop import var as var_files
 from seriatim.interop.pickled import read_pickled
+from seriatim.systems.image import m_var
 from seriatim.systems.image.var import VAR, Config
 from seriatim.systems.system import Sampling, System
 from seriatim.tokenizers.multiscale import MultiScaleTokenizer
@@ -32,19 +34,37 @@ def load_published_images(path: Path) -> System:
 
 
 def _var(weights: Mapping[str, Tensor], path: Path) -> System:
-    """VAR d16 to d36; top-k 900 and top-p 0.96 are those of the released figures."""
-    sizes, scales = var_files.sizes_of(weights), var_files.scales_of(weights)
-    config, named = var_files.multiscale_of(_beside(path, var_files.is_var_tokenizer, "vae_ch160v4096z32.pth"), scales)
+    """VAR d16 to d36."""
+    tokenizer = _var_tokenizer(weights, path)
+    system = VAR(Config(tokenizer.config, dropout=0.0, **var_files.sizes_of(weights)), tokenizer)
+    return _pyramid(system, var_files.named_var(weights), path)
+
+
+def _mvar(weights: Mapping[str, Tensor], path: Path) -> System:
+    """M-VAR d16 to d32."""
+    tokenizer, sizes = _var_tokenizer(weights, path), mvar_files.sizes_of(weights)
+    system = m_var.MVAR(m_var.Config(tokenizer.config, dropout=0.0, **sizes), tokenizer)  # type: ignore[arg-type]
+    return _pyramid(system, mvar_files.named_mvar(weights), path)
+
+
+def _var_tokenizer(weights: Mapping[str, Tensor], path: Path) -> MultiScaleTokenizer:
+    """The tokenizer beside the file of a generator, for the scales of that."""
+    found = _beside(path, var_files.is_var_tokenizer, "vae_ch160v4096z32.pth")
+    config, named = var_files.multiscale_of(found, var_files.scales_of(weights))
     tokenizer = MultiScaleTokenizer(config)
     _fill(tokenizer, named | {"uses": tokenizer.uses}, path, ("picture_loss",))
-    system = VAR(Config(config, dropout=0.0, **sizes), tokenizer.eval())
-    _fill(system.model, var_files.named_var(weights), path, ("embed.quantizer",))
+    return tokenizer.eval()
+
+
+def _pyramid(system: System, named: Mapping[str, Tensor], path: Path) -> System:
+    """A generator with its weights; top-k 900 and top-p 0.96 are those of the released figures."""
+    _fill(system.model, named, path, ("embed.quantizer",))
     system.sampling = Sampling(top_k=900, top_p=0.96, guidance=1.5)  # type: ignore[misc]
     return system
 
 
 Reader = tuple[Callable[[Mapping[str, Tensor]], bool], Callable[[Mapping[str, Tensor], Path], System]]
-READERS: tuple[Reader, ...] = ((var_files.is_var, _var),)
+READERS: tuple[Reader, ...] = ((mvar_files.is_mvar, _mvar), (var_files.is_var, _var))
 
 
 def _beside(path: Path, known: Callable[[Mapping[str, Tensor]], bool], usual: str) -> dict[str, Tensor]:

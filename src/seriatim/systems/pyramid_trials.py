@@ -118,3 +118,16 @@ def one_pass(system: Any, seed: int, samples: int = SAMPLES) -> Mapping[str, Any
 
     said = fd_s(system, load_data("glyphs", "image"), replace(system.sampling, steps=1), seed, samples)
     return {"fd_s": said["fd_s"], "accuracy": said.get("accuracy")}
+
+
+def costs(system: Any, seed: int) -> Mapping[str, Any]:
+    """Counted, at the width of d16 (`evaluation.scale_costs.counted`): by how much keys and values outgrow the state of
+    a mixer, and which share of VAR's pairs of attention lies within scales, for pictures of 256 to 1,024 pixels."""
+    from seriatim.backbones.mamba import MambaConfig
+    from seriatim.evaluation.scale_costs import SCHEDULES, counted
+
+    figures: dict[str, Any] = {}
+    for pixels, scales in SCHEDULES.items():
+        c = counted(scales, 1024, MambaConfig(1024, 1, state=64))
+        figures |= {f"keys_to_state_{pixels}": c.keys / c.state, f"own_pairs_{pixels}": c.own / c.every}
+    return figures

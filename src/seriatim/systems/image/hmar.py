@@ -69,7 +69,8 @@ STEPS = (1, 2, 3)  # forwards for each of the first scales, one for all others, 
 @dataclass(frozen=True)
 class Config:
     """Sizes of the generator and of its tokenizer; the defaults suit 8x8 digits. mask_layers: how many of the last
-    layers come a second time, for mask passes (0: there are none, the first stage)."""
+    layers come a second time, for mask passes (0: there are none, the first stage); weighted: does a scale weigh in the
+    loss of the first stage as published (else by its number of elements, as in VAR)?"""
 
     tokenizer: MultiScaleConfig = field(default_factory=MultiScaleConfig)
     classes: int = 10
@@ -78,6 +79,7 @@ class Config:
     heads: int = 4
     dropout: float = 0.1
     mask_layers: int = 0
+    weighted: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.tokenizer, dict):  # from JSON
@@ -171,7 +173,7 @@ class HMAR(ResidualPyramid):
     def losses(self, batch: Mapping[str, Tensor], random: Generator, drop: float) -> tuple[Tensor, Tensor]:
         """In training: scales weighted (first stage), or a share of each scale hidden, the same of all rows (second).
         Else the likelihood, which is that of the first stage."""
-        if not self.training:
+        if not self.training or not (self.config.weighted or self.config.mask_layers):
             return super().losses(batch, random, drop)
         canvas, condition = self.canvas(batch)
         dropped = torch.rand(canvas.batch, generator=random.generator) < drop if drop else None
