@@ -46,15 +46,15 @@ META = Meta(
     summary="Blocks from left to right, the tokens of a block together; begins as a next-token model.",
 )
 
-SHORT = {"length": 256, "batch": 8}
+SHORT = {"length": 256, "batch": 4}
 CLAIM = Claim(
     text="Begun as a next-token model, the bound is at least a fifth lower than begun with fresh weights, after as "
     "many steps: bits per byte of block diffusion with blocks of 4.",
     paper="keeps the quality of the next-token model after 50 B tokens more (Qwen3, of 36 T tokens)",
     metric="bits_per_byte",
     arms={
-        "next-token": Arm("sdar", SHORT, steps=300, base="zoo:text-base"),
-        "fresh": Arm("sdar", SHORT, size="small", tokenizer="zoo:text-bpe", steps=300),
+        "next-token": Arm("sdar", SHORT, steps=150, base="zoo:text-base"),
+        "fresh": Arm("sdar", SHORT, size="small", tokenizer="zoo:text-bpe", steps=150),
     },
     ours="next-token",
     baseline="fresh",

@@ -83,7 +83,7 @@ def drafting(trained: Any, prompts: int = 16, new_tokens: int = 128) -> dict[str
 
 
 def _arm(**settings: Any) -> Arm:
-    settings = {"length": 256, "batch": 8, **settings}
+    settings = {"length": 256, "batch": 4, **settings}
     return Arm("tidar", settings, steps=300, base="zoo:text-base", measure=drafting)
 
 

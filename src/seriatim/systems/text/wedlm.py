@@ -96,7 +96,7 @@ def streams(trained: Any, prompts: int = 16, new_tokens: int = 128, start: int =
 
 
 def _arm(key: str, **settings: Any) -> Arm:
-    settings = {"length": 256, "batch": 8, "block": 16, **settings}
+    settings = {"length": 256, "batch": 4, "block": 16, **settings}
     return Arm(key, settings, steps=300, base="zoo:text-base", measure=streams)
 
 
