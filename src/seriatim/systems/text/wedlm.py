@@ -97,11 +97,11 @@ def streams(trained: Any, prompts: int = 16, new_tokens: int = 128, start: int =
 
 def _arm(key: str, **settings: Any) -> Arm:
     settings = {"length": 256, "batch": 4, "block": 16, **settings}
-    return Arm(key, settings, steps=300, base="zoo:text-base", measure=streams)
+    return Arm(key, settings, steps=200, base="zoo:text-base", measure=streams)
 
 
 CLAIM = Claim(
-    text="Begun as the same next-token model and trained further for 300 steps with blocks of 16, a window that slides "
+    text="Begun as the same next-token model and trained further for 200 steps with blocks of 16, a window that slides "
     "on writes at least 1.2 times as many tokens for each slot that is computed as block diffusion does (SDAR).",
     paper="about 3 times as fast as a served next-token model (Qwen3-8B, vLLM) on reasoning, up to 10 on easy texts",
     metric="cacheability",
