@@ -167,13 +167,15 @@ def run_judge(options: argparse.Namespace) -> None:
         target = load(options.models[0])
         small = draft_model(options.models[1], target)
     else:
-        target = judge_decoding.answering("zoo:text-base", *judge_decoding.TARGET)
-        small = judge_decoding.answering("zoo:text-draft", *judge_decoding.SMALL)
+        with torch.enable_grad():
+            target = judge_decoding.answering("zoo:text-base", *judge_decoding.TARGET)
+            small = judge_decoding.answering("zoo:text-draft", *judge_decoding.SMALL)
     base = Base(target)
     if options.judge:
         judge = load_part(options.judge, base, Judge)
     else:
-        judge = ready(train_judge(base, judge_decoding.examples(target.tokenizer, 400))[0], base)
+        with torch.enable_grad():
+            judge = ready(train_judge(base, judge_decoding.examples(target.tokenizer, 400))[0], base)
     questions = asked(1, options.questions, test=True)
     draw_text([x for q in questions[:8] for x in answers(target, small, judge, q)], options.out / "answers.html")
     found = deltas(target, small, judge, questions)

@@ -1,9 +1,11 @@
 """Drafts that pay: what stands is learned without trying it out, and what costs more than it brings is not drafted."""
 
+import time
+
 import pytest
 import torch
 
-from seriatim.decoding.auto import Auto, part, standing
+from seriatim.decoding.auto import Auto, Turns, part, standing
 from seriatim.decoding.draft import NGram
 from seriatim.decoding.guess import Guess, room
 from seriatim.decoding.loop import decode
@@ -112,3 +114,35 @@ def test_it_stops_drafting_when_drafts_stop_standing():
     text, forwards = run(auto)
     assert text == plain_text() and forwards == NEW
     assert auto.taken.get(0, 0) <= 6, "hope ends soon"
+
+
+class Slow(Walk):
+    """Judges drafts by the clock's loss."""
+
+    def decide(self, canvas, guess, rows, random):
+        if guess is not None:
+            time.sleep(0.03)
+        return super().decide(canvas, guess, rows, random)
+
+
+@pytest.mark.parametrize(("decider", "drafts"), [(Walk(), True), (Slow(), False)])
+def test_it_stops_drafting_where_judging_takes_longer_than_drafts_save(decider, drafts):
+    auto = Auto([Oracle(right=True, length=1)], lambda rows: 0.01 + 1e-4 * rows)
+    canvas = SYSTEM._begun([SYSTEM.prompt_ids("abab")], NEW)
+    with torch.inference_mode():
+        for _ in decode(SYSTEM.target(None, _greedy()), canvas, decider, auto, Keyed(0)):
+            pass
+    assert canvas.value["token"][0, 4:].tolist() == plain_text()
+    assert auto.taken[0] > NEW // 4 if drafts else auto.taken[0] < NEW // 4
+
+
+def test_a_pause_of_the_reader_is_no_cost_of_drafts():
+    turns = Turns()
+    for drafted in (True, False, True, False):
+        turns.begin(drafted, 0.001)
+        time.sleep(0.01)
+        turns.end()
+    assert turns.dearer < 1e-4
+    turns.begin()
+    turns.end()
+    assert turns.dearer < 1e-4

@@ -74,6 +74,35 @@ class Offer:
     speed: float
 
 
+class Turns:
+    """What steps take beyond their forwards: to judge a draft, keep its path and drop the rest costs something, too.
+
+    Seconds are counted from the end of a proposal to the beginning of the next one, so whoever reads the steps as they
+    come is counted in both kinds.
+    """
+
+    def __init__(self) -> None:
+        self.beyond: dict[bool, float] = {}  # seconds, of steps with a draft and without
+        self._since: tuple[bool, float, float] | None = None
+
+    @property
+    def dearer(self) -> float:
+        """Seconds that a step with a draft takes more than its rows explain."""
+        return max(0.0, self.beyond.get(True, 0.0) - self.beyond.get(False, 0.0))
+
+    def begin(self, drafted: bool | None = None, forward: float = 0.0) -> None:
+        """A step begins, whose forward takes so many seconds (None: what follows is none)."""
+        self._since = None if drafted is None else (drafted, forward, time.perf_counter())
+
+    def end(self) -> None:
+        """The step is over, if there was one."""
+        if self._since is not None:
+            drafted, forward, start = self._since
+            taken = min(time.perf_counter() - start - forward, forward)  # a pause tells nothing of drafts
+            before = self.beyond.get(drafted, taken)
+            self.beyond[drafted] = before + (taken - before) * NEWEST
+
+
 class Auto:
     """Takes the draft, of those that its proposers make, that promises most tokens a second.
 
@@ -91,12 +120,15 @@ class Auto:
         self._chosen = -1
         self._canvas: Canvas | None = None
         self._row = torch.zeros(0, dtype=torch.long)
+        self._turns = Turns()
 
     def propose(self, canvas: Canvas, target: Target, random: Random) -> Guess | None:
-        if canvas is not self._canvas:
+        if first := canvas is not self._canvas:
             self._canvas, self._row = canvas, canvas.row
+            self._turns.begin()
             for arm in self.arms:
                 arm.open.clear()
+        self._turns.end()
         self._follow(canvas, moved(self._row, canvas.row))
         self._look_back(canvas)
         plain = canvas.batch / self.cost(canvas.batch)
@@ -115,6 +147,8 @@ class Auto:
             if offer is not None and offer.speed > best.speed:
                 best = offer
         self._chosen = -1 if best.arm is None else self.arms.index(best.arm)
+        drafted = None if first else self._chosen >= 0  # the first forward reads the prompt
+        self._turns.begin(drafted, self.cost(canvas.batch * (1 + len(best.nodes))))
         return None if best.guess is None else part(best.guess, best.nodes)
 
     def observe(self, canvas: Canvas, rows: Rows, step: Step) -> None:
@@ -146,7 +180,7 @@ class Auto:
         best, gain = Offer(arm, guess, (), 0.0), float(canvas.batch)
         for n, i in enumerate(order[: self.most], 1):
             gain += stands[i] * counts[i]
-            speed = gain / (self.cost(canvas.batch * (n + 1)) + arm.seconds)
+            speed = gain / (self.cost(canvas.batch * (n + 1)) + arm.seconds + self._turns.dearer)
             if speed > best.speed:
                 best = Offer(arm, guess, tuple(sorted(order[:n])), speed)
         return best
