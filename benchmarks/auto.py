@@ -102,7 +102,7 @@ def main() -> int:
     ratios = told(measured(system, prompts, way, o.runs), prompts)
     used = others.share()
     result = {
-        "model": o.model, "weights": o.weights, "dtype": str(next(system.model.parameters()).dtype)[6:],
+        "model": Path(o.model).name, "weights": o.weights, "dtype": str(next(system.model.parameters()).dtype)[6:],
         "prompts": len(prompts), "new_tokens": o.new_tokens, "ratio": ratios, "holds": ratios["total"] >= LEAST,
         "others": used, "disturbed": used is None or used > DISTURBED, "load_average": load_average(),
         "threads": o.threads, "torch": torch.__version__, "machine": machine(), "commit": commit(),
