@@ -49,6 +49,8 @@ WEIGHTS = {  # what holds published weights to the official code
     "chimera": "tests/posttraining/test_chimera.py",
     "bild": "tests/systems/test_bild_answers.py",
     "var": "tests/interop/test_var.py",
+    "m-var": "tests/interop/test_m_var.py",
+    "raster-ar": "tests/interop/test_llamagen.py",
 }
 
 

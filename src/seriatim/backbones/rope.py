@@ -93,19 +93,24 @@ class RoPE:
     """`theta` is the base; `axes` how many dimensions of a head each axis takes (None: one axis takes all); `dims` how
     many are turned at all, from the first (None: all). crossed: a dimension of the first half of a head is paired with
     one of the second half, each with the angle of its own axis, and the slowest frequency of an axis is one over its
-    base (the released ACDiT; no rotation in the strict sense)."""
+    base (the released ACDiT; no rotation in the strict sense). raster: slots along a line are so many in front, whose
+    queries and keys become zero, then a grid of so many columns in raster order: its rows and columns are the two axes
+    (the released LlamaGen)."""
 
     theta: float = 10_000.0
     axes: tuple[int, ...] | None = None
     dims: int | None = None
     stretch: Stretch | None = None
     crossed: bool = False
+    raster: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not self.theta > 0:
             raise ValueError(f"the base of rotary embedding is positive, got {self.theta}")
         if self.stretch is not None and self.axes is not None:
             raise ValueError("frequencies are stretched along a line, not over several axes")
+        if self.raster is not None and (len(self.axes or ()) != 2 or self.crossed or self.raster[1] < 1):
+            raise ValueError(f"a line becomes a grid of two axes with at least one column, got {self}")
 
 
 class RotaryTable:
@@ -135,6 +140,11 @@ class RotaryTable:
         self, coord: Int[Tensor, "b s axes"], dtype: torch.dtype, near: bool = False
     ) -> tuple[Float[Tensor, "b s 1 d"], Tensor]:
         """Cosine and signed sine for explicit coordinates; `near`: as for a text as short as in the first training."""
+        there = None
+        if self.rope.raster is not None:
+            place = coord[..., 0] - self.rope.raster[0]
+            there, columns = place >= 0, self.rope.raster[1]
+            coord = torch.stack([place.clamp(min=0) // columns, place.clamp(min=0) % columns], -1)
         if coord.shape[-1] < self.axes:
             raise ValueError(f"rotary embedding over {self.axes} axes met coordinates with {coord.shape[-1]}")
         scale, stretch = 1.0, self.rope.stretch
@@ -153,6 +163,8 @@ class RotaryTable:
             angle, scale = coord[..., 0, None] * frequency[:, None], stretch.scale
         cos, sin = angle.cos() * scale, angle.sin() * scale
         cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        if there is not None:
+            cos, sin = (torch.where(there[..., None], x, 0) for x in (cos, sin))
         return cos.to(dtype)[..., None, :], sin.to(dtype)[..., None, :]
 
     def of(self, plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +190,7 @@ class RotaryTable:
         return (cos, sin) if offset is None else (cos[offset], sin[offset])
 
     def _table(self, needed: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        if self.axes > 1:
+        if self.axes > 1 and self.rope.raster is None:
             raise ValueError(f"rotary embedding over {self.axes} axes met slots along a line, which have one")
         with torch.inference_mode(False):  # the table outlives the loop that first asks for it
             place = torch.arange(max(256, 2 * needed), device=device)[None, :, None]

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seriatim.interop import llamagen
 from seriatim.interop import m_var as mvar_files
 from seriatim.interop import var as var_files
 from seriatim.interop.pickled import read_pickled
-from seriatim.systems.image import m_var
+from seriatim.systems.image import m_var, raster_ar
 from seriatim.systems.image.var import VAR, Config
 from seriatim.systems.system import Sampling, System
 from seriatim.tokenizers.multiscale import MultiScaleTokenizer
+from seriatim.tokenizers.vq import VQTokenizer
 
 SUFFIXES = (".pth", ".pt", ".bin")
 
@@ -29,6 +31,8 @@ def load_published_images(path: Path) -> System:
             return read(weights, path).eval().requires_grad_(False)
     if var_files.is_var_tokenizer(weights):
         raise ValueError(f"{path} is the tokenizer of VAR: load the generator beside it, such as var_d16.pth")
+    if llamagen.is_llamagen_tokenizer(weights):
+        raise ValueError(f"{path} is a tokenizer of LlamaGen: load the generator beside it, such as c2i_B_256.pt")
     names = ", ".join(sorted(weights)[:3])
     raise ValueError(f"{path} holds weights of something that is not read here ({names}, ...)")
 
@@ -63,8 +67,28 @@ def _pyramid(system: System, named: Mapping[str, Tensor], path: Path) -> System:
     return system
 
 
+def _llamagen(weights: Mapping[str, Tensor], path: Path) -> System:
+    """LlamaGen B to 3B by class, for 24 ids a side where the name of the file says 384, else 16; all ids may be drawn,
+    as for the released figures."""
+    sizes, grid = llamagen.sizes_of(weights), 24 if "384" in path.stem else 16
+    found = _beside(path, llamagen.is_llamagen_tokenizer, "vq_ds16_c2i.pt")
+    config, named = llamagen.vq_of(found, grid)
+    tokenizer = VQTokenizer(config)
+    _fill(tokenizer, named, path, ("picture_loss", "uses"))
+    shape = raster_ar.Config(side=grid, form="llama", dropout=0.0, **sizes)  # type: ignore[arg-type]
+    system = raster_ar.RasterAR(shape, tokenizer.eval())
+    _fill(system.model, llamagen.named_llamagen(weights), path)
+    guidance = llamagen.GUIDANCE.get(sizes["width"], 1.75) - 1
+    system.sampling = Sampling(top_p=None, guidance=guidance)  # type: ignore[misc]
+    return system
+
+
 Reader = tuple[Callable[[Mapping[str, Tensor]], bool], Callable[[Mapping[str, Tensor], Path], System]]
-READERS: tuple[Reader, ...] = ((mvar_files.is_mvar, _mvar), (var_files.is_var, _var))
+READERS: tuple[Reader, ...] = (
+    (mvar_files.is_mvar, _mvar),
+    (var_files.is_var, _var),
+    (llamagen.is_llamagen, _llamagen),
+)
 
 
 def _beside(path: Path, known: Callable[[Mapping[str, Tensor]], bool], usual: str) -> dict[str, Tensor]:

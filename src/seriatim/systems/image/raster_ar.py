@@ -1,17 +1,19 @@
 """Raster autoregression: pixels (or token maps) row by row, as text is written.
 
 A class in a prefix slot, then every element in raster order (PixelRNN, van den Oord et al. 2016; in the shape of
-LlamaGen, Sun et al. 2024: RMSNorm, SwiGLU). Positions are learned. Plain grey levels serve as tokens for small
-pictures.
+LlamaGen, Sun et al. 2024: RMSNorm, SwiGLU). Plain grey levels serve as tokens for small pictures. Of two forms,
+"driven" learns positions and lets the class drive all norms, which small models gain from; "llama" is LlamaGen as
+published: rows and columns turn queries and keys, and the class stands in the prefix alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
+from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.conditions.condition import ClassCondition
 from seriatim.embed import TokenEmbed
@@ -36,9 +38,13 @@ META = Meta(
 )
 
 
+Form = Literal["driven", "llama"]
+
+
 @dataclass(frozen=True)
 class Config:
-    """Sizes; the defaults suit 8x8 digits at 17 grey levels. `side`: elements in a row."""
+    """Sizes; the defaults suit 8x8 digits at 17 grey levels. `side`: elements in a row; `form`: how places and the
+    class are told; `hidden`: width of the feed-forward layers (None: 8/3 of the width, in steps of 8)."""
 
     side: int = 8
     vocab: int = 17
@@ -47,15 +53,29 @@ class Config:
     depth: int = 4
     heads: int = 4
     dropout: float = 0.1
+    form: Form = "driven"
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.form not in get_args(Form):
+            raise ValueError(f"form is one of {', '.join(get_args(Form))}, got {self.form!r}")
+        if self.form == "llama" and self.width // self.heads % 4:
+            raise ValueError(f"heads of {self.width // self.heads} are not shared by two axes: take a multiple of 4")
 
 
 def build(config: Config | None = None, *shape: int) -> Model:
     """The model, with fresh weights; shape: rows and columns of a grid that is no square."""
     c = config or Config()
     rows, columns = shape or (c.side, c.side)
-    backbone = Transformer(TransformerConfig(c.width, c.depth, c.heads, dropout=c.dropout, vector=c.width))
-    embed = TokenEmbed(c.vocab, c.width, positions=(rows * columns,), start=False, std=0.4)
-    condition = {"class": ClassCondition(c.classes, c.width, ("prefix", "vector"), std=0.4)}
+    size, driven, head = (c.width, c.depth, c.heads), c.form == "driven", c.width // c.heads
+    rope = None if driven else RoPE(axes=(head // 2, head // 2), raster=(1, columns))
+    backbone = Transformer(
+        TransformerConfig(*size, hidden=c.hidden, dropout=c.dropout, rope=rope, vector=c.width if driven else None)
+    )
+    positions = (rows * columns,) if driven else ()
+    embed = TokenEmbed(c.vocab, c.width, positions=positions, start=False, std=0.4)
+    told = ("prefix", "vector") if driven else ("prefix",)
+    condition = {"class": ClassCondition(c.classes, c.width, told, std=0.4)}
     return Model(grid(rows, columns), Line(prefix=1), embed, backbone, CategoricalHead(c.width, c.vocab), condition)
 
 
