@@ -91,7 +91,7 @@ def test_a_forward_that_sleeps_longer_with_more_rows_is_seen(monkeypatch):
 
 def test_a_short_model_is_measured_as_far_as_it_goes():
     cost = measured(model(20), 500, budget=0.0)
-    assert cost.context == 1 and cost.rows == (1, 2, 4, 8, 12, 16)
+    assert cost.context == 1 and cost.rows == (1, 2, 3, 4, 5, 6, 8, 12, 16)
     assert measured(model(100), 500, budget=0.0).context == 100 - 64 - 1
 
 
@@ -135,3 +135,16 @@ def test_what_was_measured_beside_others_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "measured", lambda s, c: ForwardCost((1,), (1.0,), c, what(s), True))
     assert forward_cost(model(), 100, tmp_path).disturbed
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_curve_of_fewer_rows_is_measured_again(tmp_path, monkeypatch):
+    system, measured_rows = model(), [ROWS[:3], ROWS, ROWS]
+
+    def told(system, context):
+        rows = measured_rows.pop(0)
+        return ForwardCost(rows, tuple(float(n) for n in rows), context, what(system), False)
+
+    monkeypatch.setattr(module, "measured", told)
+    for expected in (ROWS[:3], ROWS, ROWS):
+        assert forward_cost(system, 64, tmp_path).rows == expected
+    assert len(measured_rows) == 1

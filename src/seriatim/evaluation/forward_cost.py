@@ -32,7 +32,7 @@ from seriatim.layout import line
 from seriatim.posttraining.drafting import Base
 from seriatim.training.checkpoint import save_json
 
-ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)  # products of few rows go up by steps, which differ by machine
 LEAST, MOST = 3, 9  # rounds of a measurement
 SHORTEST = 64  # tokens; behind fewer the context makes no difference
 
@@ -84,7 +84,7 @@ def forward_cost(system: Any, context: int = 512, home: Path = HOME) -> ForwardC
     said = json.dumps([about, context], sort_keys=True)
     path = home / "forward-cost" / f"{hashlib.sha256(said.encode()).hexdigest()[:16]}.json"
     kept = _read(path)
-    if kept is not None and kept.about == about and kept.context == context:
+    if kept is not None and kept.about == about and kept.context == context and set(_rows(system)) <= set(kept.rows):
         return kept
     cost = measured(system, context)
     if not cost.disturbed:
@@ -98,7 +98,7 @@ def measured(system: Any, context: int = 512, rows: Sequence[int] = ROWS, budget
     round after round for about `budget` seconds. Fewer rows and a shorter context where the model takes no more.
     """
     context = _fitting(system, context)
-    rows = tuple(n for n in sorted({1, *rows}) if n < system.model.layout.size)
+    rows = _rows(system, rows)
     with torch.inference_mode():
         forward = _forwards(system, context)
         for n in rows:
@@ -138,6 +138,11 @@ def processor() -> str:
     except OSError:
         pass
     return f"{os.cpu_count()} x {name}"
+
+
+def _rows(system: Any, rows: Sequence[int] = ROWS) -> tuple[int, ...]:
+    """Those that the model takes, one among them."""
+    return tuple(n for n in sorted({1, *rows}) if n < system.model.layout.size)
 
 
 def _fitting(system: Any, context: int) -> int:
