@@ -100,7 +100,7 @@ def test_a_curve_is_kept_by_weights_format_threads_and_context(tmp_path, monkeyp
 
     def known(system, context):
         asked.append(context)
-        return ForwardCost((1, 2), (1.0, 1.0 + len(asked)), context, what(system), False)
+        return ForwardCost(ROWS, tuple(float(n + len(asked)) for n in ROWS), context, what(system), False)
 
     monkeypatch.setattr(module, "measured", known)
     system = model(2000)
