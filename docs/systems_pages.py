@@ -174,6 +174,7 @@ def _result(result: Mapping[str, Any] | None) -> Iterator[str]:
     yield "## Last result"
     ours, baseline = (_number(result[k]) for k in ("ours", "baseline"))
     yield f"**{result['verdict']}**: {result['metric']} {ours} against {baseline}."
+    yield f"![Every arm and seed; shaded, the noise of the baseline](images/{result['key']}-claim.png)"
     metric = result["metric"]
     rows = [
         (name, str(run.get("seed", "")), _number(run.get(metric)), _number(run.get("train_seconds")))
@@ -182,6 +183,14 @@ def _result(result: Mapping[str, Any] | None) -> Iterator[str]:
     yield table(("arm", "seed", metric, "seconds of training"), rows)
     made = [(name, f"`{result[name]}`") for name in ("command", "machine", "commit") if name in result]
     yield table(("", ""), made)
+
+
+def chart(result: Mapping[str, Any]) -> bytes:
+    """The arms of a claim as PNG."""
+    from seriatim.evaluation.claim_chart import save_claim
+
+    with TemporaryDirectory() as folder:
+        return save_claim(result, Path(folder) / "claim.png").read_bytes()
 
 
 def _number(value: Any) -> str:
@@ -301,6 +310,8 @@ def on_files(files: Any, config: Any) -> Any:
         families.setdefault(meta.family, []).append({meta.title: f"systems/{key}.md"})
         if meta.family not in ORDERLESS:
             files.append(File.generated(config, f"systems/images/{key}-mask.png", content=mask(key)))
+        if (result := card_of(key)[3]) is not None:
+            files.append(File.generated(config, f"systems/images/{key}-claim.png", content=chart(result)))
     section.extend({family.capitalize(): pages} for family, pages in families.items())
     return files
 

@@ -23,7 +23,8 @@ def run_claim(options: argparse.Namespace) -> int:
     verdict = result["verdict"]
     console.print(
         f"{claim.metric}: {claim.ours} {result['ours']:.4g}, {claim.baseline} {result['baseline']:.4g}: "
-        f"[{COLOUR.get(verdict, 'dim')}]{verdict}[/] ({options.results}/{options.key}.json)",
+        f"[{COLOUR.get(verdict, 'dim')}]{verdict}[/] ({options.results}/{options.key}.json, "
+        f"charts/{options.key}.png)",
         highlight=False,
     )
     return 1 if verdict == "fails" else 0

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from seriatim.evaluation.claim_chart import save_claim
 from seriatim.home import HOME
 from seriatim.systems.claim import Arm, Claim, Trial
 from seriatim.systems.meta import everything
@@ -39,7 +40,7 @@ def pending(key: str) -> list[tuple[str, int]]:
 def measure(
     key: str, results: str | Path = "results", bar: Bar | None = None, said: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Work off the queue of a claim and write RESULTS/KEY.json; what it holds.
+    """Work off the queue of a claim and write RESULTS/KEY.json, and a chart of its arms; what the first holds.
 
     Runs stand under SERIATIM_HOME/claims and are resumed where they were cut off.
     """
@@ -63,6 +64,7 @@ def measure(
         "machine": machine(), "command": f"seriatim claim {key}", "commit": commit(),
     }  # fmt: skip
     save_json(result, Path(results) / f"{key}.json")
+    save_claim(result, Path(results) / "charts" / f"{key}.png")
     return result
 
 
