@@ -1,0 +1,79 @@
+"""The gallery: in which order each system draws a picture, made when the site is built by watching it draw one."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from seriatim.systems.meta import catalogue
+
+LEVELS = {
+    "pixel": "Pixels: the picture itself is written.",
+    "token": "Tokens: the ids or vectors of one map.",
+    "scale": "Scales: maps of several sizes, coarse to fine.",
+}
+INTRODUCTION = """# Every order, drawn
+
+Each system at its default size, with random weights, decides the elements of one picture; elements that take on colour
+together were decided together, late ones are warm. Nothing here is typed in: orders, forwards and groups are read off
+while a system draws (`seriatim.systems.image_orders`), at the sizes of 8x8 digits.
+"""
+
+
+@cache
+def orders() -> tuple[Any, ...]:
+    """What was watched of every system of pictures, fewest forwards first."""
+    from seriatim.systems.image_orders import watched
+
+    keys = [key for key, (meta, _) in catalogue().items() if meta.family == "image"]
+    return tuple(sorted(map(watched, keys), key=lambda order: (order.forwards, order.key)))
+
+
+def svg(order: Any) -> str:
+    from seriatim.evaluation.order_svg import order_svg
+    from seriatim.systems.image_orders import maps_of
+
+    maps = [
+        [(*place, int(order.turn[i])) for i, place in zip(index.tolist(), places.tolist(), strict=True)]
+        for index, places in maps_of(order)
+    ]
+    return order_svg(maps, int(order.turn.max()) + 1)
+
+
+def gallery() -> str:
+    """The page as Markdown."""
+    parts = [INTRODUCTION, _table()]
+    for level, said in LEVELS.items():
+        parts += [f"## {said.partition(':')[0]}", said]
+        for order in orders():
+            if order.level == level:
+                parts += [f"### [{order.title}](systems/{order.key}.md)", f"![{order.title}](gallery/{order.key}.svg)"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table() -> str:
+    lines = ["| system | made of | element | elements | forwards | decided together | likelihood |", "|---" * 7 + "|"]
+    for o in orders():
+        least, most = o.groups
+        together = str(most) if least == most else f"{least} to {most}"
+        cells = (
+            f"[`{o.key}`](systems/{o.key}.md)",
+            o.level,
+            o.element,
+            len(o.turn),
+            o.forwards,
+            together,
+            o.likelihood,
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the page and its animations."""
+    from mkdocs.structure.files import File
+
+    files.append(File.generated(config, "gallery.md", content=gallery()))
+    for order in orders():
+        files.append(File.generated(config, f"gallery/{order.key}.svg", content=svg(order)))
+    return files
