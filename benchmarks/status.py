@@ -51,6 +51,7 @@ WEIGHTS = {  # what holds published weights to the official code
     "var": "tests/interop/test_var.py",
     "m-var": "tests/interop/test_m_var.py",
     "raster-ar": "tests/interop/test_llamagen.py",
+    "mar": "tests/interop/test_mar.py",
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from seriatim.canvas import Set
 from seriatim.data.base import Data, load_data
 from seriatim.data.digits import digits
-from seriatim.decoding.guidance import Guidance
+from seriatim.decoding.guidance import Ahead, Guidance
 from seriatim.decoding.loop import decode, generate
 from seriatim.decoding.sample import Select, schedule
 from seriatim.decoding.target import Target
@@ -279,3 +279,57 @@ def test_what_follows_from_the_tokenizer():
 def test_impossible_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         mar.Config(**wrong)
+
+
+# ---- the released form -----------------------------------------------------------------------------------------------
+
+
+def released_form():
+    return randomise(mar.build(replace(TINY, buffer=3)), std=0.3)
+
+
+def states_of(model, value, known, condition):
+    canvas = model.canvas({"token": value}, known)
+    plan = model.factorization.step(canvas, None, 0)
+    with torch.no_grad():
+        return model.hidden(plan, canvas, None, model.encode(condition))
+
+
+def test_states_of_the_released_form_depend_on_what_is_shown_alone():
+    model, x = released_form(), vectors(2)
+    known = torch.arange(16)[None].expand(2, -1) % 3 == 0
+    h = states_of(model, x, known, labels(2))
+    assert torch.equal(states_of(model, torch.where(known[..., None], x, 7.0), known, labels(2)), h)
+    other = x.clone()
+    other[:, 3] += 1
+    assert (states_of(model, other, known, labels(2)) - h).abs().amax((0, 2)).min() > 0
+    assert (states_of(model, x, known, {"class": torch.tensor([4, 5])}) - h).abs().amax((0, 2)).min() > 0
+
+
+def test_rows_of_the_released_form_that_know_unequally_much_are_as_if_alone():
+    model, x = released_form(), vectors(3)
+    known = torch.arange(16)[None] < torch.tensor([[0], [5], [16 - 1]])
+    together = states_of(model, x, known, labels(3))
+    for row in range(3):
+        one = {"class": labels(3)["class"][row : row + 1]}
+        alone = states_of(model, x[row : row + 1], known[row : row + 1], one)
+        assert torch.allclose(together[row], alone[0], atol=1e-10)
+
+
+def test_the_released_form_learns_and_has_gradients_everywhere():
+    model, x = released_form(), vectors(4)
+    canvas = model.canvas({"token": x})
+    model.losses(canvas, labels(4), torch.tensor([False, False, False, True]), random=Generator(0)).sum().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+
+
+def test_guidance_counts_what_is_known_behind_a_step():
+    """As in the released code: 1 + (cfg - 1) (n - m) / n, m unknown after the step, at least one."""
+    left = schedule(16, 5, "cosine")
+    weights = [Ahead(2.0, "linear", 16, left).weight(done / 15) for done in (0, *(16 - n for n in left[:-1]))]
+    assert weights == pytest.approx([2.0 * (16 - max(n, 1)) / 16 for n in left])
+
+
+def test_a_buffer_is_of_no_negative_size():
+    with pytest.raises(ValueError, match="0 or more class tokens"):
+        replace(TINY, buffer=-1)

@@ -100,18 +100,20 @@ class Encoder(Protocol):
 class ClassCondition(nn.Module):
     """A class label as an AdaLN vector, a prefix slot, or both, from one table with one more row for the null.
 
-    Without `null` the table has no such row, and the condition can be neither dropped nor guided.
+    Without `null` the table has no such row, and the condition can be neither dropped nor guided. `slots`: how many
+    slots of the prefix hold it (MAR: 64).
     """
 
     def __init__(
-        self, classes: int, width: int, forms: tuple[str, ...] = ("vector",), std: float = 0.02, null: bool = True
-    ):
+        self, classes: int, width: int, forms: tuple[str, ...] = ("vector",), std: float = 0.02, null: bool = True,
+        slots: int = 1,
+    ):  # fmt: skip
         super().__init__()
         if not forms or set(forms) - {"vector", "prefix"}:
             raise ValueError(f"a class is given in the forms vector, prefix, or both; got {tuple(forms)}")
         if classes < 1:
             raise ValueError(f"there is at least 1 class, got {classes}")
-        self.classes, self.forms, self.has_null = classes, forms, null
+        self.classes, self.forms, self.has_null, self.slots = classes, forms, null, slots
         self.table = nn.Parameter(torch.randn(classes + null, width) * std)
 
     def forward(self, raw: Int[Tensor, "b"], drop: Bool[Tensor, "b"] | None = None) -> Condition:
@@ -123,9 +125,8 @@ class ClassCondition(nn.Module):
         if (dropped := _dropped(drop, self, raw)) is not None:
             label = torch.where(dropped, self.classes, label)
         x = self.table[label.to(self.table.device)]
-        return Condition(
-            prefix=x[:, None] if "prefix" in self.forms else None, vector=x if "vector" in self.forms else None
-        )
+        prefix = x[:, None].expand(-1, self.slots, -1) if "prefix" in self.forms else None
+        return Condition(prefix=prefix, vector=x if "vector" in self.forms else None)
 
 
 class MemoryCondition(nn.Module):

@@ -36,3 +36,18 @@ class Guidance:
         if self.schedule == "half-linear":
             return self.scale * min(2 * progress, 1.0)
         return self.scale * (1 - math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class Ahead(Guidance):
+    """Guidance that grows with what is known behind a step, the elements of which are drawn under it, rather than
+    before it (MAR's code): `total` elements, of which `left` remain unknown after each step. Of the last step, one
+    element less than all are known."""
+
+    total: int = 1
+    left: tuple[int, ...] = ()
+
+    def weight(self, progress: float) -> float:
+        unknown = self.total - round(progress * (self.total - 1))
+        after = next((n for n in self.left if n < unknown), 0)
+        return super().weight((self.total - max(after, 1)) / self.total)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from seriatim.canvas import DELETED, Canvas
 from seriatim.decoding.guess import Guess
 from seriatim.factorization.base import Factorization
 from seriatim.layout import Layout
-from seriatim.plan import DERIVED, MASK, NOISE, VALUE, OrderError, Plan, Reads, Slots
+from seriatim.plan import DERIVED, LEARNED, MASK, NOISE, VALUE, OrderError, Plan, Reads, Slots
 from seriatim.random import Random
 from seriatim.view import INF, View, full, inclusive, two_stream
 
@@ -159,14 +160,17 @@ class AnyOrder(Factorization):
 
     No single pass scores a sample; a forward reads all unknown elements. Its likelihood is a bound (the mean over
     orders). shift: each element is read at the slot before its own (the first at its own), as in models that began as
-    next-token ones (DiffuLLaMA, Gong et al. 2024, arXiv 2410.17891; Dream).
+    next-token ones (DiffuLLaMA, Gong et al. 2024, arXiv 2410.17891; Dream). prefix: so many slots in front carry no
+    element (a class).
     """
 
     likelihood = "bound"
     free = True
 
-    def __init__(self, shift: bool = False):
-        self.shift = shift
+    def __init__(self, shift: bool = False, prefix: int = 0):
+        if prefix < 0 or (prefix and shift):
+            raise ValueError(f"0 or more slots stand in front of elements read at their own; got {prefix}, {shift}")
+        self.shift, self.prefix = shift, prefix
 
     def order(self, layout: Layout, random: Random | None = None) -> Int[Tensor, "1 E"]:
         return torch.arange(layout.size)[None]
@@ -185,7 +189,28 @@ class AnyOrder(Factorization):
             view = view.narrow(lane=torch.where(gone, -1, 0))
         slot = torch.where(unknown, (e - int(self.shift)).clamp(min=0), -1)
         rank, nothing = torch.where(canvas.open, 0, -1), torch.zeros(1, 0, dtype=torch.long)
+        if self.prefix:
+            slots, view, slot = _behind(self.prefix, slots, gone, slot)
         return Plan(slots, {"all": view}, Reads(slot, read), rank, layout=layout, kept=nothing)
+
+
+def _behind(
+    n: int, slots: Slots, gone: Bool[Tensor, "b s"], slot: Int[Tensor, "b m"]
+) -> tuple[Slots, View, Int[Tensor, "b m"]]:
+    """The same behind n learned slots, whose first coordinate counts them: slots, whom all of them see, and where they
+    are read."""
+    rows, axes = len(slots.source), slots.coord.shape[-1]
+    number = F.pad(torch.arange(n)[None, :, None], (0, axes - 1)).expand(len(slots.coord), -1, -1)
+    both = Slots(
+        F.pad(slots.element, (0, 0, n, 0), value=-1),
+        torch.cat([torch.full((rows, n), LEARNED), slots.source], 1),
+        torch.cat([number, slots.coord], 1),
+        F.pad(slots.needs, (n, 0), value=-1),
+    )
+    view = full(n + slots.source.shape[1])
+    if bool(gone.any()):
+        view = view.narrow(lane=F.pad(torch.where(gone, -1, 0), (n, 0)))
+    return both, view, torch.where(slot >= 0, slot + n, -1)
 
 
 class KnownFirst(AnyOrder):

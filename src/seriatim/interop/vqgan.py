@@ -17,7 +17,8 @@ def body_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     keys and values are convolutions of their own, they become one."""
     levels = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.down."))
     ours = {"quant_conv": "encoder.to_code", "post_quant_conv": "decoder.from_code"}
-    for side, names in (("encoder", encoder_names(levels)), ("decoder", decoder_names(levels))):
+    attends = any(name.startswith(f"decoder.up.{levels - 1}.attn.") for name in weights)
+    for side, names in (("encoder", encoder_names(levels)), ("decoder", decoder_names(levels, attends))):
         ours |= {f"{side}.{theirs}": f"{side}.layers.{i}" for i, theirs in enumerate(names) if theirs}
     out: dict[str, Tensor] = {}
     for name, x in weights.items():
@@ -42,11 +43,11 @@ def encoder_names(levels: int) -> list[str]:
     return [*names, "mid.block_1", "mid.attn_1", "mid.block_2", "norm_out", "", "conv_out"]
 
 
-def decoder_names(levels: int) -> list[str]:
-    """The same of the decoder."""
+def decoder_names(levels: int, attends: bool = True) -> list[str]:
+    """The same of the decoder; attends: whether blocks of the lowest resolution do."""
     names = ["conv_in", "mid.block_1", "mid.attn_1", "mid.block_2"]
     for i in reversed(range(levels)):
         for j in range(BLOCKS + 1):
-            names += [f"up.{i}.block.{j}"] + [f"up.{i}.attn.{j}"] * (i == levels - 1)
+            names += [f"up.{i}.block.{j}"] + [f"up.{i}.attn.{j}"] * (attends and i == levels - 1)
         names += [f"up.{i}.upsample.conv"] * (i > 0)
     return [*names, "norm_out", "", "conv_out"]

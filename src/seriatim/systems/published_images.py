@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from seriatim.interop import llamagen
 from seriatim.interop import m_var as mvar_files
+from seriatim.interop import mar as mar_files
 from seriatim.interop import var as var_files
 from seriatim.interop.pickled import read_pickled
-from seriatim.systems.image import m_var, raster_ar
+from seriatim.systems.image import m_var, mar, raster_ar
 from seriatim.systems.image.var import VAR, Config
 from seriatim.systems.system import Sampling, System
+from seriatim.tokenizers.kl import KLTokenizer
 from seriatim.tokenizers.multiscale import MultiScaleTokenizer
 from seriatim.tokenizers.vq import VQTokenizer
 
-SUFFIXES = (".pth", ".pt", ".bin")
+SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
 
 def load_published_images(path: Path) -> System:
@@ -33,6 +35,8 @@ def load_published_images(path: Path) -> System:
         raise ValueError(f"{path} is the tokenizer of VAR: load the generator beside it, such as var_d16.pth")
     if llamagen.is_llamagen_tokenizer(weights):
         raise ValueError(f"{path} is a tokenizer of LlamaGen: load the generator beside it, such as c2i_B_256.pt")
+    if mar_files.is_kl(weights):
+        raise ValueError(f"{path} is an autoencoder: load the generator beside it, such as checkpoint-last.pth of MAR")
     names = ", ".join(sorted(weights)[:3])
     raise ValueError(f"{path} holds weights of something that is not read here ({names}, ...)")
 
@@ -83,11 +87,31 @@ def _llamagen(weights: Mapping[str, Tensor], path: Path) -> System:
     return system
 
 
+def _mar(weights: Mapping[str, Tensor], path: Path) -> System:
+    """MAR-B, L and H: an element a step, 100 steps of diffusion each, as for the released figures."""
+    sizes = mar_files.sizes_of(weights)
+    tokenizer = _kl16(path, sizes["side"])
+    system = mar.MAR(mar.Config(dropout=0.0, head_steps=100, head_clip=None, **sizes), tokenizer)  # type: ignore[arg-type]
+    _fill(system.model, mar_files.named_mar(weights), path)
+    guidance = mar_files.GUIDANCE.get(sizes["width"], 3.0) - 1
+    system.sampling = Sampling(guidance=guidance, steps=sizes["side"] ** 2)  # type: ignore[misc]
+    return system
+
+
+def _kl16(path: Path, grid: int) -> KLTokenizer:
+    """The autoencoder of MAR beside the file of a generator."""
+    config, named = mar_files.kl_of(_beside(path, mar_files.is_kl, "kl16.ckpt"), grid)
+    tokenizer = KLTokenizer(config)
+    _fill(tokenizer, named, path, ("picture_loss", "sums"))
+    return tokenizer.eval()
+
+
 Reader = tuple[Callable[[Mapping[str, Tensor]], bool], Callable[[Mapping[str, Tensor], Path], System]]
 READERS: tuple[Reader, ...] = (
     (mvar_files.is_mvar, _mvar),
     (var_files.is_var, _var),
     (llamagen.is_llamagen, _llamagen),
+    (mar_files.is_mar, _mar),
 )
 
 

@@ -158,7 +158,8 @@ class ResidualEncoder(nn.Module):
 
 
 class ResidualDecoder(nn.Module):
-    """The mirror of `ResidualEncoder`, with one more block a resolution, as published."""
+    """The mirror of `ResidualEncoder`, with one more block a resolution, as published. attends: whether blocks of the
+    lowest resolution do."""
 
     def __init__(
         self,
@@ -169,13 +170,14 @@ class ResidualDecoder(nn.Module):
         blocks: int = 2,
         inner: int = 256,
         kernel: int = 1,
+        attends: bool = True,
     ) -> None:
         super().__init__()
         self.from_code = nn.Conv2d(dim, inner, kernel, padding=kernel // 2)
         now = width * multipliers[-1]
         layers: list[nn.Module] = [nn.Conv2d(inner, now, 3, padding=1), *_middle(now)]
         for i, multiplier in reversed(list(enumerate(multipliers))):
-            layers += _level(now, width * multiplier, blocks + 1, attention=i == len(multipliers) - 1)
+            layers += _level(now, width * multiplier, blocks + 1, attention=attends and i == len(multipliers) - 1)
             now = width * multiplier
             if i:
                 layers.append(Double(now))
@@ -206,19 +208,29 @@ def check_body(body: str, width: int, halvings: int) -> None:
 
 
 def conv_body(
-    body: Body, channels: int, width: int, dim: int, halvings: int, *, inner: int, kernel: int, moments: int = 1
+    body: Body,
+    channels: int,
+    width: int,
+    dim: int,
+    halvings: int,
+    *,
+    inner: int,
+    kernel: int,
+    moments: int = 1,
+    attends: bool = True,
 ) -> tuple[ConvEncoder | ResidualEncoder, ConvDecoder | ResidualDecoder]:
     """Encoder (channels -> moments * dim) and decoder (dim -> channels) of a body.
 
     inner, kernel: of the convolution between the residual body and the code; the plain body has none. moments: 2 where
-    the encoder gives a mean and a variance. Raises ValueError for a body that cannot be built.
+    the encoder gives a mean and a variance; attends: of the residual decoder. Raises ValueError for a body that cannot
+    be built.
     """
     check_body(body, width, halvings)
     if body == "plain":
         return ConvEncoder(channels, width, moments * dim, halvings), ConvDecoder(channels, width, dim, halvings)
     shape = MULTIPLIERS[halvings]
     encoder = ResidualEncoder(channels, width, moments * dim, shape, inner=moments * inner, kernel=kernel)
-    return encoder, ResidualDecoder(channels, width, dim, shape, inner=inner, kernel=kernel)
+    return encoder, ResidualDecoder(channels, width, dim, shape, inner=inner, kernel=kernel, attends=attends)
 
 
 def map_to_rows(latent: Float[Tensor, "b d h w"]) -> Float[Tensor, "b h*w d"]:

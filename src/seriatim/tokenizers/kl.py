@@ -27,6 +27,7 @@ class KLConfig(LossConfig):
     """The shape of a tokenizer and how it is trained; the defaults suit 32x32 glyphs (8x8 latents of 8 numbers).
 
     kl_weight: of the sum of KL terms of a picture over the number of its pixel values, beside their mean error.
+    attends: whether the residual decoder attends at its lowest resolution, as its encoder does (that of MAR does not).
     """
 
     side: int = 32
@@ -36,6 +37,7 @@ class KLConfig(LossConfig):
     body: Body = "plain"
     width: int = 64
     halvings: int = 2
+    attends: bool = True
 
     def __post_init__(self) -> None:
         check_body(self.body, self.width, self.halvings)
@@ -93,8 +95,9 @@ class KLTokenizer(nn.Module):
         super().__init__()
         self.config = c = config
         self.encoder, self.decoder = conv_body(
-            c.body, c.channels, c.width, c.dim, c.halvings, inner=c.dim, kernel=1, moments=2
-        )
+            c.body, c.channels, c.width, c.dim, c.halvings, inner=c.dim, kernel=1, moments=2,
+            attends=c.attends,
+        )  # fmt: skip
         self.picture_loss = PictureLoss(c, c.channels, c.side)
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # number, sum and squares of latents met

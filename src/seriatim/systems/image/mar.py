@@ -9,11 +9,13 @@ grows with the share that is known.
 Departures from the released code: one stack instead of a masked autoencoder (whose encoder skips hidden places to save
 time; the parts here compute every slot in every layer, so it would cost the same and see less); the class drives
 adaptive norms instead of 64 class tokens in front; latents are the autoencoder's means, not samples; the hidden share
-is drawn for each picture, not for each batch; guidance counts what is known before a step, not after it.
+is drawn for each picture, not for each batch; guidance counts what is known before a step, not after it. With `buffer`
+class tokens in front, stack, class and guidance are those of the released code, and released weights load.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -22,12 +24,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from seriatim.backbones.masked import MaskedAutoencoder
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.canvas import Canvas
 from seriatim.conditions.condition import ClassCondition
+from seriatim.decoding.guidance import Ahead, Guidance
 from seriatim.decoding.loop import Decider, generate
-from seriatim.decoding.sample import Select
-from seriatim.decoding.target import Target
+from seriatim.decoding.sample import Select, schedule
+from seriatim.decoding.target import Branch, Target
 from seriatim.embed import SlotEmbed, TokenEmbed, VectorEmbed
 from seriatim.factorization.static import AnyOrder
 from seriatim.heads.categorical import CategoricalHead
@@ -82,7 +86,8 @@ class Config:
     training measures them on its data. head:
     "diffusion", or "mse" for a network of about the same size that says one value, trained by squared error.
     head_width, head_depth: its residual blocks; head_steps: of diffusion in sampling; head_clip: no number of a vector
-    is larger (DiffusionConfig.clip).
+    is larger (DiffusionConfig.clip). buffer: class tokens in front of a masked autoencoder, whose two stacks have
+    `depth` layers each, as released (there 64); 0: one stack, whose norms the class drives.
     """
 
     side: int = 4
@@ -99,12 +104,15 @@ class Config:
     head_depth: int = 3
     head_steps: int = 50
     head_clip: float | None = 4.0
+    buffer: int = 0
 
     def __post_init__(self) -> None:
         if self.head not in ("diffusion", "mse"):
             raise ValueError(f"head is diffusion or mse, not {self.head!r}")
         if not self.deviation > 0:
             raise ValueError(f"the deviation is positive, got {self.deviation}")
+        if self.buffer < 0:
+            raise ValueError(f"0 or more class tokens stand in front, got {self.buffer}")
 
 
 class RandomOrder(AnyOrder):
@@ -160,16 +168,32 @@ def build(config: Config | None = None) -> Masked:
     else:
         diffusion = DiffusionConfig(c.head_width, c.head_depth, steps=c.head_steps, clip=c.head_clip)
         head = DiffusionHead(c.width, c.dim, diffusion)
-    embed = VectorEmbed(c.dim, c.width, positions=(c.side, c.side), mask=True, start=False, std=0.4)
+    places = () if c.buffer else (c.side, c.side)  # an autoencoder has its own
+    embed = VectorEmbed(c.dim, c.width, positions=places, mask=True, start=False, std=0.4)
     return _assembled(c, embed, head)
 
 
 def _assembled(c: Config, embed: SlotEmbed, head: nn.Module, judging: Masking | None = None) -> Masked:
+    if c.buffer:
+        return _released(c, embed, head, judging)
     backbone = Transformer(TransformerConfig(c.width, c.depth, c.heads, dropout=c.dropout, vector=c.width))
     condition = {"class": ClassCondition(c.classes, c.width, std=0.4)}
     return Masked(
         grid(c.side, c.side), RandomOrder(), embed, backbone, head, condition, masking=ByRate(), judging=judging
     )
+
+
+def _released(c: Config, embed: SlotEmbed, head: nn.Module, judging: Masking | None = None) -> Masked:
+    """As in the released code: class tokens in front of a masked autoencoder of plain layers."""
+    plain = TransformerConfig(
+        c.width, c.depth, c.heads, hidden=4 * c.width, norm="layer", activation="gelu", bias=True, dropout=c.dropout,
+        eps=1e-6,
+    )  # fmt: skip
+    backbone, order = MaskedAutoencoder(plain, c.buffer, c.side**2), RandomOrder(prefix=c.buffer)
+    condition = {"class": ClassCondition(c.classes, c.width, ("prefix",), slots=c.buffer)}
+    return Masked(
+        grid(c.side, c.side), order, embed, backbone, head, condition, masking=ByRate(), judging=judging
+    )  # fmt: skip
 
 
 class MAR(VectorSystem):
@@ -193,6 +217,12 @@ class MAR(VectorSystem):
 
     def decider(self, sampling: Sampling) -> Decider:
         return Select("random", sampling.steps or self.model.layout.size, "cosine")
+
+    def guidance(self, sampling: Sampling) -> Guidance | Sequence[Branch] | None:
+        total = self.model.layout.size
+        if not self.config.buffer or not sampling.guidance:
+            return super().guidance(sampling)
+        return Ahead(sampling.guidance, "linear", total, schedule(total, sampling.steps or total, "cosine"))
 
 
 # ---- what the laws run -----------------------------------------------------------------------------------------------
