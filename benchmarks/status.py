@@ -52,6 +52,7 @@ WEIGHTS = {  # what holds published weights to the official code
     "m-var": "tests/interop/test_m_var.py",
     "raster-ar": "tests/interop/test_llamagen.py",
     "mar": "tests/interop/test_mar.py",
+    "nar": "tests/interop/test_nar.py",
 }
 
 

@@ -49,12 +49,12 @@ def tokenizer_shapes():
     return out
 
 
-def generator_shapes(w=WIDTH):
+def generator_shapes(w=WIDTH, depth=DEPTH):
     out = {
         "cls_embedding.embedding_table.weight": (CLASSES + 1, w), "tok_embeddings.weight": (VOCAB, w),
         "norm.weight": (w,), "output.weight": (VOCAB, w),
     }  # fmt: skip
-    for i in range(DEPTH):
+    for i in range(depth):
         layer = f"layers.{i}."
         out |= {
             layer + "attention.wqkv.weight": (3 * w, w), layer + "attention.wo.weight": (w, w),

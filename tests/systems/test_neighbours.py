@@ -117,9 +117,10 @@ def test_the_branch_changes_the_head_below_alone():
         assert torch.equal(before, after) is not changes
 
 
-def test_rows_with_different_given_corners_decode_as_they_train():
+@pytest.mark.parametrize("form", ["driven", "llama"])
+def test_rows_with_different_given_corners_decode_as_they_train(form):
     """Out-painting: each row knows another part."""
-    model = tiny(2, 3)
+    model = tiny(2, 3, form=form)
     x = torch.randint(2, (3, 6), generator=torch.Generator().manual_seed(0))
     known = torch.tensor([[1, 0, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
     label = {"class": torch.arange(3)}
@@ -138,3 +139,18 @@ def test_a_third_axis_is_time_and_needs_no_other_code():
     canvas = generate(Target(model, {"class": torch.tensor([1])}), model.blank(1), SampleAll(), random=Keyed(0))
     assert canvas.done and len(model.factorization.packed(model.blank(1)).steps()) == 4
     assert model.backbone.branches == 2
+
+
+def test_a_class_that_is_not_turned_is_seen_alike_by_all():
+    """As released: its queries and keys are zero, so that its own direction changes nobody's score."""
+    table = tiny(2, 3, form="llama").backbone.rotary["all"]
+    plan = tiny(2, 3).factorization.packed(tiny(2, 3).blank(1))
+    cos, sin = table.of(plan, torch.zeros(1))
+    assert not cos[0, 0].any() and not sin[0, 0].any()
+    assert torch.equal(cos[0, 1:], table.at(plan.slots.coord, torch.float32)[0][0, 1:])
+
+
+@pytest.mark.parametrize(("wrong", "said"), [({"form": "gpt"}, "form is one of"), ({"rope": False}, "rotary")])
+def test_forms_that_do_not_exist_are_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        nar.Config(**{"form": "llama"} | wrong)

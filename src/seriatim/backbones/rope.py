@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from seriatim.plan import Plan
+from seriatim.plan import LEARNED, Plan
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ class RoPE:
     one of the second half, each with the angle of its own axis, and the slowest frequency of an axis is one over its
     base (the released ACDiT; no rotation in the strict sense). raster: slots along a line are so many in front, whose
     queries and keys become zero, then a grid of so many columns in raster order: its rows and columns are the two axes
-    (the released LlamaGen)."""
+    (the released LlamaGen). still: the same of slots that hold what is learned, wherever they are: their queries and
+    keys become zero (the released NAR)."""
 
     theta: float = 10_000.0
     axes: tuple[int, ...] | None = None
@@ -103,6 +104,7 @@ class RoPE:
     stretch: Stretch | None = None
     crossed: bool = False
     raster: tuple[int, int] | None = None
+    still: bool = False
 
     def __post_init__(self) -> None:
         if not self.theta > 0:
@@ -169,6 +171,10 @@ class RotaryTable:
 
     def of(self, plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
         """For the slots of a plan, in the number format of the vectors x."""
+        if self.rope.still:
+            cos, sin = self.at(plan.slots.coord.to(x.device), x.dtype)
+            turned = (plan.slots.source != LEARNED).to(x.device)[..., None, None]
+            return cos * turned, sin * turned
         if plan.run is None:
             return self.at(plan.slots.coord.to(x.device), x.dtype)
         start, offset = plan.run

@@ -72,7 +72,7 @@ def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
     """vocab, width, depth, heads, hidden and classes of a released generator. Raises ValueError for one that is told
     texts."""
     if "cls_embedding.embedding_table.weight" not in weights:
-        raise ValueError("this LlamaGen draws what texts say; those that draw classes are read (c2i_*.pt)")
+        raise ValueError("this generator draws what texts say; those that draw classes are read (c2i_*.pt)")
     vocab, width = weights["tok_embeddings.weight"].shape
     return {
         "vocab": vocab, "width": width, "depth": sum(name.endswith(".attention.wqkv.weight") for name in weights),

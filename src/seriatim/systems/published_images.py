@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from seriatim.interop import llamagen
 from seriatim.interop import m_var as mvar_files
 from seriatim.interop import mar as mar_files
+from seriatim.interop import nar as nar_files
 from seriatim.interop import var as var_files
 from seriatim.interop.pickled import read_pickled
-from seriatim.systems.image import m_var, mar, raster_ar
+from seriatim.systems.image import m_var, mar, nar, raster_ar
 from seriatim.systems.image.var import VAR, Config
 from seriatim.systems.system import Sampling, System
 from seriatim.tokenizers.kl import KLTokenizer
@@ -75,16 +76,29 @@ def _llamagen(weights: Mapping[str, Tensor], path: Path) -> System:
     """LlamaGen B to 3B by class, for 24 ids a side where the name of the file says 384, else 16; all ids may be drawn,
     as for the released figures."""
     sizes, grid = llamagen.sizes_of(weights), 24 if "384" in path.stem else 16
-    found = _beside(path, llamagen.is_llamagen_tokenizer, "vq_ds16_c2i.pt")
-    config, named = llamagen.vq_of(found, grid)
-    tokenizer = VQTokenizer(config)
-    _fill(tokenizer, named, path, ("picture_loss", "uses"))
     shape = raster_ar.Config(side=grid, form="llama", dropout=0.0, **sizes)  # type: ignore[arg-type]
-    system = raster_ar.RasterAR(shape, tokenizer.eval())
+    system = raster_ar.RasterAR(shape, _vq(path, grid))
     _fill(system.model, llamagen.named_llamagen(weights), path)
     guidance = llamagen.GUIDANCE.get(sizes["width"], 1.75) - 1
     system.sampling = Sampling(top_p=None, guidance=guidance)  # type: ignore[misc]
     return system
+
+
+def _nar(weights: Mapping[str, Tensor], path: Path) -> System:
+    """NAR by class, 16 ids a side; all ids may be drawn, as for the released figures."""
+    shape = nar.Config(side=16, form="llama", dropout=0.0, **nar_files.sizes_of(weights))  # type: ignore[arg-type]
+    system = nar.NAR(shape, _vq(path, 16))
+    _fill(system.model, nar_files.named_nar(weights), path)
+    system.sampling = Sampling(guidance=1.0)  # type: ignore[misc]
+    return system
+
+
+def _vq(path: Path, grid: int) -> VQTokenizer:
+    """LlamaGen's tokenizer beside the file of a generator, for so many ids a side."""
+    config, named = llamagen.vq_of(_beside(path, llamagen.is_llamagen_tokenizer, "vq_ds16_c2i.pt"), grid)
+    tokenizer = VQTokenizer(config)
+    _fill(tokenizer, named, path, ("picture_loss", "uses"))
+    return tokenizer.eval()
 
 
 def _mar(weights: Mapping[str, Tensor], path: Path) -> System:
@@ -110,6 +124,7 @@ Reader = tuple[Callable[[Mapping[str, Tensor]], bool], Callable[[Mapping[str, Te
 READERS: tuple[Reader, ...] = (
     (mvar_files.is_mvar, _mvar),
     (var_files.is_var, _var),
+    (nar_files.is_nar, _nar),
     (llamagen.is_llamagen, _llamagen),
     (mar_files.is_mar, _mar),
 )

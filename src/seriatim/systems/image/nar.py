@@ -5,14 +5,14 @@ predicts its neighbour along each axis by a head of that direction, and where tw
 are averaged.
 
 The head to the right is a matrix behind the last norm; the head below has one more layer of its own before it. Here the
-class also drives adaptive norms, as in raster-ar, and the last norm is shared by both heads. A third axis (time) needs
-no other code than a third head.
+class also drives adaptive norms, as in raster-ar (form "llama": as released, it stands in front alone), and the last
+norm is shared by both heads. A third axis (time) needs no other code than a third head.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -26,6 +26,7 @@ from seriatim.laws.case import Case, randomise
 from seriatim.layout import grid
 from seriatim.model import Model
 from seriatim.systems.claim import Arm, Claim
+from seriatim.systems.image.raster_ar import Form
 from seriatim.systems.meta import Meta
 from seriatim.systems.raster_system import RasterSystem
 from seriatim.systems.system import Sampling
@@ -60,7 +61,8 @@ CLAIM = Claim(
 @dataclass(frozen=True)
 class Config:
     """Sizes; the defaults suit 8x8 digits at 17 grey levels. side: elements in a row; depth: layers of the trunk, to
-    which the head below adds one; rope: rotary positions over both axes (else learned ones)."""
+    which the head below adds one; rope: rotary positions over both axes (else learned ones); form, hidden: as of
+    raster-ar."""
 
     side: int = 8
     vocab: int = 17
@@ -70,6 +72,14 @@ class Config:
     heads: int = 4
     dropout: float = 0.1
     rope: bool = True
+    form: Form = "driven"
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.form not in get_args(Form):
+            raise ValueError(f"form is one of {', '.join(get_args(Form))}, got {self.form!r}")
+        if self.form == "llama" and not self.rope:
+            raise ValueError("form llama has rotary positions: leave rope as it is")
 
 
 def build(config: Config | None = None, *shape: int) -> Model:
@@ -77,12 +87,16 @@ def build(config: Config | None = None, *shape: int) -> Model:
     c = config or Config()
     shape = shape or (c.side, c.side)
     branches, dim = len(shape) - 1, c.width // c.heads
-    rope = RoPE(axes=axes_of(dim, len(shape))) if c.rope else None
-    backbone = Branched(
-        TransformerConfig(c.width, c.depth + branches, c.heads, dropout=c.dropout, vector=c.width, rope=rope), branches
-    )
+    driven = c.form == "driven"
+    rope = RoPE(axes=axes_of(dim, len(shape)), still=not driven) if c.rope else None
+    layers = TransformerConfig(
+        c.width, c.depth + branches, c.heads, hidden=c.hidden, dropout=c.dropout, vector=c.width if driven else None,
+        rope=rope,
+    )  # fmt: skip
+    backbone = Branched(layers, branches)
     embed = TokenEmbed(c.vocab, c.width, positions=() if c.rope else shape, start=False, std=0.4)
-    condition = {"class": ClassCondition(c.classes, c.width, ("prefix", "vector"), std=0.4)}
+    told = ("prefix", "vector") if driven else ("prefix",)
+    condition = {"class": ClassCondition(c.classes, c.width, told, std=0.4)}
     head = DirectedHead(c.width, c.vocab, roles=len(shape))
     return Model(grid(*shape), Neighbours(), embed, backbone, head, condition)
 
