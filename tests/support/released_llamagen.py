@@ -6,8 +6,8 @@ WIDTH, HEADS, DEPTH, HIDDEN, CLASSES, VOCAB, DIM, CH, INNER = 128, 2, 2, 192, 5,
 MULTIPLIERS = (1, 2, 4)
 
 
-def tokenizer_shapes():
-    out = {"quantize.embedding.weight": (VOCAB, DIM), "quantize.codebook_used": (65536,)}
+def tokenizer_shapes(dim=DIM):
+    out = {"quantize.embedding.weight": (VOCAB, dim), "quantize.codebook_used": (65536,)}
 
     def part(name, *shape):
         out[f"{name}.weight"], out[f"{name}.bias"] = shape, shape[:1]
@@ -26,8 +26,8 @@ def tokenizer_shapes():
             part(f"{name}.{one}", width, width, 1, 1)
 
     widths, last = [CH * m for m in MULTIPLIERS], len(MULTIPLIERS) - 1
-    part("quant_conv", DIM, INNER, 1, 1)
-    part("post_quant_conv", INNER, DIM, 1, 1)
+    part("quant_conv", dim, INNER, 1, 1)
+    part("post_quant_conv", INNER, dim, 1, 1)
     for side, sample in (("encoder", "downsample"), ("decoder", "upsample")):
         up = side == "decoder"
         before = widths[-1] if up else CH

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seriatim.interop import flexvar as flex_files
 from seriatim.interop import llamagen
 from seriatim.interop import m_var as mvar_files
 from seriatim.interop import mar as mar_files
 from seriatim.interop import nar as nar_files
 from seriatim.interop import var as var_files
 from seriatim.interop.pickled import read_pickled
-from seriatim.systems.image import m_var, mar, nar, raster_ar
+from seriatim.systems.image import flexvar, m_var, mar, nar, raster_ar, sar
 from seriatim.systems.image.var import VAR, Config
 from seriatim.systems.system import Sampling, System
+from seriatim.tokenizers.flexible import FlexTokenizer
 from seriatim.tokenizers.kl import KLTokenizer
 from seriatim.tokenizers.multiscale import MultiScaleTokenizer
 from seriatim.tokenizers.vq import VQTokenizer
@@ -69,6 +71,20 @@ def _pyramid(system: System, named: Mapping[str, Tensor], path: Path) -> System:
     """A generator with its weights; top-k 900 and top-p 0.96 are those of the released figures."""
     _fill(system.model, named, path, ("embed.quantizer",))
     system.sampling = Sampling(top_k=900, top_p=0.96, guidance=1.5)  # type: ignore[misc]
+    return system
+
+
+def _flexvar(weights: Mapping[str, Tensor], path: Path) -> System:
+    """FlexVAR d16 to d24, or SAR where the file is named so: weights tell no difference."""
+    config, named = flex_files.flexible_of(_beside(path, llamagen.is_llamagen_tokenizer, "FlexVAE.pth"))
+    tokenizer = FlexTokenizer(config)
+    _fill(tokenizer, named, path, ("picture_loss", "uses"))
+    sizes, further = flex_files.sizes_of(weights), path.stem.lower().startswith("sar")
+    cls: Any = sar.SAR if further else flexvar.FlexVAR
+    system: System = cls(cls.Config(scales=config.scales, dropout=0.0, **sizes), tokenizer.eval())
+    _fill(system.model, flex_files.named_flexvar(weights), path, ("embed.quantizer",))
+    guidance = flex_files.GUIDANCE.get(sizes["depth"], 2.5) if further else 2.5
+    system.sampling = Sampling(top_k=900, top_p=0.95, guidance=guidance)  # type: ignore[misc]
     return system
 
 
@@ -124,6 +140,7 @@ Reader = tuple[Callable[[Mapping[str, Tensor]], bool], Callable[[Mapping[str, Te
 READERS: tuple[Reader, ...] = (
     (mvar_files.is_mvar, _mvar),
     (var_files.is_var, _var),
+    (flex_files.is_flexvar, _flexvar),
     (nar_files.is_nar, _nar),
     (llamagen.is_llamagen, _llamagen),
     (mar_files.is_mar, _mar),
