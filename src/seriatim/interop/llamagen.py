@@ -27,7 +27,7 @@ LAYER = {
     "ffn_norm.weight": "norm2",
 }  # fmt: skip
 HEADS = {3200: 32, 4096: 32}  # by width; all others are 64 wide
-GUIDANCE = {768: 2.0, 3200: 1.65}  # by width; others 1.75: those of the published figures
+GUIDANCE = {768: 2.0, 1024: 2.0, 3200: 1.65}  # by width; others 1.75: those of the published figures
 MIDDLE = {"0": "block_1", "1": "attn_1", "2": "block_2"}
 USED = "quantize.codebook_used"  # a count of training
 
