@@ -12,12 +12,7 @@ LEVELS = {
     "token": "Tokens: the ids or vectors of one map.",
     "scale": "Scales: maps of several sizes, coarse to fine.",
 }
-INTRODUCTION = """# Every order, drawn
-
-Each system at its default size, with random weights, decides the elements of one picture; elements that take on colour
-together were decided together, late ones are warm. Nothing here is typed in: orders, forwards and groups are read off
-while a system draws (`seriatim.systems.image_orders`), at the sizes of 8x8 digits.
-"""
+MARK = "<!-- gallery of orders -->"
 
 
 @cache
@@ -41,8 +36,8 @@ def svg(order: Any) -> str:
 
 
 def gallery() -> str:
-    """The page as Markdown."""
-    parts = [INTRODUCTION, _table()]
+    """The table and the animations as Markdown."""
+    parts = [_table()]
     for level, said in LEVELS.items():
         parts += [f"## {said.partition(':')[0]}", said]
         for order in orders():
@@ -70,10 +65,14 @@ def _table() -> str:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the page and its animations."""
+    """Add the animations."""
     from mkdocs.structure.files import File
 
-    files.append(File.generated(config, "gallery.md", content=gallery()))
     for order in orders():
         files.append(File.generated(config, f"gallery/{order.key}.svg", content=svg(order)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Put the gallery where a page asks for it."""
+    return markdown.replace(MARK, gallery()) if MARK in markdown else markdown
