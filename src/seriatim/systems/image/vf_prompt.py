@@ -160,17 +160,12 @@ class VFPrompt(RasterSystem):
 
     # ---- generation -------------------------------------------------------------------------------------------------
 
-    def _draw(
-        self, labels: Tensor | None, n: int, sampling: Sampling, seed: int, film: bool, way: Decoding,
-        canvas: Canvas | None = None,
-    ) -> Pictures:  # fmt: skip
-        if canvas is None:
-            condition = self.condition(labels, n)
-            assert condition is not None
-            prefix = self.prefix(condition["class"], Generator(seed).generator)
-            blank = torch.zeros(n, self.config.side**2, dtype=torch.long)
-            canvas = self.model.canvas({"token": torch.cat([prefix, blank], 1)}, self.config.shown)
-        return super()._draw(labels, n, sampling, seed, film, way, canvas)
+    def blank(self, labels: Int[Tensor, " n"] | None, n: int, sampling: Sampling, seed: int) -> Canvas:
+        condition = self.condition(labels, n)
+        assert condition is not None
+        prefix = self.prefix(condition["class"], Generator(seed).generator)
+        nothing = torch.zeros(n, self.config.side**2, dtype=torch.long)
+        return self.model.canvas({"token": torch.cat([prefix, nothing], 1)}, self.config.shown)
 
     def finished(self, canvas: Canvas) -> Float[Tensor, "n c h w"]:
         return self.picture(canvas.value["token"][:, self.config.shown :])
