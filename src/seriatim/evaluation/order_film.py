@@ -37,7 +37,9 @@ def draw_order(
         raise ValueError("an order decides at least one element")
     boxes = places(coord[due])
     turns = turn[due].tolist()
-    starts = turns if begun is None else [b if 0 < b < t else t for b, t in zip(begun[due].tolist(), turns, strict=True)]
+    starts = (
+        turns if begun is None else [b if 0 < b < t else t for b, t in zip(begun[due].tolist(), turns, strict=True)]
+    )
     width, height = max(x for x, _ in boxes) + CELL, max(y for _, y in boxes) + CELL
     last = max(turns)
     moving = min(max(EACH * last, SHORTEST), LONGEST)
@@ -45,13 +47,13 @@ def draw_order(
     parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for box, first, end in zip(boxes, starts, turns, strict=True):
         parts.setdefault((first, end), []).append(box)
-    body = [
-        _part(some, first, end, last, moving, whole) for (first, end), some in sorted(parts.items(), key=lambda p: p[0][::-1])
-    ]  # fmt: skip
-    times, line = f'keyTimes="0;{_short(moving / whole)};1"', height + 3
+    ordered = sorted(parts.items(), key=lambda part: part[0][::-1])
+    body = [_part(some, first, end, last, moving, whole) for (first, end), some in ordered]
+    times, line, long = f'keyTimes="0;{_short(moving / whole)};1"', height + 3, width - 1
     body.append(
-        f'<path d="M0 {line}h{width - 1}v2h-{width - 1}z" fill="{BLANK}"/><rect y="{line}" width="{width - 1}" height="2" '
-        f'fill="{NOW}"><animate attributeName="width" values="0;{width - 1};{width - 1}" {times} dur="{_short(whole)}s" '
+        f'<path d="M0 {line}h{long}v2h-{long}z" fill="{BLANK}"/>'
+        f'<rect y="{line}" width="{long}" height="2" fill="{NOW}">'
+        f'<animate attributeName="width" values="0;{long};{long}" {times} dur="{_short(whole)}s" '
         'repeatCount="indefinite"/></rect>'
     )
     said = f"<title>{escape(title)}</title>" if title else ""

@@ -1,4 +1,4 @@
-"""Image systems by what they do: order, groups, who sees whom, feed, head, forwards by size, cache. Nothing is typed in.
+"""Image systems by what they do: order, groups, who sees whom, feed, head, forwards, cache. Nothing is typed in.
 
 Each is built at toy size, over a tokenizer that was never trained, and watched while it draws one picture, of three
 sizes. A picture is `side` pixels wide; systems of pixels decide each of them, those of codes one place for 4 x 4
@@ -44,11 +44,11 @@ Level = Literal["pixel", "token", "scale", "picture"]
 
 @dataclass(frozen=True)
 class Row:
-    """One system. level: what the sequence is made of, pixels, tokens of a map or a line, scales, or whole pictures with
-    ever less noise; element: what one is; order: which pattern the steps make of the places; groups: least and most
-    elements of a step; visibility, feed: of the slots of one forward; steps, forwards: of a picture of each of `SIDES`,
-    growth: of the forwards with the number n of places in a row; cache: how what it remembers grows; tasks: what it can
-    be asked for."""
+    """One system. level: what the sequence is made of, pixels, tokens of a map or a line, scales, or whole pictures
+    with ever less noise; element: what one is; order: which pattern the steps make of the places; groups: least and
+    most elements of a step; visibility, feed: of the slots of one forward; steps, forwards: of a picture of each of
+    `SIDES`; growth: of the forwards with the number n of places in a row; cache: how what it remembers grows; tasks:
+    what it can be asked for."""
 
     key: str
     title: str
@@ -280,7 +280,9 @@ def feed_of(plan: Plan) -> str:
 def visibility_of(plan: Plan) -> str:
     """Who sees whom, in each kind of layer."""
     said = {name: seen_in(view) for name, view in plan.views.items()}
-    return next(iter(said.values())) if len(set(said.values())) == 1 else "; ".join(f"{k}: {v}" for k, v in said.items())
+    return (
+        next(iter(said.values())) if len(set(said.values())) == 1 else "; ".join(f"{k}: {v}" for k, v in said.items())
+    )
 
 
 def seen_in(view: View) -> str:

@@ -31,9 +31,7 @@ from seriatim.model import Model
 from seriatim.plan import Plan
 from seriatim.random import Generator
 from seriatim.systems.claim import Arm, Claim
-from seriatim.systems.decoders import Decoding
 from seriatim.systems.image import raster_ar
-from seriatim.systems.image_system import Pictures
 from seriatim.systems.meta import Meta
 from seriatim.systems.raster_system import RasterSystem
 from seriatim.systems.system import Sampling
