@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from seriatim.evaluation.charts import MARKS, by_kind
 from seriatim.evaluation.pictures import ACCENT, INK, write_beside
@@ -56,6 +57,7 @@ def _row(key: str, found: Mapping[str, Any], level: str, command: str) -> Result
         **{name: found.get(name) for name in JUDGED},
         "bits an id": None if bits is None else f"{'≤ ' if found['likelihood'] == 'bound' else ''}{bits:.3f}",
         "of the ids of": found["tokenizer"], "forwards": found["forwards"], "seconds": found["seconds"],
+        "alone": seconds_text(found["seconds_alone"]),
         "memory": found["memory"], "parameters": found["parameters"], "training_seconds": found["training_seconds"],
         "steps reached": f"{found['steps']:,} of {found['batch']}",
     }  # fmt: skip
@@ -89,7 +91,7 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
         "Steps reached: of so many pictures each. Bits an id compare only systems over the ids of the same tokenizer.",
         "Trained in this order, drawn by the seed: " + ", ".join(result["order"]) + ".",
         f"Load average after pictures were drawn: {loads[0]:.1f} to {loads[-1]:.1f}; times a sample are in batches of "
-        "up to 100.",
+        "up to 100, and alone.",
         "Below the systems: held-out pictures drawn anew (where data are augmented, else themselves) are the best that "
         "can be hoped for; copies of training pictures show what memorising scores, and a distance to the nearest "
         "training picture far below that of held-out ones is a sign of it.",
@@ -118,11 +120,16 @@ def _map(rows: Sequence[Mapping[str, Any]]) -> str:
         "which a place is 4 x 4, except where the level is pixels. n: places in a row. Cache: how what is remembered "
         "between forwards grows. Groups: least and most elements of a step, at 32 pixels."
     )
-    return grid([name.replace("_", " ") for name in MAP], [[_said(row[name]) for name in MAP] for row in rows], caption)
+    said = [[said_of(row, name) for name in MAP] for row in rows]
+    return grid(MAP, said, caption)
 
 
-def _said(value: Any) -> str:
-    return ", ".join(map(str, dict.fromkeys(value))) if isinstance(value, list | tuple) else str(value)
+def said_of(row: Mapping[str, Any], name: str) -> str:
+    """A column of the map in words."""
+    value = row[name]
+    if name == "groups":
+        return " to ".join(map(str, dict.fromkeys(value)))
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def save_quality(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -141,7 +148,11 @@ def save_quality(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
     if real is not None:
         axes.axhline(real, color="#8a93a3", linewidth=1, linestyle="--", label="held-out pictures, drawn anew")
     axes.set(xscale="log", yscale="log", xlabel="forwards a picture", ylabel="FD-s (lower is better)")
-    axes.grid(alpha=0.25, which="both")
+    axes.grid(alpha=0.25)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
     axes.spines[["top", "right"]].set_visible(False)
     budget = result["budget"]
     axes.set_title(

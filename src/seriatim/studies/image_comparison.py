@@ -11,6 +11,7 @@ import base64
 import json
 import math
 import random
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,7 +30,7 @@ from seriatim.evaluation.order_film import draw_order
 from seriatim.evaluation.pictures import save_grid
 from seriatim.evaluation.quality import picture_quality
 from seriatim.home import HOME
-from seriatim.systems.image_taxonomy import PLACE, class_of, taxonomy, toy, toy_tokenizer, watch
+from seriatim.systems.image_taxonomy import class_of, on_grid, taxonomy, watch
 from seriatim.systems.meta import catalogue
 from seriatim.systems.system import config_from
 from seriatim.tokenizers.files import make_tokenizer
@@ -98,15 +99,13 @@ def fitted(key: str, tokenizer: Any, data: Data, budget: Budget) -> tuple[dict[s
     if abs(first / budget.parameters - 1) <= NEAR:
         return {}, first
     unit = 4 * config.heads  # heads of whole pairs of numbers for both axes
+    guess = config.width * math.sqrt(budget.parameters / first)  # about: what else there is does not grow with it
+    least, most = (round(share * config.width / unit) for share in WIDTHS)
+    width = min(max(round(guess / unit), least, 1), most) * unit
     found = {config.width: first}
-    width = config.width
-    for _ in range(6):  # numbers grow about with the square of the width
-        guess = width * math.sqrt(budget.parameters / found[width])
-        guess = min(max(guess, WIDTHS[0] * config.width), WIDTHS[1] * config.width)
-        width = max(1, round(guess / unit)) * unit
-        if width in found:
-            break
+    while width not in found and max(least, 1) * unit <= width <= most * unit:
         found[width] = count(width=width)
+        width += unit if found[width] < budget.parameters else -unit
     best = min(found, key=lambda w: abs(math.log(found[w] / budget.parameters)))
     return ({} if best == config.width else {"width": best}), found[best]
 
@@ -162,12 +161,20 @@ def figures_of(key: str, data: Data, budget: Budget, said: Said = print) -> dict
         "size": size or next(iter(system.sizes)), **change, **found, "parameters": parameters(system.model),
         "steps": int(trained.history[-1]["step"]), "batch": trained_batch(trained.folder),
         "training_seconds": seconds_of(trained),
+        "seconds_alone": alone(system, budget.seed),
         "memory": fresh_process("seriatim.verbs.compare:generate_once", {"folder": str(trained.folder)}).peak,
         "losses": thinned([(h["step"], h["loss"]) for h in trained.history]), "load": load_average(),
         "strip": strip(pictures.images, system.ink),
     }  # fmt: skip
     save_json(_sound(figures), file)
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def alone(system: Any, seed: int, rounds: int = 3) -> float:
+    """Seconds of a picture that is drawn by itself, the median of some."""
+    return statistics.median(
+        system.draw(torch.zeros(1, dtype=torch.long), seed=seed + i).seconds for i in range(rounds)
+    )
 
 
 def _origin(told: str | None) -> str:
@@ -277,6 +284,5 @@ def compare_images(
 
 def film(key: str) -> str:
     """The order of a system on a grid of `PLACES` places in a row, where it has one, as SVG."""
-    pixels = toy_tokenizer(class_of(key), PLACES).kind == "pixels"
-    drawn = watch(toy(key, PLACES if pixels else PLACES * PLACE))
+    drawn = watch(on_grid(key, PLACES))
     return draw_order(drawn.layout.coord, drawn.turn, drawn.begun, f"the order of {key}")

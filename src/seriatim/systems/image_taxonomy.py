@@ -142,6 +142,12 @@ def toy(key: str, side: int) -> ImageSystem:
     return cls(config_from(cls, own, None, **known), tokenizer).eval().requires_grad_(False)
 
 
+def on_grid(key: str, places: int) -> ImageSystem:
+    """A system at the smallest size whose maps have so many places in a row: pixels, or 4 x 4 of them."""
+    kind = toy_tokenizer(class_of(key), PLACE * places).kind
+    return toy(key, places if kind == "pixels" else PLACE * places)
+
+
 def toy_tokenizer(cls: type[ImageSystem], side: int) -> Any:
     """What makes elements of pictures of this size, in the kind that the system chooses for glyphs."""
     kind = cls.tokenizer_for((1, LIKE, LIKE))
