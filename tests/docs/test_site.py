@@ -72,6 +72,22 @@ def test_the_table_names_every_system(systems, root):
         assert pages.count(mark) == 1 and made().count("\n|") > 1
 
 
+def test_every_order_is_a_film_on_its_page(systems):
+    """Of some systems here; all of them are watched when the site is built."""
+    keys = ["nar", "var", "raster-ar"]
+    page, columns = systems.gallery(keys), systems.image_orders(keys)
+    assert page.index("## Tokens") < page.index("anti-diagonals") < page.index("## Scales") < page.index("map by map")
+    assert "64 elements in 15 forwards" in page and "85 elements in 4 forwards" in page
+    assert all(f"(images/orders/{key}.svg)" in page and f"(systems/{key}.md)" in columns for key in keys)
+    assert "| 3, 7, 15 | n |" in columns and systems.film("nar")[0].startswith("<svg ")
+    assert set(keys) < set(systems.pictured())
+
+
+def test_what_is_watched_stands_on_one_page(systems, documents):
+    for mark in systems.WATCHED:
+        assert sum(text.count(mark) for text in documents.values()) == 1
+
+
 def test_tables_keep_their_cells_apart(systems):
     assert systems.table(("a", "b"), [("x | y", "`p | q`")]).splitlines()[2] == r"| x \| y | `p | q` |"
 

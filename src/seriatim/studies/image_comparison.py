@@ -38,6 +38,8 @@ from seriatim.training.checkpoint import save_json
 
 NEAR = 0.05  # of the common number of parameters: a size that is as near needs no other width
 WIDTHS = (0.3, 4.0)  # times that of its size: how narrow and wide a system may be made
+ELEMENTS = 8_192  # of a step of training, at most: a step of pixels would take a quarter of a minute else
+NEVER = 1_000_000  # steps between two looks at held-out pictures: they are judged at the end
 PLACES = 8  # in a row of the grid on which all orders are drawn
 SHOWN = 20  # pictures of a system in the report
 Said = Callable[[str], None]
@@ -149,17 +151,18 @@ def figures_of(key: str, data: Data, budget: Budget, said: Said = print) -> dict
     tokenizer, told, kind = tokenizer_of(key, data, budget, said)
     change, count = fitted(key, tokenizer, data, budget)
     size = budget.size if budget.size in class_of(key).sizes else None
-    said(f"{key}: {count:,} parameters" + "".join(f", {k} {v}" for k, v in change.items()))
+    batch = batch_of(key, tokenizer, data, size)
+    said(f"{key}: {count:,} parameters, batch {batch}" + "".join(f", {k} {v}" for k, v in change.items()))
     trained = train(
         key, data, out=budget.folder / key / "run", size=size, tokenizer=told, minutes=budget.minutes, resume=True,
-        settings={**change, "seed": budget.seed},
+        settings={**change, "seed": budget.seed, "batch": batch, "validate_every": NEVER},
     )  # fmt: skip
     system: Any = trained.system
     found, pictures = picture_figures(system, data, budget.samples, budget.seed)
     figures = {
         "key": key, "title": system.meta.title, "tokenizer": kind, "tokenizer_from": _origin(told),
         "size": size or next(iter(system.sizes)), **change, **found, "parameters": parameters(system.model),
-        "steps": int(trained.history[-1]["step"]), "batch": trained_batch(trained.folder),
+        "steps": int(trained.history[-1]["step"]), "batch": batch,
         "training_seconds": seconds_of(trained),
         "seconds_alone": alone(system, budget.seed),
         "memory": fresh_process("seriatim.verbs.compare:generate_once", {"folder": str(trained.folder)}).peak,
@@ -181,9 +184,12 @@ def _origin(told: str | None) -> str:
     return "needs none" if told is None else told if told.startswith("zoo:") else "trained for the comparison"
 
 
-def trained_batch(folder: Path) -> int:
-    """How many pictures a step of a run saw."""
-    return int(json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]["batch"])
+def batch_of(key: str, tokenizer: Any, data: Data, size: str | None) -> int:
+    """How many pictures a step of training sees: the recipe's, or fewer where they have many elements."""
+    cls = class_of(key)
+    recipe = cls.recipes.get(size or "") or next(iter(cls.recipes.values()))
+    model = cls(config_from(cls, {}, size, **cls.known(tokenizer, data)), tokenizer).model
+    return max(1, min(recipe.batch, ELEMENTS // model.layout.size))
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = 60) -> list[list[float]]:
