@@ -88,7 +88,8 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
         f"pictures. Features: {first.get('feature_model', '–')}.",
         f"Parameters: each width is chosen so that they are nearest to {budget['parameters']:,}: "
         f"{count_text(used[0])} to {count_text(used[-1])}. Tokenizers are apart, and were trained before.",
-        "Steps reached: of so many pictures each, the recipe's batch, or fewer where pictures have many elements. Bits an id compare only systems over the ids of the same tokenizer.",
+        "Steps reached: of so many pictures each, the recipe's batch, or fewer where pictures have many elements. "
+        "Bits an id compare only systems over the ids of the same tokenizer.",
         "Trained in this order, drawn by the seed: " + ", ".join(result["order"]) + ".",
         f"Load average after pictures were drawn: {loads[0]:.1f} to {loads[-1]:.1f}; times a sample are in batches of "
         "up to 100, and alone.",
