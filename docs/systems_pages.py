@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -279,46 +278,7 @@ def assisted() -> str:
     return table(("", *pairs), [(arm, *map(str, row)) for arm, row in zip(arms, cells, strict=True)])
 
 
-# ---- orders of image systems -----------------------------------------------------------------------------------------
-
-LEVELS = {
-    "pixel": "Pixels", "token": "Tokens of a map or a line", "scale": "Scales, coarse to fine",
-    "picture": "Whole pictures, with ever less noise",
-}  # fmt: skip
 COLUMNS = ("order", "groups", "visibility", "feed", "head", "likelihood", "forwards", "growth", "cache")
-PLACES = 8  # in a row of the grid on which a film is drawn
-
-
-def pictured() -> list[str]:
-    """The keys of all image systems."""
-    return [key for key, (meta, _) in catalogue().items() if meta.family == "image"]
-
-
-@cache
-def film(key: str) -> tuple[str, int, int]:
-    """The order of an image system as SVG, its forwards, and how many elements these decide."""
-    from seriatim.evaluation.order_film import draw_order
-    from seriatim.systems.image_taxonomy import on_grid, watch
-
-    drawn = watch(on_grid(key, PLACES))
-    svg = draw_order(drawn.layout.coord, drawn.turn, drawn.begun, f"the order of {key}")
-    return svg, drawn.forwards, int((drawn.turn > 0).sum())
-
-
-def gallery(keys: Sequence[str] | None = None) -> str:
-    """Every order as a film, level by level, in Markdown."""
-    from seriatim.systems.image_taxonomy import taxonomy
-
-    rows, parts = taxonomy(pictured() if keys is None else keys), []
-    for level, title in LEVELS.items():
-        shown = []
-        for row in (r for r in rows if r.level == level):
-            _, forwards, elements = film(row.key)
-            decided = f"{elements} elements in {forwards} forward{'s' * (forwards > 1)}"
-            said = f"[{row.title}](systems/{row.key}.md): {row.order}; {decided}"
-            shown.append((f"![The order of {row.title}](images/orders/{row.key}.svg)", said))
-        parts += [f"## {title}", table(("", ""), shown)] if shown else []
-    return "\n\n".join(parts)
 
 
 def image_orders(keys: Sequence[str] | None = None) -> str:
@@ -326,8 +286,9 @@ def image_orders(keys: Sequence[str] | None = None) -> str:
     from seriatim.evaluation.image_survey_page import said_of
     from seriatim.systems.image_taxonomy import taxonomy
 
-    rows = taxonomy(pictured() if keys is None else keys)
-    cells = [(f"[`{r.key}`](systems/{r.key}.md)", *(said_of(vars(r), name) for name in COLUMNS)) for r in rows]
+    cells = [
+        (f"[`{r.key}`](systems/{r.key}.md)", *(said_of(vars(r), name) for name in COLUMNS)) for r in taxonomy(keys)
+    ]
     return table(("key", *COLUMNS), cells)
 
 
@@ -340,7 +301,7 @@ TABLES = {  # what a page writes where it wants one
     "<!-- table of drafting -->": drafting,
     "<!-- table of assisted generation -->": assisted,
 }
-WATCHED = {"<!-- gallery of orders -->": gallery, "<!-- table of image orders -->": image_orders}  # take half a minute
+WATCHED = {"<!-- table of image orders -->": image_orders}  # the same, where it takes half a minute
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -366,8 +327,6 @@ def on_files(files: Any, config: Any) -> Any:
             files.append(File.generated(config, f"systems/images/{key}-mask.png", content=mask(key)))
         if (result := card_of(key)[3]) is not None:
             files.append(File.generated(config, f"systems/images/{key}-claim.png", content=chart(result)))
-    for key in pictured():
-        files.append(File.generated(config, f"images/orders/{key}.svg", content=film(key)[0]))
     section.extend({family.capitalize(): pages} for family, pages in families.items())
     return files
 

@@ -72,15 +72,12 @@ def test_the_table_names_every_system(systems, root):
         assert pages.count(mark) == 1 and made().count("\n|") > 1
 
 
-def test_every_order_is_a_film_on_its_page(systems):
+def test_columns_follow_from_orders(systems):
     """Of some systems here; all of them are watched when the site is built."""
     keys = ["nar", "var", "raster-ar"]
-    page, columns = systems.gallery(keys), systems.image_orders(keys)
-    assert page.index("## Tokens") < page.index("anti-diagonals") < page.index("## Scales") < page.index("map by map")
-    assert "64 elements in 15 forwards" in page and "85 elements in 4 forwards" in page
-    assert all(f"(images/orders/{key}.svg)" in page and f"(systems/{key}.md)" in columns for key in keys)
-    assert "| 3, 7, 15 | n |" in columns and systems.film("nar")[0].startswith("<svg ")
-    assert set(keys) < set(systems.pictured())
+    columns = systems.image_orders(keys)
+    assert "anti-diagonals" in columns and "| 3, 7, 15 | n |" in columns
+    assert all(f"(systems/{key}.md)" in columns for key in keys)
 
 
 def test_what_is_watched_stands_on_one_page(systems, documents):

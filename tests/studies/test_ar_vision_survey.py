@@ -30,17 +30,15 @@ from seriatim.systems.image_taxonomy import Row, row, toy
 from seriatim.systems.meta import catalogue, studies
 
 PIXEL = Row(
-    "p", "Pixels", "pixel", "grey level", "one by one, row by row", (1, 1), "all before", "value", "categorical",
+    "p", "Pixels", "pixel", "ids", "one by one, row by row", (1, 1), "all before", "value", "categorical",
     "exact", (64, 256, 1024), (64, 256, 1024), "n²", "n²", ("class", "in-painting"),
 )  # fmt: skip
-TOKEN = dataclasses.replace(
-    PIXEL, key="t", level="token", element="id", steps=(4, 16, 64), forwards=(4, 16, 64), tasks=("class",)
-)
+TOKEN = dataclasses.replace(PIXEL, key="t", level="token", steps=(4, 16, 64), forwards=(4, 16, 64), tasks=("class",))
 FAST = dataclasses.replace(TOKEN, key="f", order="anti-diagonals", groups=(1, 8), forwards=(3, 7, 15), growth="n")
 SCALE = dataclasses.replace(
     TOKEN, key="s", level="scale", order="map by map", groups=(1, 64), forwards=(2, 3, 4), growth="log n"
 )
-NOISE = dataclasses.replace(TOKEN, key="n", level="picture", element="vector", order="all at once", groups=(64, 64))
+NOISE = dataclasses.replace(TOKEN, key="n", element="vectors", order="all at once", groups=(64, 64))
 ROWS = [PIXEL, TOKEN, FAST, SCALE, NOISE]
 
 
@@ -67,10 +65,10 @@ def test_rows_are_found_by_any_field():
 def test_each_row_stands_in_one_cell_and_empty_cells_are_those_that_could_be_filled():
     found = coverage(ROWS)
     assert sorted(key for keys in found.cells.values() for key in keys) == ["f", "n", "p", "s", "t"]
-    assert found.cells["token", "id", "several a step"] == ("f",) and [way(r) for r in (PIXEL, NOISE)] == [
+    assert found.cells["token", "ids", "several a step"] == ("f",) and [way(r) for r in (PIXEL, NOISE)] == [
         "one by one", "all at once",
     ]  # fmt: skip
-    assert ("token", "vector", "one by one") in found.empty and ("pixel", "id", "one by one") not in found.empty
+    assert ("token", "vectors", "one by one") in found.empty and ("pixel", "ids", "one by one") not in found.empty
     assert ("pixel", ELEMENTS[0], "several a step") in found.empty
     assert found.tasks["in-painting"] == ("p",) and found.tasks["video"] == ()
 

@@ -94,7 +94,8 @@ def in_small(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "HOME", tmp_path / "home")
     monkeypatch.setattr(study, "load_data", lambda *a, **k: DATA)
     monkeypatch.setattr(study, "taxonomy", lambda keys: [])
-    monkeypatch.setattr(study, "film", lambda key: "<svg></svg>")
+    monkeypatch.setattr(study, "watched", lambda key: None)
+    monkeypatch.setattr(study, "animated", lambda order: "<svg></svg>")
     monkeypatch.setattr(study, "references", lambda data, budget: {})
     run = []
 

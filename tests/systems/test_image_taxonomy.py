@@ -10,18 +10,16 @@ import torch
 from seriatim.decoding.sample import Select
 from seriatim.factorization.static import AnyOrder, Scales
 from seriatim.layout import grid, line, pyramid
+from seriatim.systems.image_orders import ImageOrder, watched
 from seriatim.systems.image_taxonomy import (
     SIDES,
-    Watched,
     first_plan,
     growth_of,
-    on_grid,
     order_of,
     row,
     row_of,
     taxonomy,
     toy,
-    watch,
 )
 from seriatim.systems.meta import catalogue, load
 from seriatim.view import own_rank
@@ -29,13 +27,13 @@ from seriatim.view import own_rank
 PICTURED = [key for key, (meta, _) in catalogue().items() if meta.family == "image"]
 QUICK = ("raster-ar", "var", "hmar", "nar", "token-shuffle", "vf-prompt", "detailflow", "m-var")
 KNOWN = {
-    "raster-ar": ("token", "id", "one by one, row by row", "all before", (4, 16, 64), "n²", "n²"),
-    "var": ("scale", "id", "map by map", "its step and all before", (2, 3, 4), "log n", "n²"),
-    "hmar": ("scale", "id", "map by map", "its step", (2, 3, 4), "log n", "none"),
-    "m-var": ("scale", "id", "map by map", "own: its step; all: all before", (2, 3, 4), "log n", "1"),
-    "nar": ("token", "id", "anti-diagonals", "its step and all before", (3, 7, 15), "n", "n²"),
-    "token-shuffle": ("token", "id", "cells of 2 x 2", "all before", (1, 4, 16), "n²", "n²"),
-    "detailflow": ("token", "id", "runs of 1 and 4 along a line", "its step and all before", (7, 7, 7), "1", "1"),
+    "raster-ar": ("token", "ids", "one by one, row by row", "all before", (4, 16, 64), "n²", "n²"),
+    "var": ("scale", "ids", "map by map", "its step and all before", (2, 3, 4), "log n", "n²"),
+    "hmar": ("scale", "ids", "map by map", "its step", (2, 3, 4), "log n", "none"),
+    "m-var": ("scale", "ids", "map by map", "own: its step; all: all before", (2, 3, 4), "log n", "1"),
+    "nar": ("token", "ids", "anti-diagonals", "its step and all before", (3, 7, 15), "n", "n²"),
+    "token-shuffle": ("token", "ids", "cells of 2 x 2", "all before", (1, 4, 16), "n²", "n²"),
+    "detailflow": ("token", "ids", "runs of 1 and 4 along a line", "its step and all before", (7, 7, 7), "1", "1"),
 }
 
 
@@ -49,8 +47,8 @@ def test_what_is_known_of_a_system_is_found(key):
 
 
 def test_vectors_that_are_denoised_have_no_likelihood_and_take_forwards_for_each_cell():
-    found = row_of([toy("xar", 16)] * 2, [watch(toy("xar", 16))] * 2)
-    assert (found.element, found.head, found.likelihood, found.level) == ("vector", "in place", "none", "token")
+    found = row_of([toy("xar", 16)] * 2, [watched("xar", toy("xar", 16))] * 2)
+    assert (found.element, found.head, found.likelihood, found.level) == ("vectors", "in place", "none", "token")
     assert found.steps[0] == 4 and found.forwards[0] == 4 * 25 and found.groups == (4, 4)
 
 
@@ -59,10 +57,12 @@ def test_vectors_that_are_denoised_have_no_likelihood_and_take_forwards_for_each
 )
 def test_forwards_are_what_the_backbone_was_asked_for_at_three_sizes(key):
     for side in SIDES:
-        system = toy(key, side)
-        drawn = watch(system)
-        assert drawn.forwards == drawn.calls > 0
-        assert int(drawn.turn.max()) == drawn.forwards and bool((drawn.begun <= drawn.turn).all())
+        system, calls = toy(key, side), []
+        counted = system.model.backbone.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        drawn = watched(key, system)
+        counted.remove()
+        assert drawn.forwards == len(calls) > 0
+        assert int(drawn.turn.max()) == drawn.forwards - 1
         order = system.model.factorization
         if order.packed(system.blank(None, 1, system.sampling, 0)) is None or order.free:
             continue
@@ -91,24 +91,23 @@ def test_another_part_is_another_row():
     systems = [toy("var", side) for side in SIDES]
     for system in systems:
         system.model.factorization = Scales(own_rank)
-    changed = row_of(systems, [watch(s) for s in systems])
+    changed = row_of(systems, [watched("var", s) for s in systems])
     assert (changed.key, changed.visibility, changed.cache) == ("var", "its step", "none")
 
     fast = [toy("mar", side) for side in SIDES]
     assert isinstance(fast[0].model.factorization, AnyOrder)
     for system in fast:
         system.decider = lambda sampling: Select("random", 1)
-    one = row_of(fast, [watch(s) for s in fast])
+    one = row_of(fast, [watched("mar", s) for s in fast])
     assert (one.order, one.forwards, one.growth) == ("all at once", (1, 1, 1), "1")
 
 
-class Placed:
-    placed = True
-
-
-def ordered(layout, *turns):
-    first, again = (Watched(layout, torch.as_tensor(t), torch.as_tensor(t), 0, 0, 0) for t in (turns * 2)[:2])
-    return order_of(Placed(), first, again)
+def ordered(layout, *turns, placed=True):
+    first, again = (
+        ImageOrder("k", "K", "token", "ids", "exact", layout.coord, torch.as_tensor(t), 0, (1, 1), 0)
+        for t in (turns * 2)[:2]
+    )
+    return order_of(first, again, placed)
 
 
 def test_patterns_of_turns_have_names():
@@ -123,7 +122,7 @@ def test_patterns_of_turns_have_names():
     assert ordered(square, raster, raster.flip(0)) == "places at random"
     assert ordered(square, (row * column) % 3 + 1) == "groups"
     assert ordered(line(6), torch.arange(6) + 1) == "one by one along a line"
-    assert ordered(line(6), [0, 0, 1, 2, 3, 4]) == "one by one along a line", "what is given has no turn"
+    assert ordered(square, raster, placed=False) == "one by one along a line"
     assert ordered(tall, tall.coord[:, 0] + 1) == "map by map"
     later = tall.coord[:, 0] * 100 + tall.coord[:, 1] * 10 + tall.coord[:, 2] + 1
     assert ordered(tall, later, later.flip(0)) == "map by map, places at random"
@@ -136,5 +135,6 @@ def test_growth_is_read_off_doubled_sizes():
     ]  # fmt: skip
 
 
-def test_a_grid_has_as_many_places_whatever_they_stand_for():
-    assert on_grid("d3pm-pixels", 4).model.layout.size == on_grid("nar", 4).model.layout.size == 16
+def test_what_stands_in_front_of_a_picture_is_given_and_has_no_turn():
+    drawn = watched("vf-prompt", toy("vf-prompt", 16))
+    assert drawn.turn.tolist() == list(range(16)) and drawn.forwards == 16

@@ -16,7 +16,7 @@ from seriatim.evaluation.charts import MARKS, by_kind
 from seriatim.evaluation.pictures import ACCENT, INK, write_beside
 from seriatim.evaluation.report import Result, cards, count_text, grid, seconds_text, write_report
 
-LEVELS = {"pixel": ACCENT, "token": INK, "scale": "#5b8e7d", "picture": "#7a5c99"}
+LEVELS = {"pixel": ACCENT, "token": INK, "scale": "#5b8e7d"}
 SHAPES = dict(zip(("circle", "square", "diamond", "triangle"), "osD^", strict=True))
 JUDGED = ("fd_s", "accuracy", "precision", "recall", "density", "coverage", "spread", "nearest")
 MAP = (
@@ -40,7 +40,7 @@ def save_image_survey(
         "What the survey says, read off the columns": grid(("statement", "holds", "by"), statements),
         "The map: every image system, as it was watched": _map(result["taxonomy"]),
         "Cells of the map": grid(("level", "element", "a step decides", "systems"), coverage),
-        "Orders, on a grid of 8 x 8 places where a system has one": cards(dict(result["films"])),
+        "Orders, each at the size of its defaults": cards(dict(result["films"])),
     }
     return write_report(path, f"Image systems on {result['budget']['data']}", rows, _notes(result), sections=sections)
 

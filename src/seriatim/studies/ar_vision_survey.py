@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from seriatim.systems.claim import Claim, Trial
-from seriatim.systems.image_taxonomy import PLACE, SIDES, Row, row, toy, watch
+from seriatim.systems.image_orders import watched
+from seriatim.systems.image_taxonomy import PLACE, SIDES, Row, row, toy
 from seriatim.systems.meta import Meta
 
 META = Meta(
@@ -40,8 +41,8 @@ REPRESENTATIVES: Mapping[str, str] = {  # one system for each kind that the surv
     "scales of vectors": "flowar",
     "diffusion block by block": "acdit",
 }
-LEVELS = ("pixel", "token", "scale", "picture")
-ELEMENTS = ("grey level", "id", "vector")
+LEVELS = ("pixel", "token", "scale")
+ELEMENTS = ("ids", "vectors")
 WAYS = ("one by one", "several a step", "all at once")
 TASKS = ("unconditional", "class", "text", "in-painting", "any size", "video", "3D", "text and pictures", "actions")
 
@@ -77,10 +78,8 @@ class Coverage:
 
     @property
     def empty(self) -> list[tuple[str, str, str]]:
-        """Cells without a system that could have one: pixels are grey levels, and nothing else is."""
-        return [
-            cell for cell, keys in self.cells.items() if not keys and (cell[0] == "pixel") == (cell[1] == ELEMENTS[0])
-        ]
+        """Cells without a system."""
+        return [cell for cell, keys in self.cells.items() if not keys]
 
 
 def coverage(rows: Sequence[Row]) -> Coverage:
@@ -176,12 +175,12 @@ def _trade(rows: Sequence[Row], measured: Mapping[str, Mapping[str, Any]]) -> St
 
 
 def growing(key: str) -> Callable[[Any, int], Mapping[str, Any]]:
-    """A trial: by which factor the forwards of a picture grow from the smallest of `SIDES` to the largest, counted at
-    the backbone while pictures are drawn; a seed draws others."""
+    """A trial: by which factor the forwards of a picture grow from the smallest of `SIDES` to the largest, as they are
+    counted while pictures are drawn; a seed draws others."""
 
     def measure(nothing: Any, seed: int) -> Mapping[str, Any]:
-        drawn = [watch(toy(key, side), seed) for side in SIDES]
-        return {"growth": drawn[-1].calls / drawn[0].calls, "forwards": [d.calls for d in drawn], "sides": list(SIDES)}
+        forwards = [watched(key, toy(key, side), seed).forwards for side in SIDES]
+        return {"growth": forwards[-1] / forwards[0], "forwards": forwards, "sides": list(SIDES)}
 
     return measure
 
@@ -218,7 +217,7 @@ def report(result: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path]:
 
     rows = [restored(stored) for stored in result["taxonomy"]]
     found = coverage(rows)
-    cells = [(*cell, ", ".join(keys) or "–") for cell, keys in found.cells.items() if keys or cell in found.empty]
+    cells = [(*cell, ", ".join(keys) or "–") for cell, keys in found.cells.items()]
     cells += [("task", task, "", ", ".join(keys) or "–") for task, keys in found.tasks.items()]
     said = [
         (s.said, "not measured" if s.holds is None else "holds" if s.holds else "fails", s.found)

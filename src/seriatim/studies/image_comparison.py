@@ -26,11 +26,11 @@ from seriatim.data.base import Data, load_data
 from seriatim.evaluation.cost import fresh_process, load_average, parameters
 from seriatim.evaluation.features import even
 from seriatim.evaluation.metrics import nearest_examples
-from seriatim.evaluation.order_film import draw_order
 from seriatim.evaluation.pictures import save_grid
 from seriatim.evaluation.quality import picture_quality
 from seriatim.home import HOME
-from seriatim.systems.image_taxonomy import class_of, on_grid, taxonomy, watch
+from seriatim.systems.image_orders import animated, class_of, watched
+from seriatim.systems.image_taxonomy import taxonomy
 from seriatim.systems.meta import catalogue
 from seriatim.systems.system import config_from
 from seriatim.tokenizers.files import make_tokenizer
@@ -40,7 +40,6 @@ NEAR = 0.05  # of the common number of parameters: a size that is as near needs 
 WIDTHS = (0.3, 4.0)  # times that of its size: how narrow and wide a system may be made
 ELEMENTS = 8_192  # of a step of training, at most: a step of pixels would take a quarter of a minute else
 NEVER = 1_000_000  # steps between two looks at held-out pictures: they are judged at the end
-PLACES = 8  # in a row of the grid on which all orders are drawn
 SHOWN = 20  # pictures of a system in the report
 Said = Callable[[str], None]
 
@@ -278,7 +277,7 @@ def compare_images(
         "budget": asdict(budget), "order": order, "references": references(data, budget), "systems": {},
         "pictures": [len(data.train), len(data.test), len(data.classes)],
         "taxonomy": [{f.name: getattr(r, f.name) for f in fields(r)} for r in taxonomy(everybody())],
-        "films": {key: film(key) for key in everybody()}, "machine": machine(), "commit": commit(),
+        "films": {key: animated(watched(key)) for key in everybody()}, "machine": machine(), "commit": commit(),
         "command": f"python benchmarks/image_comparison.py --minutes {budget.minutes:g}",
     }  # fmt: skip
     for n, key in enumerate(order):
@@ -286,9 +285,3 @@ def compare_images(
         result["systems"][key] = figures_of(key, data, budget, said)
         save_json(result, Path(results) / "image_comparison.json")
     return json.loads((Path(results) / "image_comparison.json").read_text(encoding="utf-8"))
-
-
-def film(key: str) -> str:
-    """The order of a system on a grid of `PLACES` places in a row, where it has one, as SVG."""
-    drawn = watch(on_grid(key, PLACES))
-    return draw_order(drawn.layout.coord, drawn.turn, drawn.begun, f"the order of {key}")

@@ -12,22 +12,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from seriatim.canvas import GUESSED, Canvas
 from seriatim.data.base import Data
-from seriatim.decoding.loop import decode
-from seriatim.layout import Layout, shapes_of
 from seriatim.model import Model
 from seriatim.objectives.noised import Noised
 from seriatim.plan import SOURCES, Plan
-from seriatim.random import Generator
+from seriatim.systems.image_orders import ImageOrder, Level, class_of, watched
 from seriatim.systems.image_system import ImageSystem
-from seriatim.systems.meta import catalogue, load
+from seriatim.systems.meta import catalogue
 from seriatim.systems.system import Sampling, config_from
 from seriatim.tokenizers.files import make_tokenizer
 from seriatim.view import View
@@ -39,13 +36,9 @@ SHAPE = {"width": 32, "depth": 2, "heads": 2, "shown": 4}
 SCALES = ("multi-scale", "rings", "flexible")  # kinds of tokenizers with maps of several sizes
 
 
-Level = Literal["pixel", "token", "scale", "picture"]
-
-
 @dataclass(frozen=True)
 class Row:
-    """One system. level: what the sequence is made of, pixels, tokens of a map or a line, scales, or whole pictures
-    with ever less noise; element: what one is; order: which pattern the steps make of the places; groups: least and
+    """One system. level, element: of `ImageOrder`; order: which pattern the steps make of the places; groups: least and
     most elements of a step; visibility, feed: of the slots of one forward; steps, forwards: of a picture of each of
     `SIDES`; growth: of the forwards with the number n of places in a row; cache: how what it remembers grows; tasks:
     what it can be asked for."""
@@ -67,25 +60,6 @@ class Row:
     tasks: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Watched:
-    """One picture as it was drawn. turn, begun: the forward that decided each element, and that first put something on
-    its place, from 1; forwards: as the steps say; calls: of the backbone, counted beside it; held: the most bytes of
-    its cache between two steps."""
-
-    layout: Layout
-    turn: Int[Tensor, "E"]
-    begun: Int[Tensor, "E"]
-    forwards: int
-    calls: int
-    held: int
-
-    @property
-    def steps(self) -> int:
-        """How many of the forwards decided something."""
-        return len(self.turn[self.turn > 0].unique())
-
-
 def taxonomy(keys: Iterable[str] | None = None) -> list[Row]:
     """The rows of all image systems, or of these. Raises KeyError for one that there is not."""
     found = [key for key, (meta, _) in catalogue().items() if meta.family == "image"]
@@ -96,19 +70,17 @@ def taxonomy(keys: Iterable[str] | None = None) -> list[Row]:
 def row(key: str) -> Row:
     """The row of a system."""
     systems = [toy(key, side) for side in SIDES]
-    return row_of(systems, [watch(s) for s in systems])
+    return row_of(systems, [watched(key, s) for s in systems])
 
 
-def row_of(systems: Sequence[ImageSystem], drawn: Sequence[Watched]) -> Row:
+def row_of(systems: Sequence[ImageSystem], drawn: Sequence[ImageOrder]) -> Row:
     """The row of a system that was watched at several sizes."""
     system, last, plan = systems[-1], drawn[-1], first_plan(systems[-1])
     model, forwards = system.model, tuple(d.forwards for d in drawn)
-    order = order_of(systems[1], drawn[1], watch(systems[1], 1))
-    sizes = last.turn[last.turn > 0].unique(return_counts=True)[1]
+    order = order_of(drawn[1], watched(last.key, systems[1], 1), system.placed)
     return Row(
-        system.meta.key, system.meta.title, level_of(system, order), element_of(system), order,
-        (int(sizes.min()), int(sizes.max())),
-        visibility_of(plan), feed_of(plan), ", ".join(_words(type(h).__name__) for h in model.heads.values()),
+        last.key, last.title, last.level, last.element, order, last.groups, visibility_of(plan),
+        feed_of(plan), ", ".join(_words(type(h).__name__) for h in model.heads.values()),
         likelihood_of(model), tuple(d.steps for d in drawn), forwards, growth_of(forwards),
         growth_of([d.held for d in drawn]), tasks_of(system),
     )  # fmt: skip
@@ -142,12 +114,6 @@ def toy(key: str, side: int) -> ImageSystem:
     return cls(config_from(cls, own, None, **known), tokenizer).eval().requires_grad_(False)
 
 
-def on_grid(key: str, places: int) -> ImageSystem:
-    """A system at the smallest size whose maps have so many places in a row: pixels, or 4 x 4 of them."""
-    kind = toy_tokenizer(class_of(key), PLACE * places).kind
-    return toy(key, places if kind == "pixels" else PLACE * places)
-
-
 def toy_tokenizer(cls: type[ImageSystem], side: int) -> Any:
     """What makes elements of pictures of this size, in the kind that the system chooses for glyphs."""
     kind = cls.tokenizer_for((1, LIKE, LIKE))
@@ -166,39 +132,6 @@ def toy_tokenizer(cls: type[ImageSystem], side: int) -> Any:
     return tokens(tokens.Config.for_pictures(side, 1)).model
 
 
-def class_of(key: str) -> Any:
-    """The class of a system. Raises KeyError for one that there is not."""
-    module = load(key)
-    return next(c for c in vars(module).values() if isinstance(c, type) and getattr(c, "meta", None) is module.META)
-
-
-@torch.inference_mode()
-def watch(system: ImageSystem, seed: int = 0) -> Watched:
-    """Draw one picture, unguided, and note what each forward did."""
-    s = unguided(system)
-    label = torch.zeros(1, dtype=torch.long)
-    canvas, target = system.blank(label, 1, s, seed), system.target(system.condition(label, 1), s)
-    calls, forwards, held, given = [0], 0, 0, canvas.known[0]
-    turn, begun = torch.zeros(2, canvas.layout.size, dtype=torch.long)
-    counted = system.model.backbone.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
-    try:
-        for step in decode(target, canvas, system.decider(s), system.proposer(s), Generator(seed)):
-            forwards += step.forwards
-            held = max(held, 0 if target.cache is None or canvas.done else target.cache.nbytes())
-            known = canvas.known[0] & ~given
-            turn = torch.where(known, torch.where(turn == 0, forwards, turn), 0)
-            begun = torch.where((known | _touched(canvas)) & (begun == 0), forwards, begun)
-    finally:
-        counted.remove()
-    return Watched(canvas.layout, turn, begun, forwards, calls[0], held)
-
-
-def _touched(canvas: Canvas) -> Bool[Tensor, "E"]:
-    """Where something stands that is not decided, less than pure noise where that is said."""
-    here = canvas.status[0] == GUESSED
-    return here if canvas.level is None else here & (canvas.level[0] < 1)
-
-
 def unguided(system: ImageSystem) -> Sampling:
     """How a system samples, without guidance."""
     return replace(system.sampling, guidance=0.0)
@@ -214,24 +147,6 @@ def first_plan(system: ImageSystem) -> Plan:
 
 
 # ---- what follows ----------------------------------------------------------------------------------------------------
-
-
-def level_of(system: ImageSystem, order: str) -> Level:
-    """What the sequence is made of: pixels; the maps of a pyramid; pictures, where each forward is about the whole of
-    one; else tokens."""
-    layout = system.layout(unguided(system))
-    if system.tokenizer.kind == "pixels":
-        return "pixel"
-    if layout.coord.shape[1] == 3 and len(set(shapes_of(layout))) > 1:
-        return "scale"
-    return "picture" if order == "all at once" else "token"
-
-
-def element_of(system: ImageSystem) -> str:
-    """What one element is, by the head that reads it and what the tokenizer makes of pictures."""
-    if any(getattr(head, "continuous", False) for head in system.model.heads.values()):
-        return "vector"
-    return "grey level" if system.tokenizer.kind == "pixels" else "id"
 
 
 def likelihood_of(model: Model) -> str:
@@ -320,11 +235,11 @@ def _words(name: str) -> str:
 # ---- orders ----------------------------------------------------------------------------------------------------------
 
 
-def order_of(system: ImageSystem, drawn: Watched, again: Watched) -> str:
-    """Which pattern the turns of the elements make of their places, in two pictures."""
-    due = drawn.turn > 0
-    coord = drawn.layout.coord[due] if system.placed else torch.arange(len(due))[due, None]
-    rank, other = (torch.unique(w.turn[w.turn > 0], return_inverse=True)[1] for w in (drawn, again))
+def order_of(drawn: ImageOrder, again: ImageOrder, placed: bool = True) -> str:
+    """Which pattern the turns of the elements make of their places, in two pictures; placed: whether coordinates tell
+    places in the picture."""
+    coord = drawn.coord if placed else torch.arange(len(drawn.turn))[:, None]
+    rank, other = (torch.unique(d.turn, return_inverse=True)[1] for d in (drawn, again))
     level = coord[:, 0] if coord.shape[1] == 3 else torch.zeros_like(rank)
     several = bool(level.max() > 0) and _after(level, rank)
     prefix = "map by map, " if several else ""

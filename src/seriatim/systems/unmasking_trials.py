@@ -54,8 +54,8 @@ def _list(rng: random.Random) -> tuple[str, str]:
 
 
 def _sum(rng: random.Random) -> tuple[str, str]:
-    """Numbers to 20, added one after another, a line each: answers of 2 to 5 lines of 5 to 11 letters."""
-    first, *rest = (rng.randint(1, 20) for _ in range(rng.randint(3, 6)))
+    """Numbers to 9, added one after another, a line each: answers of 2 to 4 lines of 6 to 8 letters."""
+    first, *rest = (rng.randint(1, 9) for _ in range(rng.randint(3, 5)))
     prompt, lines, total = "+".join(map(str, (first, *rest))), [], first
     for number in rest:
         lines.append(f"{total}+{number}={total + number}\n")
@@ -63,7 +63,7 @@ def _sum(rng: random.Random) -> tuple[str, str]:
     return prompt, "".join(lines)
 
 
-TASKS = {"lists": Task(_list, 16, 24), "sums": Task(_sum, 20, 56)}
+TASKS = {"lists": Task(_list, 16, 24), "sums": Task(_sum, 9, 33)}
 
 
 def problems(task: Task, count: int, seed: int, test: bool = False) -> list[tuple[str, str]]:
@@ -96,7 +96,7 @@ class Taught(MDLM):
         return self.model.canvas({"token": ids}, self.prompt, layout=line(ids.shape[1])), None
 
 
-RECIPE = Recipe(1000, batch=64, learning_rate=2e-3, weight_decay=0.1, bf16=True)
+RECIPE = Recipe(1500, batch=64, learning_rate=2e-3, weight_decay=0.1, bf16=True)
 SHAPE: Mapping[str, Any] = {"width": 128, "depth": 4, "heads": 4}
 
 
