@@ -70,6 +70,14 @@ def test_no_width_is_nearer_to_the_common_number(key, wanted):
             assert abs(other - wanted) >= 0.9 * abs(count - wanted)
 
 
+def test_widths_that_a_system_cannot_have_are_left_out():
+    """Its states have heads of 64 numbers."""
+    tokenizer = toy_tokenizer(class_of("m-var"), 32)
+    for wanted in (400_000, 700_000, 2_000_000):
+        change, count = study.fitted("m-var", tokenizer, DATA, study.Budget(size="tiny", parameters=wanted))
+        assert change.get("width", 96) % 32 == 0 and 0.6 < count / wanted < 1.6
+
+
 def test_a_size_that_fits_stays_as_it_is():
     tokenizer = toy_tokenizer(class_of("raster-ar"), 32)
     _, count = study.fitted("raster-ar", tokenizer, DATA, study.Budget(size="tiny", parameters=1))

@@ -38,7 +38,7 @@ from seriatim.training.checkpoint import save_json
 
 NEAR = 0.05  # of the common number of parameters: a size that is as near needs no other width
 WIDTHS = (0.3, 4.0)  # times that of its size: how narrow and wide a system may be made
-ELEMENTS = 8_192  # of a step of training, at most: a step of pixels would take a quarter of a minute else
+ELEMENTS = 8_320  # of a step of training, at most (64 small pyramids): one of pixels would take half a minute else
 NEVER = 1_000_000  # steps between two looks at held-out pictures: they are judged at the end
 SHOWN = 20  # pictures of a system in the report
 Said = Callable[[str], None]
@@ -103,10 +103,14 @@ def fitted(key: str, tokenizer: Any, data: Data, budget: Budget) -> tuple[dict[s
     guess = config.width * math.sqrt(budget.parameters / first)  # about: what else there is does not grow with it
     least, most = (round(share * config.width / unit) for share in WIDTHS)
     width = min(max(round(guess / unit), least, 1), most) * unit
-    found = {config.width: first}
+    found, direction = {config.width: first}, unit
     while width not in found and max(least, 1) * unit <= width <= most * unit:
-        found[width] = count(width=width)
-        width += unit if found[width] < budget.parameters else -unit
+        try:
+            found[width] = count(width=width)
+            direction = unit if found[width] < budget.parameters else -unit
+        except ValueError:  # parts of another stride than heads: this width is none of them
+            pass
+        width += direction
     best = min(found, key=lambda w: abs(math.log(found[w] / budget.parameters)))
     return ({} if best == config.width else {"width": best}), found[best]
 
