@@ -24,17 +24,6 @@ def orders() -> tuple[Any, ...]:
     return tuple(sorted(map(watched, keys), key=lambda order: (order.forwards, order.key)))
 
 
-def svg(order: Any) -> str:
-    from seriatim.evaluation.order_svg import order_svg
-    from seriatim.systems.image_orders import maps_of
-
-    maps = [
-        [(*place, int(order.turn[i])) for i, place in zip(index.tolist(), places.tolist(), strict=True)]
-        for index, places in maps_of(order)
-    ]
-    return order_svg(maps, int(order.turn.max()) + 1)
-
-
 def gallery() -> str:
     """The table and the animations as Markdown."""
     parts = [_table()]
@@ -68,8 +57,10 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the animations."""
     from mkdocs.structure.files import File
 
+    from seriatim.systems.image_orders import animated
+
     for order in orders():
-        files.append(File.generated(config, f"gallery/{order.key}.svg", content=svg(order)))
+        files.append(File.generated(config, f"gallery/{order.key}.svg", content=animated(order)))
     return files
 
 

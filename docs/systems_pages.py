@@ -278,6 +278,20 @@ def assisted() -> str:
     return table(("", *pairs), [(arm, *map(str, row)) for arm, row in zip(arms, cells, strict=True)])
 
 
+COLUMNS = ("order", "groups", "visibility", "feed", "head", "likelihood", "forwards", "growth", "cache")
+
+
+def image_orders(keys: Sequence[str] | None = None) -> str:
+    """The columns of every image system, as it was watched."""
+    from seriatim.evaluation.image_survey_page import said_of
+    from seriatim.systems.image_taxonomy import taxonomy
+
+    cells = [
+        (f"[`{r.key}`](systems/{r.key}.md)", *(said_of(vars(r), name) for name in COLUMNS)) for r in taxonomy(keys)
+    ]
+    return table(("key", *COLUMNS), cells)
+
+
 TABLES = {  # what a page writes where it wants one
     "<!-- table of systems -->": overview,
     "<!-- table of studies -->": questions,
@@ -287,6 +301,7 @@ TABLES = {  # what a page writes where it wants one
     "<!-- table of drafting -->": drafting,
     "<!-- table of assisted generation -->": assisted,
 }
+WATCHED = {"<!-- table of image orders -->": image_orders}  # the same, where it takes half a minute
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -318,7 +333,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Put tables where a page asks for them."""
-    for mark, made in TABLES.items():
+    for mark, made in (TABLES | WATCHED).items():
         if mark in markdown:
             markdown = markdown.replace(mark, made())
     return markdown

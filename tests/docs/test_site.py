@@ -72,6 +72,19 @@ def test_the_table_names_every_system(systems, root):
         assert pages.count(mark) == 1 and made().count("\n|") > 1
 
 
+def test_columns_follow_from_orders(systems):
+    """Of some systems here; all of them are watched when the site is built."""
+    keys = ["nar", "var", "raster-ar"]
+    columns = systems.image_orders(keys)
+    assert "anti-diagonals" in columns and "| 3, 7, 15 | n |" in columns
+    assert all(f"(systems/{key}.md)" in columns for key in keys)
+
+
+def test_what_is_watched_stands_on_one_page(systems, documents):
+    for mark in systems.WATCHED:
+        assert sum(text.count(mark) for text in documents.values()) == 1
+
+
 def test_tables_keep_their_cells_apart(systems):
     assert systems.table(("a", "b"), [("x | y", "`p | q`")]).splitlines()[2] == r"| x \| y | `p | q` |"
 

@@ -8,7 +8,19 @@ from xml.etree import ElementTree
 
 import pytest
 
-from seriatim.evaluation.charts import HEIGHT, MARKS, MOST_POINTS, SERIES, WIDTH, lines, mark, nice_ticks, scatter
+from seriatim.evaluation.charts import (
+    HEIGHT,
+    MARKS,
+    MOST_POINTS,
+    SERIES,
+    WIDTH,
+    by_kind,
+    free_places,
+    lines,
+    mark,
+    nice_ticks,
+    scatter,
+)
 
 
 def drawn(chart: str) -> tuple[list[ElementTree.Element], list[tuple[float, float]]]:
@@ -88,3 +100,25 @@ def test_series_differ_in_colour_or_mark_and_hostile_names_are_text() -> None:
     elements, _ = drawn(scatter({'<script>"&': [(1.0, 1.0)]}, "<x>", '"y'))
     assert not [e for e in elements if e.tag == "script"]
     assert [e.text for e in elements if e.tag == "title"] == ['<script>"&: 1, 1']
+
+
+def test_kinds_share_a_colour_and_every_mark_says_its_name() -> None:
+    chart = by_kind(
+        {"a": {"one": (1, 2.0), "two": (2, 3.0)}, "b": {"<three>": (64, math.nan), "four": (100, 1.0)}}, "x", "y"
+    )
+    elements, _ = drawn(chart)
+    marks = [e for e in elements if e.find("title") is not None]
+    assert [m.get("class") for m in marks] == ["m0", "m0", "m1"]
+    assert [m.find("title").text.split(":")[0] for m in marks] == ["one", "two", "four"]  # type: ignore[union-attr]
+    assert {"one", "two", "four"} <= {e.text for e in elements if e.tag == "text"}
+
+
+def test_names_beside_marks_cover_neither_each_other_nor_marks() -> None:
+    marks = [(80.0 + 3 * (i % 7), 60.0 + 9 * (i // 7)) for i in range(28)]
+    corners = free_places(marks, [40.0] * 28, 8.0)
+    boxes = [(c[0], c[1], c[0] + 40, c[1] + 8) for c in corners if c is not None]
+    assert 4 <= len(boxes) < 28, "there is no room for all"
+    for i, (left, top, right, bottom) in enumerate(boxes):
+        assert left >= 0 and right <= WIDTH and top >= 0 and bottom <= HEIGHT
+        assert not any(left < x < right and top < y < bottom for x, y in marks)
+        assert not any(left < r and right > a and top < b and bottom > t for a, t, r, b in boxes[:i])

@@ -12,6 +12,7 @@ from html import escape
 
 WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 40
+SMALL = 8  # letters of names beside marks
 SERIES = 6  # colours c0 to c5 of the style sheet; further series begin again, with other marks
 MARKS = ("circle", "square", "diamond", "triangle")
 MOST_POINTS = 400
@@ -47,6 +48,49 @@ def scatter(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
         for (x, y), (a, b) in zip(places, points, strict=True):
             body.append(mark(i, x, y, f"{name}: {a:.4g}, {b:.4g}"))
     return _chart(axes, body, list(series), x_label, y_label)
+
+
+def by_kind(series: Mapping[str, Mapping[str, tuple[float, float]]], x_label: str, y_label: str) -> str:
+    """Named marks, coloured by kind: kind -> name -> point. A name stands beside its mark where there is room, and
+    shows in full where one points at it. A wide range of x is drawn in logs."""
+    named = [(i, name, p) for i, some in enumerate(series.values()) for name, p in some.items() if _finite(p)]
+    low, high = (f((p[0] for _, _, p in named), default=1) for f in (min, max))
+    axes = _axes([p for _, _, p in named], logarithmic=low > 0 and high / low >= 8)
+    places = [(axes.x(x), axes.y(y)) for _, _, (x, y) in named]
+    body = [
+        mark(i, x, y, f"{name}: {p[0]:.4g}, {p[1]:.4g}") for (i, name, p), (x, y) in zip(named, places, strict=True)
+    ]
+    beside = free_places(places, [SMALL * 0.56 * len(name) for _, name, _ in named], SMALL)
+    for (_, name, _), corner in zip(named, beside, strict=True):
+        if corner is not None:
+            at = f'x="{corner[0]:.1f}" y="{corner[1] + SMALL - 1:.1f}" font-size="{SMALL}"'
+            body.append(f"<text {at}>{escape(name)}</text>")
+    return _chart(axes, body, list(series), x_label, y_label)
+
+
+def free_places(
+    marks: Sequence[tuple[float, float]], widths: Sequence[float], height: float, reach: float = 6.0
+) -> list[tuple[float, float] | None]:
+    """Upper left corners of labels beside their marks, each where it covers no mark and no other label, and stays in
+    the drawing; None where there is no such place."""
+    taken = [(x - reach + 1, y - reach + 1, x + reach - 1, y + reach - 1) for x, y in marks]
+    out: list[tuple[float, float] | None] = []
+    for (x, y), width in zip(marks, widths, strict=True):
+        rows = [y - height / 2 + k * height * 0.6 for k in (0, 1, -1, 2, -2)]
+        corners = [(left, top) for top in rows for left in (x + reach, x - reach - width)]
+        corners += [(x - width / 2, y + reach), (x - width / 2, y - reach - height)]
+        free = (c for c in corners if _is_free((c[0], c[1], c[0] + width, c[1] + height), taken))
+        found = next(free, None)
+        out.append(found)
+        if found is not None:
+            taken.append((found[0], found[1], found[0] + width, found[1] + height))
+    return out
+
+
+def _is_free(box: tuple[float, float, float, float], taken: Sequence[tuple[float, float, float, float]]) -> bool:
+    left, top, right, bottom = box
+    inside = left >= LEFT and right <= WIDTH - 2 and top >= 0 and bottom <= HEIGHT - BOTTOM
+    return inside and not any(left < r and right > a and top < b and bottom > t for a, t, r, b in taken)
 
 
 def mark(series: int, x: float, y: float, title: str = "") -> str:

@@ -7,7 +7,7 @@ which forward, and how much at once, is read off the canvas after every step.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from seriatim.canvas import DECIDED
 from seriatim.decoding.loop import decode
+from seriatim.evaluation.order_svg import order_svg
 from seriatim.random import Generator
 from seriatim.systems.decoders import decoder_of
 from seriatim.systems.image_system import ImageSystem
@@ -27,8 +28,9 @@ Level = Literal["pixel", "token", "scale"]
 @dataclass(frozen=True)
 class ImageOrder:
     """What was watched. level: what a picture is made of: pixels, the ids or vectors of one map, or maps of several
-    sizes; element: ids or vectors; coord: of each element; turn: the step that decided it, from 0; forwards: of the
-    model, one after another; groups: least and most elements that a step decides."""
+    sizes; element: ids or vectors; coord: of each element that is not given; turn: the step that decided it, from 0;
+    forwards: of the model, one after another; groups: least and most elements that a step decides; held: the most bytes
+    of its cache between two steps."""
 
     key: str
     title: str
@@ -39,6 +41,7 @@ class ImageOrder:
     turn: Int[Tensor, "n"]
     forwards: int
     groups: tuple[int, int]
+    held: int
 
     @property
     def steps(self) -> int:
@@ -46,38 +49,42 @@ class ImageOrder:
         return len(self.turn.unique())
 
 
+def class_of(key: str) -> Any:
+    """The class of a system. Raises KeyError for one that there is not."""
+    module: Any = load(key)
+    return next(c for _, c in inspect.getmembers(module, inspect.isclass) if getattr(c, "meta", None) is module.META)
+
+
 def system_of(key: str) -> ImageSystem:
     """A system of pictures at its default size, with random weights and no tokenizer."""
-    module: Any = load(key)
-    cls: Any = next(
-        c for _, c in inspect.getmembers(module, inspect.isclass) if getattr(c, "meta", None) is module.META
-    )
+    cls = class_of(key)
     torch.manual_seed(0)
     return cls(cls.Config(), None).eval().requires_grad_(False)
 
 
 @torch.inference_mode()
-def watched(key: str, system: ImageSystem | None = None) -> ImageOrder:
-    """How a system draws one picture (None: at its default size). Raises KeyError for an unknown one, ValueError where
-    it draws none."""
+def watched(key: str, system: ImageSystem | None = None, seed: int = 0) -> ImageOrder:
+    """How a system draws one picture (None: at its default size), unguided. Raises KeyError for an unknown one,
+    ValueError where it draws none."""
     meta = catalogue()[key][0]
     if meta.family != "image":
         raise ValueError(f"{key} is of the family {meta.family}: orders are watched of systems of pictures")
     system = system or system_of(key)
-    sampling = system.sampling
-    canvas = system.model.blank(1, Generator(0))
+    sampling, label = replace(system.sampling, guidance=0.0), torch.tensor([0])
+    canvas = system.blank(label, 1, sampling, seed)
     way = decoder_of(system, "own", sampling, ())
-    target = system.target(system.condition(torch.tensor([0]), 1), sampling, **way.target)
-    turn, forwards = torch.full((canvas.layout.size,), -1), 0
-    for i, step in enumerate(decode(target, canvas, way.decider, way.proposer, Generator(0))):
+    target = system.target(system.condition(label, 1), sampling, **way.target)
+    turn, forwards, held, due = torch.full((canvas.layout.size,), -1), 0, 0, canvas.open[0]
+    for i, step in enumerate(decode(target, canvas, way.decider, way.proposer, Generator(seed))):
         forwards += step.forwards
+        held = max(held, 0 if target.cache is None or canvas.done else target.cache.nbytes())
         turn = torch.where((canvas.status == DECIDED)[0] & (turn < 0), i, turn)
+    turn, coord = turn[due], torch.cat([segment.coord for segment in canvas.layout.segments])[due]
     sizes = turn[turn >= 0].unique(return_counts=True)[1]
-    coord = torch.cat([segment.coord for segment in canvas.layout.segments])
     vectors = canvas.value[canvas.layout.kinds[0]].is_floating_point()
     return ImageOrder(
         key, meta.title, level_of(system, coord), "vectors" if vectors else "ids", meta.likelihood, coord, turn,
-        forwards, (int(sizes.min()), int(sizes.max())),
+        forwards, (int(sizes.min()), int(sizes.max())), held,
     )  # fmt: skip
 
 
@@ -86,6 +93,15 @@ def level_of(system: ImageSystem, coord: Int[Tensor, "n axes"]) -> Level:
     if coord.shape[1] == 3 and len(coord[:, 0].unique(return_counts=True)[1].unique()) > 1:
         return "scale"
     return "pixel" if type(system).tokenizer_for((1, 32, 32)) == "pixels" else "token"
+
+
+def animated(order: ImageOrder) -> str:
+    """An order as an animation, SVG."""
+    maps = [
+        [(*place, int(order.turn[i])) for i, place in zip(index.tolist(), places.tolist(), strict=True)]
+        for index, places in maps_of(order)
+    ]
+    return order_svg(maps, int(order.turn.max()) + 1)  # type: ignore[arg-type]
 
 
 def maps_of(order: ImageOrder) -> list[tuple[Int[Tensor, "n"], Int[Tensor, "n 2"]]]:

@@ -187,12 +187,16 @@ class ImageSystem(System):
             raise ValueError(f"{self.meta.key} draws pictures of the size it was trained on: leave size and scales out")
         return self.model.layout
 
+    def blank(self, labels: Int[Tensor, " n"] | None, n: int, sampling: Sampling, seed: int) -> Canvas:
+        """A canvas on which nothing of n pictures is known, and what stands in front of them, if anything."""
+        return self.model.blank(n, Generator(seed), self.layout(sampling))
+
     def _draw(
         self, labels: Tensor | None, n: int, sampling: Sampling, seed: int, film: bool, way: Decoding,
         canvas: Canvas | None = None,
     ) -> Pictures:  # fmt: skip
-        """Decode a canvas, empty if none is given."""
-        canvas = canvas or self.model.blank(n, Generator(seed), self.layout(sampling))
+        """Decode a canvas, a fresh one if none is given."""
+        canvas = canvas or self.blank(labels, n, sampling, seed)
         target = self.target(self.condition(labels, n), sampling, **way.target)
         states, forwards = [], 0
         for step in decode(target, canvas, way.decider, way.proposer, Generator(seed)):

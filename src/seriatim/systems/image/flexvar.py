@@ -150,7 +150,7 @@ class FlexVAR(PyramidSystem):
     def layout(self, sampling: Sampling) -> Layout:
         """Any sizes that are asked for. Raises ValueError for pictures that are no whole number of places, and maps
         that shrink."""
-        s, stride = sampling, self.tokenizer.stride
+        s = sampling
         if s.scales is not None:
             if s.size is not None or s.steps is not None:
                 raise ValueError("scales say all: leave size and steps out")
@@ -158,10 +158,13 @@ class FlexVAR(PyramidSystem):
             if not shapes or any(a == b or min(b[0] - a[0], b[1] - a[1]) < 0 for a, b in pairwise(shapes)):
                 raise ValueError(f"scales are maps that grow, from coarse to fine, got {s.scales}")
             return layout_of(shapes)  # type: ignore[arg-type]
-        width, height = s.size or (stride * self.config.scales[-1],) * 2
-        if width % stride or height % stride or min(width, height) < stride:
-            raise ValueError(f"sides of pictures are multiples of {stride} pixels here, got {width}x{height}")
-        return layout_of(scales_to((height // stride, width // stride), self.config.scales, s.steps))
+        rows = columns = self.config.scales[-1]
+        if s.size is not None:
+            (width, height), stride = s.size, self.tokenizer.stride
+            if width % stride or height % stride or min(width, height) < stride:
+                raise ValueError(f"sides of pictures are multiples of {stride} pixels here, got {width}x{height}")
+            rows, columns = height // stride, width // stride
+        return layout_of(scales_to((rows, columns), self.config.scales, s.steps))
 
     def decider(self, sampling: Sampling) -> Decider:
         return UpToTrained(self.config.scales[-1], self.config.scales[-1])

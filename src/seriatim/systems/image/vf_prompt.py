@@ -31,9 +31,7 @@ from seriatim.model import Model
 from seriatim.plan import Plan
 from seriatim.random import Generator
 from seriatim.systems.claim import Arm, Claim
-from seriatim.systems.decoders import Decoding
 from seriatim.systems.image import raster_ar
-from seriatim.systems.image_system import Pictures
 from seriatim.systems.meta import Meta
 from seriatim.systems.raster_system import RasterSystem
 from seriatim.systems.system import Sampling
@@ -160,17 +158,12 @@ class VFPrompt(RasterSystem):
 
     # ---- generation -------------------------------------------------------------------------------------------------
 
-    def _draw(
-        self, labels: Tensor | None, n: int, sampling: Sampling, seed: int, film: bool, way: Decoding,
-        canvas: Canvas | None = None,
-    ) -> Pictures:  # fmt: skip
-        if canvas is None:
-            condition = self.condition(labels, n)
-            assert condition is not None
-            prefix = self.prefix(condition["class"], Generator(seed).generator)
-            blank = torch.zeros(n, self.config.side**2, dtype=torch.long)
-            canvas = self.model.canvas({"token": torch.cat([prefix, blank], 1)}, self.config.shown)
-        return super()._draw(labels, n, sampling, seed, film, way, canvas)
+    def blank(self, labels: Int[Tensor, " n"] | None, n: int, sampling: Sampling, seed: int) -> Canvas:
+        condition = self.condition(labels, n)
+        assert condition is not None
+        prefix = self.prefix(condition["class"], Generator(seed).generator)
+        nothing = torch.zeros(n, self.config.side**2, dtype=torch.long)
+        return self.model.canvas({"token": torch.cat([prefix, nothing], 1)}, self.config.shown)
 
     def finished(self, canvas: Canvas) -> Float[Tensor, "n c h w"]:
         return self.picture(canvas.value["token"][:, self.config.shown :])
