@@ -30,6 +30,7 @@ from seriatim.verbs import drafting, finetune
 from seriatim.verbs.finetune import Begun, found_again
 from seriatim.verbs.load import load, plain, system_class, where
 
+CHOSEN = "length", "dropout"  # fields that may differ from those of the model whose weights are taken over
 FURTHER = "further"  # the name of the recipe, where there is one, of a system that begins with weights of another
 Bar = Callable[[str], Any]  # makes a `Tick` for the phase it is given
 
@@ -71,7 +72,8 @@ def train(
     alone count, or with a `teacher` among the settings what that model writes behind pieces of them; settings are those
     of `Tuning` and of the recipe. Where the key is a decoder with a part to train (medusa, hydra, ...), that part is
     trained beside the frozen model, and settings are the part's own, the recipe's and those of `drafting.Reading`. A
-    system that begins as another (sdar) takes over its weights.
+    system that begins as another (sdar) takes over its weights, and one that draws pictures goes on from a run of its
+    own, or from released weights, with its tokenizer and sizes and, unless told, a tenth of its recipe's learning rate.
 
     Raises ValueError, KeyError, OSError with what is wrong and what to do, FloatingPointError where the loss breaks
     down.
@@ -86,7 +88,9 @@ def train(
     elif from_ is not None:
         if size is not None or tokenizer is not None:
             raise ValueError(f"size and tokenizer are those of {from_}, and are not chosen anew")
-        if system_class(key).begins_as is not None and not (key in finetune.CONVERSIONS and _is_published(from_)):
+        cls = system_class(key)
+        further = cls.begins_as is not None or issubclass(cls, ImageSystem)
+        if further and not (key in finetune.CONVERSIONS and _is_published(from_)):
             begun = _taken_over(key, from_, data, folder, lora, own, data_options)
         else:
             begun = finetune.begin(key, from_, data, folder, lora, own, bar, **data_options)
@@ -139,16 +143,22 @@ def _taken_over(
     if lora is not None:
         raise ValueError(f"{key} begins with the weights of {from_} and trains them all: leave out the adapter")
     cls, base = system_class(key), load(from_)
-    if base.meta.key != cls.begins_as:
-        raise ValueError(f"{key} begins as a {cls.begins_as} model, and {from_} is {base.meta.key}")
-    pictures = issubclass(cls, ImageSystem)
+    pictures, again = issubclass(cls, ImageSystem), base.meta.key == key
+    if base.meta.key != cls.begins_as and not (pictures and again):
+        raise ValueError(f"{key} begins as a {cls.begins_as or key} model, and {from_} is {base.meta.key}")
     if data is None and pictures:  # what the base was trained on
+        if where(from_).is_file():
+            raise ValueError(f"{from_} does not say what it was trained on: say which pictures (--data)")
         data = RunFolder(where(from_)).read_card()["data"]
     recipe, loaded = recipe_from(cls, settings, FURTHER), _loaded(cls, data, data_options)
+    if pictures:
+        _fits(base, loaded, from_)
+    if again and FURTHER not in cls.recipes and "learning_rate" not in settings:
+        recipe = replace(recipe, learning_rate=recipe.learning_rate / 10)
     own = {k: v for k, v in settings.items() if k not in _recipe_fields()}
     if not pictures and own.get("length", 0) > base.config.length:
         raise ValueError(f"{from_} reads {base.config.length} tokens, and a length of {own['length']} is asked for")
-    shared = {k: v for k, v in cls.inherited(base, own).items() if k != "length" or k not in own}
+    shared = {k: v for k, v in cls.inherited(base, own).items() if k not in CHOSEN or k not in own}
     config = config_from(cls, own, None, **shared)
     torch.manual_seed(recipe.seed)
     system = cls(config, base.tokenizer)
@@ -160,6 +170,19 @@ def _taken_over(
     begun = _begun(system, recipe, data, loaded)
     begun.card["from"] = finetune.origin(from_)
     return begun
+
+
+def _fits(base: System, data: Data, name: str | Path) -> None:
+    """Raises ValueError where a system that draws pictures was made for others."""
+    shape = tuple(data.train.take(torch.tensor([0]))["image"].shape[1:])
+    side, classes = base.tokenizer.side, getattr(base.config, "classes", None)
+    if shape[1:] != (side, side):
+        raise ValueError(
+            f"{name} draws pictures of {side}x{side} pixels, and those of {data.name} have {shape[2]}x{shape[1]}: "
+            f"say --image-size {side}"
+        )
+    if classes is not None and len(data.classes) > classes:
+        raise ValueError(f"{name} knows {classes} classes, and {data.name} has {len(data.classes)}")
 
 
 def _loaded(cls: type[System], data: str | Path | Data | None, data_options: Mapping[str, Any]) -> Data:
