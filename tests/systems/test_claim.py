@@ -81,3 +81,25 @@ def test_a_queue_is_worked_off_once_and_leaves_a_result(tmp_path, monkeypatch, c
     capsys.readouterr()
     assert main(["claims", "--results", str(results)]) == 0
     assert "holds" in capsys.readouterr().out
+
+
+def test_an_arm_that_claims_have_in_common_is_trained_once(tmp_path, monkeypatch):
+    """Where system, settings, size, tokenizer, length, data and seed are the same, and the usual figures judge it."""
+    monkeypatch.setattr(verb, "HOME", tmp_path)
+
+    def place(arm, seed=0, key="first", data="glyphs"):
+        claim = Claim("", "", "loss", {"ours": arm, "theirs": arm}, "ours", "theirs", data=data)
+        return verb._figures_file(key, claim, "ours", seed)
+
+    one = place(Arm("var", {"width": 8}, "small", minutes=4))
+    assert one == place(Arm("var", {"width": 8}, "small", minutes=4), key="second")
+    others = [
+        place(Arm("var", {"width": 9}, "small", minutes=4)), place(Arm("var", {"width": 8}, "tiny", minutes=4)),
+        place(Arm("var", {"width": 8}, "small", minutes=3)), place(Arm("sar", {"width": 8}, "small", minutes=4)),
+        place(Arm("var", {"width": 8}, "small", minutes=4), seed=1),
+        place(Arm("var", {"width": 8}, "small", minutes=4), data="emoji"),
+        place(Arm("var", {"width": 8}, "small", minutes=4, sampling={"guidance": 0.0})),
+        place(Arm("var", {"width": 8}, "small", minutes=4, measure=lambda trained: {})),
+        place(Trial(None, lambda model, seed: {})),
+    ]  # fmt: skip
+    assert len({one, *others}) == 1 + len(others)

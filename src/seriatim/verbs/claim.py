@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def claim_of(key: str) -> Claim:
 def pending(key: str) -> list[tuple[str, int]]:
     """Arms and seeds that are still to be run."""
     claim = claim_of(key)
-    return [(arm, seed) for arm, seed in claim.queue() if not _figures_file(key, arm, seed).is_file()]
+    return [(arm, seed) for arm, seed in claim.queue() if not _figures_file(key, claim, arm, seed).is_file()]
 
 
 def measure(
@@ -42,7 +44,8 @@ def measure(
 ) -> dict[str, Any]:
     """Work off the queue of a claim and write RESULTS/KEY.json, and a chart of its arms; what the first holds.
 
-    Runs stand under SERIATIM_HOME/claims and are resumed where they were cut off.
+    Runs stand under SERIATIM_HOME/claims and are resumed where they were cut off; an arm that several claims have in
+    common is run once.
     """
     claim = claim_of(key)
     for n, (name, seed) in enumerate(left := pending(key)):
@@ -50,7 +53,7 @@ def measure(
         _run(key, claim, name, seed, bar)
     measured: dict[str, dict[int, dict[str, Any]]] = {}
     for name, seed in claim.queue():
-        file = _figures_file(key, name, seed)
+        file = _figures_file(key, claim, name, seed)
         measured.setdefault(name, {})[seed] = json.loads(file.read_text(encoding="utf-8"))
     ours = [figures[claim.metric] for figures in measured[claim.ours].values()]
     theirs = [figures[claim.metric] for figures in measured[claim.baseline].values()]
@@ -71,7 +74,7 @@ def measure(
 def _run(key: str, claim: Claim, name: str, seed: int, bar: Bar | None) -> None:
     """One arm with one seed: train or go on, judge, note."""
     arm = claim.arms[name]
-    folder = _figures_file(key, name, seed).parent
+    folder = _figures_file(key, claim, name, seed).parent
     if isinstance(arm, Trial):
         folder.mkdir(parents=True, exist_ok=True)
         measured = dict(arm.measure(None if arm.model is None else load(arm.model), seed))
@@ -92,8 +95,15 @@ def _judged(trained: Trained, arm: Arm, seed: int) -> dict[str, Any]:
     return evaluate(trained.system, trained.data, seed=seed, sampling=sampling)
 
 
-def _figures_file(key: str, arm: str, seed: int) -> Path:
-    return HOME / "claims" / key / f"{arm}-{seed}" / "figures.json"
+def _figures_file(key: str, claim: Claim, name: str, seed: int) -> Path:
+    """Where the figures of an arm stand: of a training that is judged by the usual figures, where every claim with the
+    same arm finds them; else with the claim."""
+    arm, place = claim.arms[name], HOME / "claims"
+    if isinstance(arm, Trial) or arm.measure is not None:
+        return place / key / f"{name}-{seed}" / "figures.json"
+    said = {f.name: getattr(arm, f.name) for f in fields(arm)} | {"data": claim.data}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=dict).encode()).hexdigest()[:12]
+    return place / "arms" / f"{arm.system}-{digest}-{seed}" / "figures.json"
 
 
 def claimed(results: str | Path = "results") -> Iterator[dict[str, Any]]:
