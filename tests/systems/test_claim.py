@@ -100,6 +100,6 @@ def test_an_arm_that_claims_have_in_common_is_trained_once(tmp_path, monkeypatch
         place(Arm("var", {"width": 8}, "small", minutes=4), data="emoji"),
         place(Arm("var", {"width": 8}, "small", minutes=4, sampling={"guidance": 0.0})),
         place(Arm("var", {"width": 8}, "small", minutes=4, measure=lambda trained: {})),
-        place(Trial(None, lambda model, seed: {})),
+        place(Trial(None, lambda model, seed: {}), key="second"),
     ]  # fmt: skip
     assert len({one, *others}) == 1 + len(others)
