@@ -1,14 +1,16 @@
 """Seconds and memory of one picture of 256 x 256 by published generators, random weights, beside their official code.
 
-    python benchmarks/image_sampling.py [--models var llamagen] [--var CLONE] [--llamagen CLONE] [--runs 3]
-        [--dtypes float32 bfloat16] [--out results/image_sampling.json]
+    python benchmarks/image_sampling.py [--models var llamagen mar] [--var CLONE] [--llamagen CLONE]
+        [--mar CLONE] [--runs 3] [--dtypes float32 bfloat16] [--out results/image_sampling.json]
 
-VAR-d16 (guidance 1.5, top-k 900, top-p 0.96) and LlamaGen-B (guidance 2), from a class to pixels, the decoder of the
-tokenizer included. CLONE is a clone of FoundationVision/VAR or FoundationVision/LlamaGen; without one our arms run
-alone. Both sides run in the same number format: official code in bfloat16 by autocast, ours with weights in it. Every
-arm is a process of its own; they take turns, and wait without using a processor meanwhile. Beside the ratios stands
-what arithmetic alone would take at the speed of this machine's large products, and reading all weights for every
-forward at its bandwidth: no code is faster than the larger of both.
+VAR-d16 (guidance 1.5, top-k 900, top-p 0.96), LlamaGen-B (guidance 2) and MAR-B (64 steps of 100 denoising steps,
+guidance 2.9; a picture takes two minutes and more: `--runs 1`), from a class to pixels, the decoder of the tokenizer
+included. CLONE is a clone of FoundationVision/VAR, FoundationVision/LlamaGen or LTH14/mar (which needs timm); without
+one our arms run alone, and models that are in --out already and not asked for stay there. Both sides run in the same
+number format: official code in bfloat16 by autocast, ours with weights in it. Every arm is a process of its own; they
+take turns, and wait without using a processor meanwhile. Beside the ratios stands what arithmetic alone would take at
+the speed of this machine's large products, and reading all weights for every forward at its bandwidth: no code is
+faster than the larger of both.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 GATES = {  # model -> (ours, official) -> how many times as fast
     "var": {("float32", "float32"): 1.0, ("bfloat16", "bfloat16"): 1.2, ("bfloat16", "float32"): 2.3},
     "llamagen": {("float32", "float32"): 1.0, ("bfloat16", "bfloat16"): 1.3},
+    "mar": {("float32", "float32"): 1.0, ("bfloat16", "bfloat16"): 1.15},
 }  # fmt: skip
 Draw = Callable[[int], Any]
 
@@ -43,25 +46,47 @@ def build(model: str) -> Any:
     import torch
 
     torch.manual_seed(0)
-    if model == "var":
-        from seriatim.systems.image.var import VAR, Config
-        from seriatim.systems.system import Sampling
-        from seriatim.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
-
-        pixels: Any = MultiScaleTokenizer(MultiScaleConfig.for_pictures(256, 3))
-        system: Any = VAR(Config(pixels.config, classes=1000, **VAR.sizes["d16"]), pixels)
-        system.sampling = Sampling(top_k=900, top_p=0.96, guidance=1.5)
-    else:
-        from seriatim.systems.image.raster_ar import Config as Raster
-        from seriatim.systems.image.raster_ar import RasterAR
-        from seriatim.systems.system import Sampling
-        from seriatim.tokenizers.vq import VQConfig, VQTokenizer
-
-        pixels = VQTokenizer(VQConfig.for_pictures(256, 3))
-        shape = Raster(16, 16384, 1000, 768, 12, 12, form="llama", hidden=2048)
-        system = RasterAR(shape, pixels)
-        system.sampling = Sampling(top_p=None, guidance=1.0)
+    system = {"var": _var, "llamagen": _llamagen, "mar": _mar}[model]()
     return system.eval().requires_grad_(False)
+
+
+def _var() -> Any:
+    from seriatim.systems.image.var import VAR, Config
+    from seriatim.systems.system import Sampling
+    from seriatim.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
+
+    pixels: Any = MultiScaleTokenizer(MultiScaleConfig.for_pictures(256, 3))
+    system = VAR(Config(pixels.config, classes=1000, **VAR.sizes["d16"]), pixels)
+    system.sampling = Sampling(top_k=900, top_p=0.96, guidance=1.5)  # type: ignore[misc]
+    return system
+
+
+def _llamagen() -> Any:
+    from seriatim.systems.image.raster_ar import Config, RasterAR
+    from seriatim.systems.system import Sampling
+    from seriatim.tokenizers.vq import VQConfig, VQTokenizer
+
+    pixels: Any = VQTokenizer(VQConfig.for_pictures(256, 3))
+    system = RasterAR(Config(16, 16384, 1000, 768, 12, 12, form="llama", hidden=2048), pixels)
+    system.sampling = Sampling(top_p=None, guidance=1.0)  # type: ignore[misc]
+    return system
+
+
+def _mar() -> Any:
+    from seriatim.systems.image.mar import MAR, Config
+    from seriatim.systems.system import Sampling
+    from seriatim.tokenizers.kl import KLConfig, KLTokenizer
+
+    pixels: Any = KLTokenizer(
+        KLConfig(side=256, channels=3, dim=16, body="residual", width=128, halvings=4, attends=False)
+    )
+    shape = Config(
+        side=16, dim=16, classes=1000, width=768, depth=12, heads=12, dropout=0.0, head_width=1024, head_depth=6,
+        head_steps=100, head_clip=None, buffer=64,
+    )  # fmt: skip
+    system = MAR(shape, pixels)
+    system.sampling = Sampling(guidance=1.9, steps=64)  # type: ignore[misc]
+    return system
 
 
 def ours(model: str, dtype: str) -> Draw:
@@ -82,7 +107,7 @@ def official(model: str, dtype: str, clone: str) -> Draw:
     import torch
 
     sys.path.insert(0, clone)
-    draw = (_official_var if model == "var" else _official_llamagen)()
+    draw = {"var": _official_var, "llamagen": _official_llamagen, "mar": _official_mar}[model]()
 
     def autocast(seed: int) -> Any:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -122,6 +147,26 @@ def _official_llamagen() -> Draw:
         torch.manual_seed(seed)
         ids = generate(model, torch.tensor([seed % 1000]), 256, cfg_scale=2.0, top_k=0, top_p=1.0)
         return pixels.decode_code(ids, [1, 8, 16, 16])
+
+    return draw
+
+
+def _official_mar() -> Draw:
+    import torch
+    from models.mar import mar_base  # type: ignore[import-not-found]
+    from models.vae import AutoencoderKL  # type: ignore[import-not-found]
+
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment]  # it asks for nothing else
+    model = mar_base(diffloss_d=6, diffloss_w=1024, num_sampling_steps="100").eval()
+    pixels = AutoencoderKL(16, (1, 1, 2, 2, 4)).eval()
+    with torch.no_grad():  # what begins at zero says nothing
+        for p in model.diffloss.parameters():
+            p.normal_(0, 0.02)
+
+    def draw(seed: int) -> Any:
+        torch.manual_seed(seed)
+        latents = model.sample_tokens(1, 64, 2.9, "linear", torch.tensor([seed % 1000]), 1.0)
+        return pixels.decode(latents / 0.2325)
 
     return draw
 
@@ -234,6 +279,8 @@ def main() -> int:
     }  # fmt: skip
     print("DISTURBED: the seconds mean nothing" if result["disturbed"] else "")
     if options.out:
+        if options.out.is_file():
+            result["models"] = json.loads(options.out.read_text())["models"] | found
         options.out.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
