@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from seriatim.systems.system import Sampling
@@ -26,7 +26,7 @@ class Request:
 
     prompt: tuple[int, ...]
     max_new_tokens: int = 128
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     copy: int = 0
     decoder: str | None = None
