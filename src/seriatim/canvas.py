@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from seriatim.layout import Layout, Segment
+from seriatim.slots import below_own
 
 GIVEN, DECIDED, GUESSED, UNKNOWN, DELETED = 0, 1, 2, 3, 4
 
@@ -314,7 +315,9 @@ class Canvas:
 
     def _truncate(self, edit: Truncate) -> None:
         alive = self.status != DELETED
-        before = (alive[:, None] & (self.place[:, None] < self.place[:, :, None])).sum(2)
+        order = self.place.argsort(1)
+        read = alive.gather(1, order).long()
+        before = torch.empty_like(order).scatter_(1, order, read.cumsum(1) - read)
         gone = alive & (before >= edit.length[:, None])
         if bool((gone & (self.status == GIVEN)).any()):
             raise EditError("a given element cannot be cut off")
@@ -365,7 +368,7 @@ class Canvas:
             canvas.noise = {k: v[rows] for k, v in self.noise.items()}
         else:
             _check_alike(self, new)
-            where = torch.where(fresh, self.batch + fresh.long().cumsum(0) - 1, rows)
+            where = below_own(rows, self.batch)
             pairs = [(self.row, new.row), (self.level, new.level), (self.memo, new.memo), (self.status, new.status)]
             pairs += [(self.rank, new.rank), (self.place, new.place)]
             row, *rest = [_rows_of_both(a, b, where, self.batch) for a, b in pairs]

@@ -126,3 +126,9 @@ def ragged(chosen: Bool[Tensor, "b n"]) -> Int[Tensor, "b m"]:
 def only(x: Tensor, row: int) -> Tensor:
     """One row, as a batch of one."""
     return x[row if x.shape[0] > 1 else 0][None]
+
+
+def below_own(rows: Int[Tensor, "b2"], batch: int) -> Int[Tensor, "b2"]:
+    """Rows to select where new ones, -1 each, stand behind `batch` own ones in the order in which they are named."""
+    new = rows < 0
+    return torch.where(new, batch + new.long().cumsum(0) - 1, rows)

@@ -119,7 +119,7 @@ def test_a_cache_that_does_not_follow_is_caught_by_that(transformer):
     model = transformer(12, seed=1)
 
     class Lazy(Target):
-        def select(self, rows, batch, condition=None):
+        def select(self, rows, batch, condition=None, caches=()):
             cache = self.cache
             super().select(torch.zeros_like(rows) if len(rows) == batch else rows, batch, condition)
             assert cache is self.cache

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from seriatim.backbones.columns import Keep, as_rows, of_rows, packed, picked
 from seriatim.plan import Plan
+from seriatim.slots import below_own
 from seriatim.view import INF, View, below, join
-
-Keep = int | Sequence[int] | Tensor
 
 
 class Cache(Protocol):
@@ -48,8 +48,9 @@ class Cache(Protocol):
         """Keep only these committed entries, in this order (-1: padding)."""
         ...
 
-    def select(self, rows: Int[Tensor, "b2"]) -> None:
-        """Keep, copy, reorder rows; -1 is a new row that holds nothing."""
+    def select(self, rows: Int[Tensor, "b2"], new: Sequence[Any] = ()) -> None:
+        """Keep, copy, reorder rows; -1 is the next row of caches of the same kind (`new`), or one that holds nothing.
+        What is pending is dropped."""
         ...
 
     def join(self, others: Sequence[Any]) -> None:
@@ -82,7 +83,8 @@ class Entry(NamedTuple):
 class KVCache:
     """Keys and values of all layers, (layers, 2, batch, heads, columns, head_dim) in one buffer that grows by doubling.
 
-    Rows of different lengths are kept left-aligned; the columns behind a shorter row carry lane -1.
+    Rows of different lengths are kept left-aligned; the columns behind a shorter row carry lane -1. The rows stand in a
+    window of those that there is room for (`reserve`), so that few entries move when some go and others come.
     """
 
     can = frozenset({"subset", "evict", "replace"})
@@ -119,8 +121,23 @@ class KVCache:
         self._new: Sequence[Tensor] = ()  # where the present forward writes: keys and values of each layer
         self._all: Sequence[Tensor] = ()  # what it can read
 
-    def _place(self, buffer: Tensor) -> None:
-        self.buffer, self._flat = buffer, buffer.flatten(0, 1)
+    def _place(self, rows: Tensor, first: int = 0, batch: int | None = None) -> None:
+        """Stand in `batch` rows of these, from the first on (None: in all)."""
+        self._rows, self._first = rows, first
+        self.buffer = rows.narrow(2, first, rows.shape[2] if batch is None else batch)
+        self._flat = self.buffer.flatten(0, 1)
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """Have room for so many rows of so many columns."""
+        size = [*self._rows.shape]
+        size[2], size[4] = max(size[2], rows), max(size[4], columns)
+        if size == [*self._rows.shape]:
+            return
+        room = self._rows.new_empty(size)
+        held, batch = self.buffer[..., : self.columns, :], self.batch
+        room[:, :, :batch, :, : self.columns] = held
+        self._place(room, 0, batch)
+        self.pending, self._new, self._all = 0, (), ()
 
     @property
     def length(self) -> int | Tensor:
@@ -176,9 +193,12 @@ class KVCache:
 
     def _resize(self, capacity: int, start: int = 0) -> None:
         """Another number of columns, in which stands what is committed from column `start` on."""
-        buffer = self.buffer.new_empty(*self.buffer.shape[:4], capacity, self.buffer.shape[5])
-        buffer[..., : self.columns - start, :] = self.buffer[..., start : self.columns, :]
-        self._place(buffer)
+        size = [*self._rows.shape]
+        size[4] = capacity
+        room = self._rows.new_empty(size)
+        rows = room.narrow(2, self._first, self.batch)
+        rows[..., : self.columns - start, :] = self.buffer[..., start : self.columns, :]
+        self._place(room, self._first, self.batch)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the pending keys and values (batch, heads, slots, head_dim) of a layer; all that can be read there."""
@@ -251,7 +271,7 @@ class KVCache:
             raise ValueError(f"slot {last} cannot be kept: the last forward left {self.pending} pending slots")
         if count:
             if isinstance(keep, Tensor) or self._held is not None:
-                self._commit_rows(_as_rows(keep).expand(self.batch, -1), plan)
+                self._commit_rows(as_rows(keep).expand(self.batch, -1), plan)
             else:
                 self._commit_all(keep, count, plan)
         self.pending = 0
@@ -259,7 +279,7 @@ class KVCache:
     def _commit_all(self, keep: int | Sequence[int], count: int, plan: Plan) -> None:
         """The same slots in every row."""
         if not (self.plain and plan.plain):
-            self._note(_as_rows(keep), plan)
+            self._note(as_rows(keep), plan)
         if not isinstance(keep, int):
             self._gather(keep)
         self.columns += count
@@ -298,7 +318,7 @@ class KVCache:
         order = None
         if self._held is not None or bool((keep < 0).any()):
             held = torch.full((self.batch,), self.columns) if self._held is None else self._held
-            order = _packed(self.columns, held, keep)
+            order = packed(self.columns, held, keep)
         labels = {}
         for name in self.names:
             both = join([old[name], views[name].take(keep)])
@@ -312,7 +332,7 @@ class KVCache:
             rows = max(before.shape[1], new.shape[1])
             self.skips = True
             layers = torch.cat([before.expand(-1, rows, -1), new.expand(-1, rows, -1)], 2)
-            self._layers = layers if order is None else _picked(layers, order)
+            self._layers = layers if order is None else picked(layers, order)
 
     def _written_out(self) -> dict[str, View]:
         """The labels, made up where they went without saying."""
@@ -338,7 +358,7 @@ class KVCache:
         self.buffer[..., : retain.shape[1], :] = kept.permute(2, 3, 0, 4, 1, 5)
         self._labels = {name: view.take(retain) for name, view in labels.items()}
         if self._layers is not None:
-            self._layers = _picked(self._layers.expand(-1, self.batch, -1), retain)
+            self._layers = picked(self._layers.expand(-1, self.batch, -1), retain)
         self._hold(held)
         self.pending = 0
 
@@ -370,25 +390,68 @@ class KVCache:
         self.buffer[:, :, b, :, place] = self.buffer[:, :, b, :, source]
         self.pending = 0
 
-    def select(self, rows: Int[Tensor, "b2"]) -> None:
-        new = rows < 0
-        where = rows.clamp(min=0)
-        if rows.numel() == 0 or int(where.max()) >= self.batch:
+    def select(self, rows: Int[Tensor, "b2"], new: Sequence[KVCache] = ()) -> None:
+        fresh = rows < 0
+        if rows.numel() == 0 or int(rows.max()) >= self.batch:
             raise ValueError(f"rows {rows.tolist()} cannot be selected of {self.batch}")
-        fresh = bool(new.any())
-        labels = self._written_out() if fresh or not self.plain else None
-        held = torch.full((self.batch,), self.columns) if self._held is None else self._held
-        self._place(self.buffer[:, :, where.to(self.device)])
-        held = held[where].masked_fill(new, 0)
-        columns = int(held.max())
-        if labels is not None:
-            index = torch.arange(columns).expand(len(rows), -1)
-            index = torch.where(index < held[:, None], index, -1)
-            self._labels = {name: _of_rows(view, where).take(index) for name, view in labels.items()}
+        if any(part.skips or part.layers != self.layers for part in (self, *new) if new):
+            raise ValueError("caches whose entries were not computed in every layer cannot be joined")
+        held = [torch.as_tensor(part.length).expand(part.batch) for part in (self, *new)]
+        where = below_own(rows, self.batch) if new else rows.clamp(min=0)
+        count = torch.cat(held)[where].masked_fill(fresh & (not new), 0)
+        columns = int(count.max())
+        if bool(fresh.any()) or not self.plain:
+            self._labels = self._labels_of([self, *new], held, where, count)
+        with torch.inference_mode(self._rows.is_inference() or torch.is_inference_mode_enabled()):
+            self._move(rows, columns)
+            self._fill(fresh, new, columns)
         if self._layers is not None:
             self._layers = (self._layers if self._layers.shape[1] == 1 else self._layers[:, where])[:, :, :columns]
-        self._hold(held)
+        self._hold(count)
         self.pending = 0
+
+    def _labels_of(
+        self, parts: Sequence[KVCache], held: Sequence[Tensor], where: Int[Tensor, "b2"], count: Int[Tensor, "b2"]
+    ) -> dict[str, View]:
+        """The labels of these rows of all caches, which hold so many columns."""
+        wide = torch.arange(max(part.columns for part in parts))
+        index = [torch.where(wide < n[:, None], wide, -1) for n in held]
+        taken = [{n: v.take(i) for n, v in p._written_out().items()} for p, i in zip(parts, index, strict=True)]
+        place = torch.arange(int(count.max())).expand(len(where), -1)
+        place = torch.where(place < count[:, None], place, -1)
+        return {n: of_rows(below([views[n] for views in taken]), where).take(place) for n in self.names}
+
+    def _fill(self, fresh: Bool[Tensor, "b2"], new: Sequence[KVCache], columns: int) -> None:
+        """Write what other caches hold into the rows that are fresh; what is masked is finite wherever it is read."""
+        row, start = fresh.nonzero()[:, 0].to(self.device), 0
+        if row.numel():
+            self.buffer[:, :, row, :, :columns] = 0
+        for part in new:
+            mine, start = row[start : start + part.batch], start + part.batch
+            self.buffer[:, :, mine, :, : part.columns] = part.buffer[..., : part.columns, :].to(self.buffer)
+
+    def _move(self, rows: Int[Tensor, "b2"], columns: int) -> None:
+        """Bring old rows where they are to stand (-1: anything may stand there), in the window of the room in which
+        most of them stand already. Where there are more rows than room, in a larger one."""
+        many, kept = len(rows), rows >= 0
+        target, room = torch.arange(many), self._rows.shape[2]
+        columns = max(columns, 1)
+        if many > room or columns > self._rows.shape[4]:
+            size = [*self._rows.shape]
+            size[2], size[4] = max(many, room), max(columns, size[4])
+            wide = self._rows.new_empty(size)
+            mine = self.buffer[:, :, rows.clamp(min=0).to(self.device), :, : self.columns]
+            wide[:, :, :many, :, : self.columns] = mine
+            return self._place(wide, 0, many)
+        start = (self._first + rows - target)[kept]
+        start = start[(start >= 0) & (start + many <= room)]
+        first = int(start.mode().values) if start.numel() else 0
+        source, target = self._first + rows, first + target
+        moving = kept & (source != target)
+        if bool(moving.any()):
+            source, target = source[moving].to(self.device), target[moving].to(self.device)
+            self._rows[:, :, target, :, :columns] = self._rows[:, :, source, :, :columns]
+        self._place(self._rows, first, many)
 
     def join(self, others: Sequence[KVCache]) -> None:
         parts = [self, *others]
@@ -421,34 +484,3 @@ class KVCache:
             live = torch.arange(self.columns) < held[:, None]
             entries = int((self._layers & live).sum())
         return entries * two * heads * dim * self.buffer.element_size()
-
-
-def _as_rows(keep: Keep) -> Int[Tensor, "b m"]:
-    if isinstance(keep, Tensor):
-        return keep
-    return (torch.arange(keep) if isinstance(keep, int) else torch.tensor(keep, dtype=torch.long))[None]
-
-
-def _packed(columns: int, held: Int[Tensor, "b"], keep: Int[Tensor, "b m"]) -> Int[Tensor, "b w"]:
-    """Where the entries of each row stand in [old columns, kept slots], live ones first, -1 behind them."""
-    old = torch.where(torch.arange(columns) < held[:, None], torch.arange(columns), -1)
-    new = torch.where(keep >= 0, torch.arange(columns, columns + keep.shape[1]), -1)
-    both = torch.cat([old, new.expand(len(held), -1)], 1)
-    order = (both < 0).long().argsort(dim=1, stable=True)
-    return both.gather(1, order)[:, : int((both >= 0).sum(1).max())]
-
-
-def _picked(layers: Bool[Tensor, "L b c"], index: Int[Tensor, "b m"]) -> Bool[Tensor, "L b m"]:
-    where = index.clamp(min=0).expand(layers.shape[0], len(index), -1)
-    return layers.expand(-1, len(index), -1).gather(2, where)
-
-
-def _of_rows(view: View, rows: Int[Tensor, "b"]) -> View:
-    """The labels of these rows of a batch; what the batch shares stays shared."""
-
-    def pick(x: Tensor) -> Tensor:
-        return x if x.shape[0] == 1 else x[rows]
-
-    lane = None if view.lane is None else pick(view.lane)
-    group = None if view.group is None else pick(view.group)
-    return View(pick(view.at), pick(view.born), pick(view.dies), lane, group, view.relation)

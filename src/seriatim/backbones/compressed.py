@@ -29,6 +29,7 @@ from torch import Tensor
 
 from seriatim.backbones.cache import Entry, Keep, KVCache
 from seriatim.plan import OrderError, Plan
+from seriatim.slots import below_own
 from seriatim.view import View, join
 
 Along = Literal[-2, -1]  # the axis of a quantised vector: over tokens, or over channels
@@ -379,7 +380,10 @@ class CompressedCache:
                 for into, x in zip(self._kept, old, strict=True):
                     into[self.latest.at[layer]] = x[at[layer]]
 
-    def select(self, rows: Int[Tensor, "b2"]) -> None:
+    def select(self, rows: Int[Tensor, "b2"], new: Sequence[CompressedCache] = ()) -> None:
+        if new:
+            rows = below_own(rows, self.batch)
+            self.join(new)
         self.latest.select(rows)
         where = rows.clamp(min=0)
         self._kept = tuple(x[:, where.to(self.device)] for x in self._kept)

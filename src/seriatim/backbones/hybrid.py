@@ -183,9 +183,9 @@ class HybridCache:
         self.states.evict(retain)
         self.keys.evict(retain)
 
-    def select(self, rows: Int[Tensor, "b2"]) -> None:
-        self.states.select(rows)
-        self.keys.select(rows)
+    def select(self, rows: Int[Tensor, "b2"], new: Sequence[HybridCache] = ()) -> None:
+        self.states.select(rows, [other.states for other in new])
+        self.keys.select(rows, [other.keys for other in new])
 
     def join(self, others: Sequence[HybridCache]) -> None:
         self.states.join([other.states for other in others])

@@ -20,7 +20,7 @@ from seriatim.backbones.cache import Keep
 from seriatim.backbones.ssd import replay
 from seriatim.plan import OrderError, Plan
 from seriatim.scan import CHAIN, Scan
-from seriatim.slots import gather, ragged
+from seriatim.slots import below_own, gather, ragged
 from seriatim.view import INF
 
 States = tuple[Tensor, Tensor]  # inputs that the convolution looks back on (b, c, k - 1); state (b, h, p, n)
@@ -265,8 +265,11 @@ class StateCache:
             )
         self.select(torch.where(left > 0, torch.arange(self.batch), -1))
 
-    def select(self, rows: Int[Tensor, "b2"]) -> None:
-        """Keep, copy, reorder rows; -1 is a fresh row with nothing committed. What is pending is dropped."""
+    def select(self, rows: Int[Tensor, "b2"], new: Sequence[StateCache] = ()) -> None:
+        """As of every cache."""
+        if new:
+            rows = below_own(rows, self.batch)
+            self.join(new)
         fresh, at = rows < 0, rows.clamp(min=0)
         if rows.numel() == 0 or int(at.max()) >= self.batch:
             raise ValueError(f"rows {rows.tolist()} cannot be selected of {self.batch}")

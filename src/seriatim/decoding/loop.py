@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Protocol
@@ -128,15 +128,17 @@ def select_rows(
     rows: Int[Tensor, "b2"],
     new: Canvas | None = None,
     condition: Mapping[str, Tensor] | None = None,
+    caches: Sequence[Any] = (),
 ) -> None:
     """Keep, copy, drop or admit rows between two steps, in place: a running `decode` goes on with them.
 
-    rows: which rows, in which order; -1 is the next row of `new`, whose raw conditions are in `condition`. Proposers
+    rows: which rows, in which order; -1 is the next row of `new`, whose raw conditions are in `condition`, and of
+    which `caches` hold what has been computed already (caches of the model, with as many rows in all). Proposers
     and deciders that remember rows know them by `canvas.row`. A stream that has ended is started again by `decode` on
     the same target and canvas.
     """
     picked = canvas.select(rows, new)
-    target.select(rows, canvas.batch, condition)
+    target.select(rows, canvas.batch, condition, caches)
     canvas.become(picked)
 
 

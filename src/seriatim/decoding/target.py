@@ -29,7 +29,7 @@ from seriatim.decoding.steering import Steer
 from seriatim.heads.dist import Categorical
 from seriatim.model import Model, Rows
 from seriatim.plan import DERIVED, MASK, VALUE, Plan
-from seriatim.slots import Reads, Slots
+from seriatim.slots import Reads, Slots, below_own
 from seriatim.view import INF, View
 
 PADDED = 1.25  # slots computed for rows of different lengths together, over those that are needed
@@ -333,20 +333,23 @@ class Target:
         if self.cache is not None and self.skipping is not None and self.skipping.layers is not None:
             self.cache.hold(self.skipping.layers)
 
-    def select(self, rows: Int[Tensor, "b2"], batch: int, condition: Mapping[str, Tensor] | None = None) -> None:
-        """Follow a canvas of `batch` rows: keep, copy or drop rows. -1 is a new row, for which the cache holds nothing;
-        `condition` holds the raw conditions of the new rows."""
+    def select(
+        self, rows: Int[Tensor, "b2"], batch: int, condition: Mapping[str, Tensor] | None = None,
+        caches: Sequence[Any] = (),
+    ) -> None:  # fmt: skip
+        """Follow a canvas of `batch` rows: keep, copy or drop rows. -1 is a new row, for which the cache holds what
+        `caches` do, or nothing; `condition` holds the raw conditions of the new rows."""
         fresh = rows < 0
         if bool(fresh.any()):
             new = self._encode(condition)
-            where = torch.where(fresh, batch + fresh.long().cumsum(0) - 1, rows)
+            where = below_own(rows, batch)
             self.conditions = [joined(pair).select(where) for pair in zip(self.conditions, new, strict=True)]
         else:
             self.conditions = [c.select(rows) for c in self.conditions]
         if self.memory is not None:
             self.memory.select(rows)
         if self.cache is not None:
-            self.cache.select(torch.cat([torch.where(fresh, -1, rows + i * batch) for i in range(self.copies)]))
+            self.cache.select(torch.cat([torch.where(fresh, -1, rows + i * batch) for i in range(self.copies)]), caches)
         if self.skipping is not None:
             self.skipping.select(rows)
             self._hold()
