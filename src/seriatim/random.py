@@ -94,10 +94,14 @@ class Keyed:
     def __init__(self, seed: int = 0):
         self.seed = mix(torch.tensor([seed & (2**62 - 1)]))
 
+    def begin(self, key: Key) -> Int[Tensor, "b 1"]:
+        """What all noise of a row begins with."""
+        return mix(self.seed + key.row.cpu()[:, None] * 0x632BE59BD9B4E019)
+
     def _unit(self, shape: Sequence[int], key: Key, device: torch.device | str) -> Tensor:
         batch, n = shape[0], shape[1]
         element = torch.arange(key.element, key.element + n)[None] if isinstance(key.element, int) else key.element
-        h = mix(self.seed + key.row.cpu()[:, None] * 0x632BE59BD9B4E019)
+        h = self.begin(key)
         draw = torch.as_tensor(key.draw)
         h = mix(h + element.cpu() * 0x1E3779B97F4A7C15 + draw * 0x3C6EF372FE94F82B).expand(batch, n)
         extra = 1

@@ -8,7 +8,7 @@ cache is *plain* and holds no labels; the first commit that breaks this writes t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -18,53 +18,6 @@ from seriatim.backbones.columns import Keep, as_rows, of_rows, packed, picked
 from seriatim.plan import Plan
 from seriatim.slots import below_own
 from seriatim.view import INF, View, below, join
-
-
-class Cache(Protocol):
-    """Committed entries, then the pending ones of the last forward.
-
-    `can` names what is possible beyond keeping a path of what is pending: subset, evict, replace. It is asked when
-    parts are joined, never found out by failing. `length` counts the committed entries: one number, or one a row.
-    """
-
-    can: frozenset[str]
-
-    @property
-    def length(self) -> int | Tensor: ...
-
-    def begin(self, plan: Plan) -> None:
-        """A forward of this plan starts: drop what is pending, make room."""
-        ...
-
-    def labels(self, view: str) -> View | None:
-        """Labels of the committed entries in one kind of layer; None while plain."""
-        ...
-
-    def commit(self, keep: Keep, plan: Plan) -> None:
-        """Keep pending slots in this order: the first n, a list of slots, or (batch, m) padded with -1."""
-        ...
-
-    def evict(self, retain: Int[Tensor, "b m"]) -> None:
-        """Keep only these committed entries, in this order (-1: padding)."""
-        ...
-
-    def select(self, rows: Int[Tensor, "b2"], new: Sequence[Any] = ()) -> None:
-        """Keep, copy, reorder rows; -1 is the next row of caches of the same kind (`new`), or one that holds nothing.
-        What is pending is dropped."""
-        ...
-
-    def join(self, others: Sequence[Any]) -> None:
-        """Take in the rows of other caches of the same kind, below one's own. What is pending is dropped."""
-        ...
-
-    def compressed(self, codec: Any, capacity: int) -> Any:
-        """An empty cache of this one's kind and size that keeps what is committed in the form of a codec
-        (`backbones.compressed.Codec`), with room for `capacity` slots. Raises ValueError where there is none."""
-        ...
-
-    def nbytes(self) -> int:
-        """Bytes held by committed entries."""
-        ...
 
 
 class Entry(NamedTuple):
@@ -190,6 +143,22 @@ class KVCache:
         self.at = [layers.index(i) if i in layers else -1 for i in range(len(self.at))]
         self.layers, self.pending = layers, 0
         self._place(buffer)
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """The first of the rows that are in use, and how many there is room for."""
+        return self._first, self._rows.shape[2]
+
+    def prefix(self, columns: int, capacity: int) -> KVCache | None:
+        """The first columns of the only row, in a cache of their own with room for so many; None where they were not
+        all computed, or some were shed."""
+        if not self.plain or self.first or self.skips or self.batch != 1 or columns > self.columns:
+            return None
+        layers, _, _, heads, _, dim = self.buffer.shape
+        out = KVCache(layers, 1, heads, dim, self.dtype, self.device, max(capacity, columns, 1), self.names)
+        out.buffer[..., :columns, :] = self.buffer[..., :columns, :]
+        out.columns = columns
+        return out
 
     def _resize(self, capacity: int, start: int = 0) -> None:
         """Another number of columns, in which stands what is committed from column `start` on."""
@@ -336,10 +305,12 @@ class KVCache:
 
     def _written_out(self) -> dict[str, View]:
         """The labels, made up where they went without saying."""
-        if self.plain:
-            self.plain = False
-            self._labels = {name: self._seen(name) for name in self.names}
+        self._labels, self.plain = self._said(), False
         return self._labels
+
+    def _said(self) -> dict[str, View]:
+        """The labels, those too that go without saying."""
+        return {name: self._seen(name) for name in self.names} if self.plain else self._labels
 
     # ---- changing what is committed ---------------------------------------------------------------------------------
 
@@ -401,7 +372,7 @@ class KVCache:
         count = torch.cat(held)[where].masked_fill(fresh & (not new), 0)
         columns = int(count.max())
         if bool(fresh.any()) or not self.plain:
-            self._labels = self._labels_of([self, *new], held, where, count)
+            self._labels, self.plain = self._labels_of([self, *new], held, where, count), False
         with torch.inference_mode(self._rows.is_inference() or torch.is_inference_mode_enabled()):
             self._move(rows, columns)
             self._fill(fresh, new, columns)
@@ -416,7 +387,7 @@ class KVCache:
         """The labels of these rows of all caches, which hold so many columns."""
         wide = torch.arange(max(part.columns for part in parts))
         index = [torch.where(wide < n[:, None], wide, -1) for n in held]
-        taken = [{n: v.take(i) for n, v in p._written_out().items()} for p, i in zip(parts, index, strict=True)]
+        taken = [{n: v.take(i) for n, v in p._said().items()} for p, i in zip(parts, index, strict=True)]
         place = torch.arange(int(count.max())).expand(len(where), -1)
         place = torch.where(place < count[:, None], place, -1)
         return {n: of_rows(below([views[n] for views in taken]), where).take(place) for n in self.names}

@@ -171,6 +171,11 @@ class Target:
             self.memory = None if self.policy is None else Memory(self.policy)
             self.skipping = None if self.layers is None else begun(self.layers, self.model)
 
+    def begin(self, canvas: Canvas, cache: Any = None) -> None:
+        """Begin with a canvas of which a cache of the model remembers what has been computed already."""
+        self._follow(canvas)
+        self.cache = cache
+
     def _shorten(self, guess: Guess, plan: Plan, room: int | Int[Tensor, "b"]) -> None:
         """Leave out nodes behind the place where a block will be compressed: from there on the past looks different,
         which the forward that verifies them cannot know yet. So a draft leaves the law as it is with a codec too."""
