@@ -115,7 +115,7 @@ def test_five_hundred_schedules(system):
 
 
 def check_schedule(system, seed):
-    """Requests with settings of their own come at random, some are cancelled; the rest is as offline, token by token."""
+    """Requests with settings of their own come at random, some are cancelled; the rest is as offline."""
     rng = stdlib.Random(seed)
     heard = Heard()
     engine = Engine(system, DECODERS, heard, rows=rng.choice([1, 3, 8]))
