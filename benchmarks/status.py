@@ -54,6 +54,7 @@ WEIGHTS = {  # what holds published weights to the official code
     "raster-ar": "tests/interop/test_llamagen.py",
     "mar": "tests/interop/test_mar.py",
     "nar": "tests/interop/test_nar.py",
+    "xar": "tests/interop/test_xar.py",
     **dict.fromkeys(("flexvar", "sar"), "tests/interop/test_flexvar.py"),
 }
 

@@ -16,8 +16,9 @@ from seriatim.interop import m_var as mvar_files
 from seriatim.interop import mar as mar_files
 from seriatim.interop import nar as nar_files
 from seriatim.interop import var as var_files
+from seriatim.interop import xar as xar_files
 from seriatim.interop.pickled import read_pickled
-from seriatim.systems.image import flexvar, hmar, m_var, mar, nar, raster_ar, sar
+from seriatim.systems.image import flexvar, hmar, m_var, mar, nar, raster_ar, sar, xar
 from seriatim.systems.image.var import VAR, Config
 from seriatim.systems.system import Sampling, System
 from seriatim.tokenizers.flexible import FlexTokenizer
@@ -140,6 +141,17 @@ def _mar(weights: Mapping[str, Tensor], path: Path) -> System:
     return system
 
 
+def _xar(weights: Mapping[str, Tensor], path: Path) -> System:
+    """xAR-B, L and H: four cells."""
+    sizes = xar_files.sizes_of(weights)
+    tokenizer = _kl16(path, sizes["side"])
+    system = xar.XAR(xar.Config(form="released", cell=sizes["side"] // 2, **sizes), tokenizer)  # type: ignore[arg-type]
+    _fill(system.model, xar_files.named_xar(weights, system.model), path)  # type: ignore[arg-type]
+    steps, guidance = xar_files.SAMPLED.get(sizes["width"], xar_files.SAMPLED[768])
+    system.sampling = Sampling(guidance=guidance - 1, steps=steps)  # type: ignore[misc]
+    return system
+
+
 def _kl16(path: Path, grid: int) -> KLTokenizer:
     """The autoencoder of MAR beside the file of a generator."""
     config, named = mar_files.kl_of(_beside(path, mar_files.is_kl, "kl16.ckpt"), grid)
@@ -157,6 +169,7 @@ READERS: tuple[Reader, ...] = (
     (nar_files.is_nar, _nar),
     (llamagen.is_llamagen, _llamagen),
     (mar_files.is_mar, _mar),
+    (xar_files.is_xar, _xar),
 )
 
 
