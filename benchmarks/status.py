@@ -50,9 +50,11 @@ WEIGHTS = {  # what holds published weights to the official code
     "bild": "tests/systems/test_bild_answers.py",
     "var": "tests/interop/test_var.py",
     "m-var": "tests/interop/test_m_var.py",
+    "hmar": "tests/interop/test_hmar.py",
     "raster-ar": "tests/interop/test_llamagen.py",
     "mar": "tests/interop/test_mar.py",
     "nar": "tests/interop/test_nar.py",
+    "xar": "tests/interop/test_xar.py",
     **dict.fromkeys(("flexvar", "sar"), "tests/interop/test_flexvar.py"),
 }
 

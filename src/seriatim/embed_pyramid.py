@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seriatim.canvas import Canvas
+from seriatim.canvas import GUESSED, Canvas
 from seriatim.decoding.guess import Guess
 from seriatim.initial import drawn
 from seriatim.layout import Layout, shapes_of
@@ -121,8 +121,8 @@ class PyramidEmbed(nn.Module):
     first scale a learned start, with the class where there is one.
 
     A slot that holds its own element (refinement of a scale, HMAR) carries in addition what that element adds to its
-    scale, projected by the same matrix, or where it is hidden the vector of the mask. The codebook belongs to the
-    tokenizer and is frozen.
+    scale, projected by the same matrix, or where it is hidden the vector of the mask. A guess that stands where it is
+    hidden reaches its neighbours by what it adds to them. The codebook belongs to the tokenizer and is frozen.
     """
 
     def __init__(
@@ -156,24 +156,31 @@ class PyramidEmbed(nn.Module):
         at = torch.tensor(begin, device=scale.device)[scale] + row * wide[scale] + column - begin[first]
         x = _picked(torch.cat(parts, 1), at)
         if bool(((plan.slots.source == VALUE) | (plan.slots.source == MASK)).any()):
-            x = x + self._own(canvas.value[kind], plan, shapes, scale, at)
+            x = x + self._own(canvas, plan, shapes, scale, at)
         x = x + where[at]
         return x if self.scale is None else x + self.scale[scale]
 
     def _own(
-        self, ids: Int[Tensor, "b E"], plan: Plan, shapes: Sequence[Shape], scale: Tensor, at: Tensor
+        self, canvas: Canvas, plan: Plan, shapes: Sequence[Shape], scale: Tensor, at: Tensor
     ) -> Float[Tensor, "b s d"]:
-        """What each slot's own element adds to its scale, of those that are shown; the mask elsewhere. The scales
-        stand there as a whole, in order."""
+        """What each slot's own element adds to its scale, of those that are shown or guessed; the mask where they are
+        hidden. The scales stand there as a whole, in order."""
         if self.mask is None or self.quantizer is None:
             raise ValueError("slots of this order hold their own elements: make the embedding with a mask")
+        (kind,) = canvas.layout.kinds
+        ids = canvas.value[kind]
         hidden: Bool[Tensor, "b s"] = (plan.slots.source == MASK).to(at.device).expand(len(ids), -1)
+        guessed = torch.zeros_like(ids, dtype=torch.bool)
+        if kind in canvas.noise:
+            guessed = (canvas.status == GUESSED).to(ids.device)
+            ids = torch.where(guessed, canvas.noise[kind], ids)
         begin = (0, *accumulate(rows * columns for rows, columns in shapes))
         parts, done = [], 0
         for k in range(int(scale.min()), int(scale.max()) + 1):
             n = begin[k + 1] - begin[k]
             own = ids[:, begin[k] : begin[k + 1]]
-            parts.append(self.quantizer.own_part(own, k, ~hidden[:, done : done + n]))  # type: ignore[operator]
+            shown = ~hidden[:, done : done + n] | guessed[:, begin[k] : begin[k + 1]]
+            parts.append(self.quantizer.own_part(own, k, shown))  # type: ignore[operator]
             done += n
         own = F.linear(torch.cat(parts, 1).to(self.project.weight.dtype), self.project.weight)
         return torch.where(hidden[..., None], self.mask, own)

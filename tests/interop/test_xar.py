@@ -19,18 +19,23 @@ from seriatim.decoding.loop import generate
 from seriatim.decoding.solver import Noise, StochasticStep
 from seriatim.decoding.target import Target
 from seriatim.interop.xar import read_xar, xar_of
+from seriatim.systems.image.xar import XAR, Config, build
+from seriatim.systems.system import Sampling
+from seriatim.verbs.load import load
+from support.released_mar import autoencoder_shapes
+from support.released_var import released as made
 
 WIDTH, HEADS, DEPTH, DIM, ROWS = 32, 2, 1, 16, 2
-HIDDEN = int(WIDTH * 4 * 2 / 3.0)
+WIDE = 128  # of the files that are loaded whole: two heads, as their width tells
 GOLDEN = {
     "training": ((4.03812, 3.70303, -1.37254, -0.93669), 7.09157),
     "second_cell": ((0.736, 0.14987, -1.20066, -0.29543), 6.41526),
 }
 
 
-def shapes():
+def shapes(w=WIDTH):
     """Names and shapes of the tensors of a file, at this size; tables of rotary angles and the mask left out."""
-    w = WIDTH
+    hidden = int(w * 4 * 2 / 3.0)
     out = {
         "encoder_pos_embed_learned": (1, 256, w), "decoder_pos_embed_learned": (1, 256, w),
         "class_emb.weight": (1001, w), "time_embed.mlp.0.weight": (w, 256), "time_embed.mlp.0.bias": (w,),
@@ -42,8 +47,8 @@ def shapes():
             b = f"{stack}_blocks.{i}."
             out |= {
                 b + "attn.qkv.weight": (3 * w, w), b + "attn.qkv.bias": (3 * w,), b + "attn.proj.weight": (w, w),
-                b + "attn.proj.bias": (w,), b + "mlp.fc1_g.weight": (HIDDEN, w), b + "mlp.fc1_g.bias": (HIDDEN,),
-                b + "mlp.fc1_x.weight": (HIDDEN, w), b + "mlp.fc1_x.bias": (HIDDEN,), b + "mlp.fc2.weight": (w, HIDDEN),
+                b + "attn.proj.bias": (w,), b + "mlp.fc1_g.weight": (hidden, w), b + "mlp.fc1_g.bias": (hidden,),
+                b + "mlp.fc1_x.weight": (hidden, w), b + "mlp.fc1_x.bias": (hidden,), b + "mlp.fc2.weight": (w, hidden),
                 b + "mlp.fc2.bias": (w,), b + "ada_lin.1.weight": (6 * w, w), b + "ada_lin.1.bias": (6 * w,),
             }  # fmt: skip
     return out | {
@@ -52,10 +57,10 @@ def shapes():
     }  # fmt: skip
 
 
-def released():
+def released(w=WIDTH):
     """Weights as large as those that were trained, gates among them."""
     g, out = torch.Generator().manual_seed(0), {}
-    for name, shape in shapes().items():
+    for name, shape in shapes(w).items():
         x = torch.randn(shape, generator=g)
         matrix = len(shape) == 2 and "class" not in name
         out[name] = 1.6 * x / shape[1] ** 0.5 if matrix else 0.4 * x + float(len(shape) == 1 and "norm" in name)
@@ -176,6 +181,47 @@ def test_a_file_is_read_and_draws_and_the_cache_of_both_stacks_is_invisible(tmp_
         drawn.append(canvas.value["token"])
     assert (drawn[0] - drawn[1]).abs().max() < 1e-3 * drawn[0].abs().max()
     assert bool(torch.isfinite(drawn[0]).all())
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A generator, wide enough to tell its heads, beside its autoencoder."""
+    place = tmp_path_factory.mktemp("released")
+    torch.save({"model": made(autoencoder_shapes(DIM))}, place / "kl16.ckpt")
+    torch.save({"model": {}, "model_ema": released(WIDE), "epoch": 799}, place / "xar.pth")
+    return place / "xar.pth"
+
+
+def test_a_file_beside_its_autoencoder_is_a_system(file):
+    """The same model as by `read_xar`; pictures are drawn cell by cell at the published settings."""
+    system, model = load(file), read_xar(file)
+    assert isinstance(system, XAR) and system.tokenizer.grid == (16, 16)
+    for name, x in model.state_dict().items():
+        assert torch.equal(system.model.state_dict()[name], x), name
+    c, s = system.config, system.sampling
+    assert (c.form, c.cell, c.side, c.dim, c.width, c.depth, c.heads) == ("released", 8, 16, DIM, WIDE, DEPTH, 2)
+    assert (s.guidance, s.steps) == (pytest.approx(1.7), 40)
+    drawn = system.draw(torch.tensor([1]), sampling=Sampling(guidance=1.0, steps=2))
+    assert drawn.forwards == 4 * 2 and drawn.images.shape == (1, 3, 64, 64)
+    assert build(replace(c)).state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_file_alone_or_without_a_weight_is_refused(file, tmp_path):
+    weights = {name: x for name, x in released(WIDE).items() if name != "decoder_embed.bias"}
+    torch.save(weights, tmp_path / "xar.pth")
+    with pytest.raises(FileNotFoundError, match=r"put kl16\.ckpt into"):
+        load(tmp_path / "xar.pth")
+    (tmp_path / "kl16.ckpt").write_bytes((file.parent / "kl16.ckpt").read_bytes())
+    with pytest.raises(ValueError, match=r"backbone\.join\.bias"):
+        load(tmp_path / "xar.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"form": "twice"}, "single or released"), ({"context": "clean"}, "draws cells behind")]
+)
+def test_the_released_form_is_one_only(change, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**{"form": "released"} | change)
 
 
 def test_other_weights_are_refused():

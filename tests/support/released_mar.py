@@ -8,7 +8,7 @@ def part(out, name, *shape):
     out[f"{name}.weight"], out[f"{name}.bias"] = shape, shape[:1]
 
 
-def autoencoder_shapes():
+def autoencoder_shapes(dim=DIM):
     """KL-16: its encoder attends at the lowest resolution, its decoder in the middle only."""
     out = {}
 
@@ -26,12 +26,12 @@ def autoencoder_shapes():
             part(out, f"{name}.{one}", width, width, 1, 1)
 
     widths, last = [CH * m for m in MULTIPLIERS], len(MULTIPLIERS) - 1
-    part(out, "quant_conv", 2 * DIM, 2 * DIM, 1, 1)
-    part(out, "post_quant_conv", DIM, DIM, 1, 1)
+    part(out, "quant_conv", 2 * dim, 2 * dim, 1, 1)
+    part(out, "post_quant_conv", dim, dim, 1, 1)
     for side, edge in (("encoder", "down"), ("decoder", "up")):
         up = side == "decoder"
         before = widths[-1] if up else CH
-        part(out, f"{side}.conv_in", before, DIM if up else 3, 3, 3)
+        part(out, f"{side}.conv_in", before, dim if up else 3, 3, 3)
         for i in reversed(range(3)) if up else range(3):
             for j in range(2 + up):
                 block(f"{side}.{edge}.{i}.block.{j}", before, widths[i])
@@ -44,7 +44,7 @@ def autoencoder_shapes():
         attention(f"{side}.mid.attn_1", widths[-1])
         block(f"{side}.mid.block_2", widths[-1], widths[-1])
         part(out, f"{side}.norm_out", before)
-        part(out, f"{side}.conv_out", 3 if up else 2 * DIM, before, 3, 3)
+        part(out, f"{side}.conv_out", 3 if up else 2 * dim, before, 3, 3)
     return out
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from seriatim.backbones.forked import Forked
-from seriatim.canvas import Set
+from seriatim.canvas import Revise, Set
 from seriatim.decoding.guidance import Guidance
 from seriatim.decoding.loop import decode, generate
 from seriatim.decoding.nested import Nested
@@ -138,6 +138,17 @@ def test_values_that_reach_over_to_their_neighbours_are_found(monkeypatch):
     plain = MultiScaleVQ.own_part
     monkeypatch.setattr(MultiScaleVQ, "own_part", lambda q, ids, k, seen: plain(q, ids, k, torch.ones_like(seen)))
     assert leaks(refined()) > 1e-3
+
+
+def test_a_guess_that_stands_in_a_hidden_element_reaches_its_neighbours_alone():
+    model = refined()
+    ids, hidden = ids_for((1, 2, 3)), some(refined())
+    hidden[5:] = torch.tensor([True, False, False] * 3)
+    element = torch.where(hidden, torch.arange(14), -1).expand(3, -1)
+    plan = model.factorization.masked(shown(model, ids, hidden), model.layout.coord[:, 0] == 2)
+    x = [model.embed(shown(model, ids, hidden).apply([Revise(element, (ids + n) % 5)]), plan) for n in (0, 1)]
+    moved = (x[0] - x[1]).detach().abs().amax((0, 2))
+    assert bool((moved[::3] == 0).all()) and bool((moved[1::3] > 1e-6).all())
 
 
 def test_what_is_shown_is_seen_in_its_scale_and_by_finer_ones():

@@ -1,6 +1,6 @@
 """The released weights of xAR (Ren et al. 2025; Hub OliverRen/xAR, sizes B, L and H) in our parts.
 
-What they generate are the 16 x 16 latents of MAR's autoencoder (KL-16, times 0.2325), which is not among them. The code
+What they generate are the 16 x 16 latents of MAR's autoencoder (KL-16, times 0.2325), a file of its own. The code
 counts time in whole thousandths, gates its feed-forward networks by GELU, and turns neighbouring dimensions of a head
 against each other; weights are put into our order here.
 """
@@ -23,10 +23,12 @@ from seriatim.embed import VectorEmbed
 from seriatim.factorization.cells import cells
 from seriatim.factorization.groups import Groups
 from seriatim.heads.in_place import InPlaceHead, Straight
+from seriatim.interop.pickled import read_pickled
 from seriatim.layout import grid
 from seriatim.objectives.denoised import Denoising, LogitNormal
 
 HEADS = {768: 12, 1024: 16, 1280: 16}  # of the released sizes, by their width
+SAMPLED = {768: (40, 2.7), 1024: (50, 2.3), 1280: (50, 2.2)}  # steps and guidance (in the scale of the code) by width
 OUTSIDE = {
     "time_embed.mlp": "clock.net", "class_emb.weight": "conditions.class.table", "z_proj": "embed.project",
     "z_proj_ln.weight": "backbone.norms.0", "encoder_norm.weight": "backbone.norms.1",
@@ -46,41 +48,67 @@ class Placed(VectorEmbed):
         return x + self.place[plan.slots.element[..., 0].clamp(min=0).to(x.device)]
 
 
+def is_xar(weights: Mapping[str, Tensor]) -> bool:
+    return {"z_proj.weight", "decoder_embed.weight", "pred.weight", "encoder_blocks.0.mlp.fc1_g.weight"} <= (
+        weights.keys()
+    )
+
+
 def read_xar(path: str | Path) -> Denoising:
     """The model of a released file: its averaged weights where it has them. Raises ValueError where they are not those
     of xAR."""
-    file = torch.load(path, map_location="cpu", weights_only=True)
-    return xar_of(next((file[name] for name in ("model_ema", "model") if name in file), file))
+    return xar_of(read_pickled(path))
+
+
+def sizes_of(weights: Mapping[str, Tensor], heads: int | None = None) -> dict[str, int]:
+    """side, dim, classes, width, depth (of each stack) and heads of released weights. heads: of the attention (None: as
+    released at this width). Raises ValueError where that is unknown."""
+    width, dim = weights["z_proj.weight"].shape
+    heads = heads or HEADS.get(width, width // 64)
+    if not heads:
+        raise ValueError(f"no released xAR is {width} wide; say how many heads its attention has")
+    return {
+        "side": math.isqrt(weights["encoder_pos_embed_learned"].shape[1]), "dim": dim,
+        "classes": len(weights["class_emb.weight"]) - 1, "width": width, "heads": heads,
+        "depth": sum(n.startswith("encoder_blocks.") and n.endswith("attn.qkv.weight") for n in weights),
+    }  # fmt: skip
+
+
+def model_of(side: int, dim: int, classes: int, width: int, depth: int, heads: int, cell: int) -> Denoising:
+    """A model in the form that was released, with fresh weights: two stacks of `depth` layers, cells of so many rows
+    and columns."""
+    quarter = width // heads // 4
+    config = TransformerConfig(
+        width, depth, heads, hidden=int(width * 4 * 2 / 3), activation="geglu", bias=True,
+        rope=RoPE(axes=(2 * quarter, 2 * quarter)), vector=width, eps=1e-6,
+    )  # fmt: skip
+    return Denoising(
+        grid(side, side), Groups(cells(side, side, cell, cell)), Placed(dim, width, side**2), Joined(config, side**2),
+        InPlaceHead(width, dim, Straight(), "velocity"), {"class": ClassCondition(classes, width)},
+        clock=NoiseClock(width, whole=True), times=LogitNormal(), noisy_context=True,
+    )  # fmt: skip
 
 
 def xar_of(weights: Mapping[str, Tensor], cells_a_side: int = 2, heads: int | None = None) -> Denoising:
     """The model of released weights, in evaluation mode. cells_a_side: of the picture (released: 2); heads: of its
     attention (None: as released at this width). Raises ValueError where these are no weights of xAR."""
-    width, dim = weights["z_proj.weight"].shape
-    elements = weights["encoder_pos_embed_learned"].shape[1]
-    side, heads = math.isqrt(elements), heads or HEADS.get(width, 0)
-    depth = sum(name.startswith("encoder_blocks.") and name.endswith("attn.qkv.weight") for name in weights)
-    if not heads:
-        raise ValueError(f"no released xAR is {width} wide; say how many heads its attention has")
-    group = cells(side, side, side // cells_a_side, side // cells_a_side)
-    quarter = width // heads // 4
-    config = TransformerConfig(
-        width, depth, heads, hidden=weights["encoder_blocks.0.mlp.fc2.weight"].shape[1], activation="geglu", bias=True,
-        rope=RoPE(axes=(2 * quarter, 2 * quarter)), vector=width, eps=1e-6,
-    )  # fmt: skip
-    classes = len(weights["class_emb.weight"]) - 1
-    model = Denoising(
-        grid(side, side), Groups(group), Placed(dim, width, elements), Joined(config, elements),
-        InPlaceHead(width, dim, Straight(), "velocity"), {"class": ClassCondition(classes, width)},
-        clock=NoiseClock(width, whole=True), times=LogitNormal(), noisy_context=True,
-    )  # fmt: skip
-    named = _ours(weights, group.argsort(stable=True), heads, quarter)
+    sizes = sizes_of(weights, heads)
+    model = model_of(**sizes, cell=sizes["side"] // cells_a_side)
+    named = named_xar(weights, model)
     wanted = {name: x.shape for name, x in model.state_dict().items()}
     if {name: x.shape for name, x in named.items()} != wanted:
         wrong = sorted(set(named) ^ set(wanted)) or [n for n, s in wanted.items() if named[n].shape != s]
         raise ValueError(f"these are no weights of xAR: {', '.join(wrong[:5])}")
     model.load_state_dict(named)
     return model.eval().requires_grad_(False)
+
+
+def named_xar(weights: Mapping[str, Tensor], model: Denoising) -> dict[str, Tensor]:
+    """Released weights by our names, in the order of this model's elements. Unknown ones keep their names, and are
+    refused by who loads them."""
+    config = model.backbone.config
+    order = model.factorization.of(model.layout).argsort(stable=True)
+    return _ours(weights, order, config.heads, config.width // config.heads // 4)
 
 
 def _ours(weights: Mapping[str, Tensor], order: Tensor, heads: int, quarter: int) -> dict[str, Tensor]:

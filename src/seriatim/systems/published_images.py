@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from seriatim.interop import flexvar as flex_files
+from seriatim.interop import hmar as hmar_files
 from seriatim.interop import llamagen
 from seriatim.interop import m_var as mvar_files
 from seriatim.interop import mar as mar_files
 from seriatim.interop import nar as nar_files
 from seriatim.interop import var as var_files
+from seriatim.interop import xar as xar_files
 from seriatim.interop.pickled import read_pickled
-from seriatim.systems.image import flexvar, m_var, mar, nar, raster_ar, sar
+from seriatim.systems.image import flexvar, hmar, m_var, mar, nar, raster_ar, sar, xar
 from seriatim.systems.image.var import VAR, Config
 from seriatim.systems.system import Sampling, System
 from seriatim.tokenizers.flexible import FlexTokenizer
@@ -56,6 +58,17 @@ def _mvar(weights: Mapping[str, Tensor], path: Path) -> System:
     tokenizer, sizes = _var_tokenizer(weights, path), mvar_files.sizes_of(weights)
     system = m_var.MVAR(m_var.Config(tokenizer.config, dropout=0.0, **sizes), tokenizer)  # type: ignore[arg-type]
     return _pyramid(system, mvar_files.named_mvar(weights), path)
+
+
+def _hmar(weights: Mapping[str, Tensor], path: Path) -> System:
+    """HMAR d16 to d30, with its mask passes."""
+    tokenizer, sizes = _var_tokenizer(weights, path), hmar_files.sizes_of(weights)
+    shape = hmar.Config(tokenizer.config, dropout=0.0, reaching=True, **sizes)  # type: ignore[arg-type]
+    system = hmar.HMAR(shape, tokenizer)
+    _fill(system.model, hmar_files.named_hmar(weights), path, ("embed.quantizer",))
+    top_k, guidance = hmar_files.SETTINGS.get(sizes["depth"], hmar_files.SETTINGS[16])
+    system.sampling = Sampling(top_k=top_k, top_p=0.99, guidance=guidance)  # type: ignore[misc]
+    return system
 
 
 def _var_tokenizer(weights: Mapping[str, Tensor], path: Path) -> MultiScaleTokenizer:
@@ -128,6 +141,17 @@ def _mar(weights: Mapping[str, Tensor], path: Path) -> System:
     return system
 
 
+def _xar(weights: Mapping[str, Tensor], path: Path) -> System:
+    """xAR-B, L and H: four cells."""
+    sizes = xar_files.sizes_of(weights)
+    tokenizer = _kl16(path, sizes["side"])
+    system = xar.XAR(xar.Config(form="released", cell=sizes["side"] // 2, **sizes), tokenizer)  # type: ignore[arg-type]
+    _fill(system.model, xar_files.named_xar(weights, system.model), path)  # type: ignore[arg-type]
+    steps, guidance = xar_files.SAMPLED.get(sizes["width"], xar_files.SAMPLED[768])
+    system.sampling = Sampling(guidance=guidance - 1, steps=steps)  # type: ignore[misc]
+    return system
+
+
 def _kl16(path: Path, grid: int) -> KLTokenizer:
     """The autoencoder of MAR beside the file of a generator."""
     config, named = mar_files.kl_of(_beside(path, mar_files.is_kl, "kl16.ckpt"), grid)
@@ -138,12 +162,14 @@ def _kl16(path: Path, grid: int) -> KLTokenizer:
 
 Reader = tuple[Callable[[Mapping[str, Tensor]], bool], Callable[[Mapping[str, Tensor], Path], System]]
 READERS: tuple[Reader, ...] = (
+    (hmar_files.is_hmar, _hmar),
     (mvar_files.is_mvar, _mvar),
     (var_files.is_var, _var),
     (flex_files.is_flexvar, _flexvar),
     (nar_files.is_nar, _nar),
     (llamagen.is_llamagen, _llamagen),
     (mar_files.is_mar, _mar),
+    (xar_files.is_xar, _xar),
 )
 
 

@@ -7,8 +7,9 @@ all else is frozen (`seriatim train hmar --from RUN`). How often each scale is d
 (`--steps`: forwards for each scale behind the first).
 
 Departures from the released code: what is shown of a scale is resized without what is hidden of it (there, values that
-are to be drawn anew reach their neighbours through phi and the resizing, the true ones in training); counts follow a
-cosine. As there, and not in the paper, mask passes are not guided, and what is kept is ranked by filtered likelihoods.
+are to be drawn anew reach their neighbours through phi and the resizing, the true ones in training; its weights are
+drawn from so, `reaching`); counts follow a cosine. As there, and not in the paper, mask passes are not guided, and what
+is kept is ranked by filtered likelihoods.
 """
 
 from __future__ import annotations
@@ -63,14 +64,16 @@ META = Meta(
     summary="Scale after scale from the sum of the coarser ones alone; what is unsure in a scale is drawn again.",
 )
 
-STEPS = (1, 2, 3)  # forwards for each of the first scales, one for all others, where none are asked for: as released
+STEPS = (1, 2, 3)  # forwards for each of the first scales, one for all others, where none are asked for
+COUNTS = ((1,), (1, 3), (1, 1, 2, 5))  # of released weights: how many ids each of these forwards decides
 
 
 @dataclass(frozen=True)
 class Config:
     """Sizes of the generator and of its tokenizer; the defaults suit 8x8 digits. mask_layers: how many of the last
     layers come a second time, for mask passes (0: there are none, the first stage); weighted: does a scale weigh in the
-    loss of the first stage as published (else by its number of elements, as in VAR)?"""
+    loss of the first stage as published (else by its number of elements, as in VAR)? reaching: do ids that are to be
+    drawn again reach their neighbours, as the released weights learned it, and are counts theirs?"""
 
     tokenizer: MultiScaleConfig = field(default_factory=MultiScaleConfig)
     classes: int = 10
@@ -80,6 +83,7 @@ class Config:
     dropout: float = 0.1
     mask_layers: int = 0
     weighted: bool = True
+    reaching: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.tokenizer, dict):  # from JSON
@@ -215,7 +219,8 @@ class HMAR(ResidualPyramid):
             if steps not in (None, 1):
                 raise ValueError("a scale is drawn in several steps by the second stage: seriatim train hmar --from it")
             return Nested()
-        return Nested(STEPS if steps is None else (1,) + (steps,) * (scales - 1))
+        usual = COUNTS[:scales] if self.config.reaching else STEPS
+        return Nested(usual if steps is None else (1,) + (steps,) * (scales - 1), standing=self.config.reaching)
 
 
 CLAIM = Claim(

@@ -6,7 +6,7 @@ every cell has a level of noise of its own, and later cells see it as noisy as i
 of a sampled context are nothing new; in sampling, finished cells are context at level 0.
 
 Departures from the released code: one stack (there two, joined by a norm and a linear map); queries and keys are
-normalised, gates of adaptive norms start at 0; latents are the autoencoder's means.
+normalised, gates of adaptive norms start at 0; latents are the autoencoder's means. Its own form is `form="released"`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from seriatim.embed import VectorEmbed
 from seriatim.factorization.cells import cells, subsample
 from seriatim.factorization.groups import Groups
 from seriatim.heads.in_place import InPlaceHead, Straight
+from seriatim.interop.xar import model_of
 from seriatim.laws.case import Case, Unmasked, randomise
 from seriatim.model import Model
 from seriatim.objectives.denoised import Denoising, LogitNormal
@@ -51,7 +52,8 @@ class Config:
 
     x: what is generated at a time, a "cell" of `cell` x `cell` neighbours (1: a token; `side`: the whole picture), or a
     "subsample" of as many, spread evenly. context: of training, "noisy", or "clean" for teacher forcing in two streams.
-    context_level: the level of noise that is told of finished cells in sampling, 0 or a little more.
+    context_level: the level of noise that is told of finished cells in sampling, 0 or a little more. form: "single", or
+    "released" for the two stacks of `depth` layers each that were published, with cells and noisy context as there.
     """
 
     side: int = 4
@@ -67,8 +69,13 @@ class Config:
     cell: int = 2
     context: Literal["noisy", "clean"] = "noisy"
     context_level: float = 0.0
+    form: Literal["single", "released"] = "single"
 
     def __post_init__(self) -> None:
+        if self.form not in ("single", "released"):
+            raise ValueError(f"form is single or released, got {self.form!r}")
+        if self.form == "released" and (self.x, self.context, self.context_level) != ("cell", "noisy", 0.0):
+            raise ValueError("the released form draws cells behind noisy ones: leave x, context and context_level out")
         if self.x not in ("cell", "subsample") or self.context not in ("noisy", "clean"):
             raise ValueError(f"x is cell or subsample, context noisy or clean; got {self.x!r} and {self.context!r}")
         if not self.deviation > 0:
@@ -83,6 +90,8 @@ def order(c: Config) -> Groups:
 def build(config: Config | None = None) -> Denoising:
     """The model, with fresh weights: it says that nothing moves."""
     c = config or Config()
+    if c.form == "released":
+        return model_of(c.side, c.dim, c.classes, c.width, c.depth, c.heads, c.cell)
     embed = VectorEmbed(c.dim, c.width, positions=(c.side, c.side), start=False)
     head = silent(InPlaceHead(c.width, c.dim, Straight(), "velocity"))
     training = {"times": LogitNormal(), "noisy_context": c.context == "noisy"}
