@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import openai
 import pytest
@@ -151,7 +152,12 @@ async def test_a_stream_ends_in_done_and_tells_what_was_drafted():
     assert answer.headers["content-type"].startswith("text/event-stream")
     lines = answer.text.split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""] and all(line.startswith("data: {") for line in lines[:-2])
-    assert '"drafted":[["' in lines[0] and lines[0].count("true") == lines[0].count("false") == 1
+    first, last = (json.loads(lines[i].removeprefix("data: "))["drafted"] for i in (0, -3))
+    assert [drafted for _, drafted in first["parts"]] == [True, False] and (first["tokens"], first["accepted"]) == (
+        3,
+        2,
+    )
+    assert last["tokens"] == 20 and last["accepted"] == 2 * 6 + 1, "pieces of 3, all but the last drafted"
 
 
 async def test_two_models_are_served_by_their_names():

@@ -13,6 +13,10 @@ from seriatim.systems.decoders import named
 STEP = 3  # tokens of a piece, all but the last of which count as drafted
 
 
+class Stopped(RuntimeError):
+    """Nobody waits for the text."""
+
+
 class PlainEngine:
     """A `TextEngine`. pace: seconds before each piece; queue: requests that may wait."""
 
@@ -76,6 +80,8 @@ class PlainEngine:
                 self.running = number
             try:
                 self._write(number, request)
+            except Stopped:
+                self._end(number, "cancelled")
             except (RuntimeError, ValueError, FloatingPointError) as error:
                 self._end(number, "failed", str(error))
             self.running = None
@@ -84,30 +90,28 @@ class PlainEngine:
         self.counts[finish] += 1
         self.sink([Piece(number, finish=finish, error=error)])
 
-    def _stopped(self, number):
+    def _check(self, number):
         if number in self.gone or self.until.is_set():
-            self._end(number, "cancelled")
-            return True
-        return False
+            raise Stopped
 
     def _write(self, number, r):
-        if self._stopped(number):
-            return
+        self._check(number)
         s = r.sampling
+        copy, seed = (0, r.seed + r.copy) if r.grammar else (r.copy, r.seed)  # a grammar serves one text
         made = self.system.generate(
             list(r.prompt), r.decoder or self.decoders[0], max_new_tokens=r.max_new_tokens, temperature=s.temperature,
             top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, repetition_penalty=s.repetition_penalty,
-            presence_penalty=s.presence_penalty, frequency_penalty=s.frequency_penalty, seed=r.seed, n=r.copy + 1,
+            presence_penalty=s.presence_penalty, frequency_penalty=s.frequency_penalty, seed=seed, n=copy + 1,
             grammar=r.grammar, logprobs=r.logprobs is not None,
+            stream=None if copy else lambda _: self._check(number),
         )  # fmt: skip
-        made = made[r.copy] if r.copy else made
+        made = made[copy] if copy else made
         top = self._likeliest(r, made.ids)
         finish = "stop" if made.ids[-1] in self.system.stop else "length"
         for at in range(0, len(made.ids), STEP):
             if self.pace:
                 self.until.wait(self.pace)
-            if self._stopped(number):
-                return
+            self._check(number)
             part = slice(at, at + STEP)
             ids, last = tuple(made.ids[part]), at + STEP >= len(made.ids)
             scores = None if made.logprobs is None else tuple(made.logprobs[part])

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import signal
+import threading
+import time
 
 import httpx
 import openai
+import uvicorn
 
 from seriatim.serving.app import create_app
 from seriatim.serving.guard import Hosts
 from seriatim.serving.limits import Limits
+from seriatim.serving.server import Server, listening
 from seriatim.serving.service import Service
 from seriatim.verbs.load import load
 from support.plain_engine import PlainEngine
@@ -52,3 +57,31 @@ async def served(systems=None, key=None, hosts=None, opened=True, **more):
             yield Served(service, app, http, client)
         finally:
             await service.close()
+
+
+@contextlib.contextmanager
+def running(**more):
+    """A server on a socket, in a thread: where, and the server."""
+    service = service_of(**more)
+    with listening("127.0.0.1", 0) as place:
+        config = uvicorn.Config(create_app(service, Hosts("127.0.0.1")), log_level="warning", lifespan="on", ws="none")
+        server = Server(config, service)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [place.socket]})
+        thread.start()
+        try:
+            until(lambda: httpx.get(f"{place.url}/health").status_code == 200)
+            yield place.url, server
+        finally:
+            server.handle_exit(signal.SIGTERM, None)
+            server._captured_signals.clear()
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def until(true, seconds=30):
+    for _ in range(seconds * 20):
+        with contextlib.suppress(httpx.TransportError):
+            if true():
+                return
+        time.sleep(0.05)
+    raise AssertionError("it did not come")

@@ -34,14 +34,15 @@ DONE = b"data: [DONE]\n\n"
 
 
 def create_app(
-    service: Service, hosts: Hosts, key: str | None = None, failed: Callable[[], None] | None = None
-) -> FastAPI:
-    """The application. hosts: the names it may be called by; key: what a client must show (None: nothing); failed:
-    called where a model cannot be loaded, after which `app.state.error` says why."""
+    service: Service, hosts: Hosts, key: str | None = None, failed: Callable[[], None] | None = None,
+    ready: Callable[[], None] | None = None,
+) -> FastAPI:  # fmt: skip
+    """The application. hosts: the names it may be called by; key: what a client must show (None: nothing); ready:
+    called when all models are loaded; failed: where one cannot be, after which `app.state.error` says why."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        opening = asyncio.create_task(_opened(app, service, failed))
+        opening = asyncio.create_task(_opened(app, service, failed, ready))
         yield
         opening.cancel()
         await service.close()
@@ -62,9 +63,13 @@ def create_app(
     return app
 
 
-async def _opened(app: FastAPI, service: Service, failed: Callable[[], None] | None) -> None:
+async def _opened(
+    app: FastAPI, service: Service, failed: Callable[[], None] | None, ready: Callable[[], None] | None
+) -> None:
     try:
         await service.open()
+        if ready is not None:
+            ready()
     except Exception as error:
         app.state.error = error
         if failed is None:

@@ -21,6 +21,7 @@ from seriatim.systems.system import Sampling
 from seriatim.verbs.generate import sampling_of
 
 SHORT = 4096  # letters of a prompt that are made ids at once; longer ones in a thread
+COMPACT = {"x-guidance": {"whitespace_flexible": False}}  # a small model would write spaces for ever
 COMPLETION = 16  # new tokens where nothing is said, as OpenAI has it
 
 
@@ -141,7 +142,8 @@ class Form:
         if self.tells_usage:
             told["usage"] = None
         if self.asked.drafted:
-            told["drafted"] = [[text, drafted] for text, drafted in delta.parts]
+            parts = [[text, drafted] for text, drafted in delta.parts]
+            told["drafted"] = {"parts": parts, "tokens": choice.tokens, "accepted": choice.accepted}
         return told
 
     @property
@@ -334,11 +336,11 @@ def grammar_of(form: Format | None, limits: Limits) -> Grammar | None:
     if form is None or form.type == "text":
         return None
     if form.type == "json_object":
-        return Grammar("json_schema", '{"type": "object"}')
+        return Grammar("json_schema", json.dumps({"type": "object", **COMPACT}))
     if form.json_schema is None:
         raise Refused(400, "a response_format json_schema needs json_schema: {name, schema}", param="response_format")
     try:
-        source = json.dumps(form.json_schema.schema_)
+        source = json.dumps({**COMPACT, **form.json_schema.schema_})
     except RecursionError:
         raise Refused(400, "the schema is nested too deeply", param="response_format") from None
     if len(source) > limits.grammar_bytes:

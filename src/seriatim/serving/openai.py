@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr
 
-Name = Annotated[StrictStr, Field(min_length=1, max_length=512)]
+
+def _whole(text: str) -> str:
+    """JSON can name half a letter, which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be text in Unicode, without halves of surrogate pairs") from None
+    return text
+
+
+Text = Annotated[StrictStr, AfterValidator(_whole)]
+Name = Annotated[Text, Field(min_length=1, max_length=512)]
 Id = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
+Ids = Annotated[list[Id], Field(fail_fast=True)]
 Count = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 
 
@@ -25,7 +37,7 @@ def _several(value: Any) -> Any:
 
 Number = BeforeValidator(_number)
 Penalty = Annotated[float, Number, Field(ge=-2, le=2, allow_inf_nan=False)]
-Stop = Annotated[StrictStr, Field(min_length=1, max_length=256)]
+Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
 class StreamOptions(BaseModel):
@@ -50,7 +62,8 @@ class Format(BaseModel):
 
 class TextRequest(BaseModel):
     """What both forms of text have in common. Settings that are left out are the model's own. decoder: one of those
-    that the server was started with; drafted: tell which parts of a streamed text had been drafted."""
+    that the server was started with; drafted: tell which parts of a streamed text had been drafted, and how many tokens
+    there are so far."""
 
     model: Name
     n: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
@@ -64,7 +77,7 @@ class TextRequest(BaseModel):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     response_format: Format | None = None
-    decoder: Annotated[StrictStr, Field(max_length=512)] | None = None
+    decoder: Annotated[Text, Field(max_length=512)] | None = None
     drafted: StrictBool = False
     logit_bias: dict[str, float] | None = None
 
@@ -72,7 +85,7 @@ class TextRequest(BaseModel):
 class CompletionRequest(TextRequest):
     """A text, or ids, to be continued; or a list of either."""
 
-    prompt: StrictStr | list[Id] | list[StrictStr] | list[list[Id]]
+    prompt: Text | Ids | Annotated[list[Text], Field(fail_fast=True)] | Annotated[list[Ids], Field(fail_fast=True)]
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     echo: StrictBool | None = None
     suffix: StrictStr | None = None
@@ -83,20 +96,20 @@ class Part(BaseModel):
     """A part of what a message says."""
 
     type: StrictStr
-    text: StrictStr | None = None
+    text: Text | None = None
 
 
 class Message(BaseModel):
     """Who says what."""
 
-    role: Annotated[StrictStr, Field(min_length=1, max_length=64)]
-    content: StrictStr | list[Part] | None = None
+    role: Annotated[Text, Field(min_length=1, max_length=64)]
+    content: Text | list[Part] | None = None
 
 
 class ChatRequest(TextRequest):
     """A conversation that the model answers."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     max_completion_tokens: Count | None = None
@@ -109,7 +122,7 @@ class ImageRequest(BaseModel):
     that show how they were drawn."""
 
     model: Name
-    prompt: Annotated[StrictStr, Field(max_length=256)] = ""
+    prompt: Annotated[Text, Field(max_length=256)] = ""
     n: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
     size: Annotated[StrictStr, Field(max_length=32)] | None = None
     response_format: Literal["b64_json", "url"] | None = None

@@ -50,7 +50,7 @@ class Choice:
     def __init__(self, index: int, prompt: int, watch: Watch, stop: Sequence[int], scored: bool):
         self.index, self.prompt, self.watch, self.stop = index, prompt, watch, frozenset(stop)
         self.scores = scored
-        self.reused = 0
+        self.reused = self.accepted = 0  # tokens of the prompt that were remembered; those that had been drafted
         self.finish: str | None = None
         self.last: float | None = None  # when its newest tokens came
 
@@ -65,6 +65,7 @@ class Choice:
         for ids, drafted in ((piece.ids[: piece.accepted], True), (piece.ids[piece.accepted :], False)):
             if text := self.watch.push(ids):
                 out.parts.append((text, drafted))
+        self.accepted += min(piece.accepted, self.watch.count - before)
         if self.watch.ended:
             out.finish = "stop"
         elif piece.finish is not None:
