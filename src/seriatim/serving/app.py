@@ -57,9 +57,8 @@ def create_app(
     _pictures(app, service)
     _rest(app, service)
     paths = frozenset({str(getattr(route, "path", "")) for route in app.routes} - {"/v1/models/{name:path}"})
-    app.add_middleware(
-        Guard, hosts=hosts, key=key, limits=service.limits, metrics=service.metrics, paths=paths  # type: ignore[arg-type]
-    )  # fmt: skip
+    settings: dict[str, Any] = {"limits": service.limits, "metrics": service.metrics, "paths": paths}
+    app.add_middleware(Guard, hosts=hosts, key=key, **settings)  # type: ignore[arg-type]
     return app
 
 
