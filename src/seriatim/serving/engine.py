@@ -304,6 +304,9 @@ class Engine:
         self.counts["tokens"] += sum(len(p.ids) for p in pieces)
         self.counts["accepted"] += sum(p.accepted for p in pieces)
         self.counts["finished"] += len(self._over[name])
+        if len(self._over[name]) == len(batch.rows):
+            batch.clear()
+            self._over[name] = set()
         return pieces
 
 
