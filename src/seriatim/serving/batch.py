@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seriatim.canvas import DELETED, Canvas, Grow, Truncate
+from seriatim.decoding.draft import Drafting
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.loop import Decider, Step, decode, select_rows
 from seriatim.layout import Segment, line
@@ -69,6 +70,8 @@ class Batch:
         self.reads_prompt = bool(getattr(way.proposer, "reads_prompt", False))
         self.more = dict(way.target)
         self.warp, self.penalties, self.random = RowWarper(), RowPenalties(), RowKeyed()
+        if isinstance(way.proposer, Drafting):
+            way.proposer.draft.warp = self.warp  # a draft is sampled as its row is
         vocab = getattr(system.model.heads["token"], "vocab", 0) or 0
         self.constraint = RowConstraint(vocab)
         self.clear()
