@@ -71,7 +71,8 @@ class Batch:
         self.more = dict(way.target)
         self.warp, self.penalties, self.random = RowWarper(), RowPenalties(), RowKeyed()
         if isinstance(way.proposer, Drafting):
-            way.proposer.draft.warp = self.warp  # a draft is sampled as its row is
+            draft = way.proposer.draft  # sampled as the row is that it is for
+            draft.warp, draft.shapers = self.warp, (self.penalties,)
         vocab = getattr(system.model.heads["token"], "vocab", 0) or 0
         self.constraint = RowConstraint(vocab)
         self.clear()
