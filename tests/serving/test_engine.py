@@ -14,6 +14,7 @@ from seriatim.serving.request import Full, Request
 from seriatim.systems.decoders import Ask
 from seriatim.systems.system import Sampling
 from seriatim.systems.text.next_token import Config, NextToken
+from support.heard import Heard
 
 VOCAB = 13
 
@@ -42,25 +43,6 @@ def alone(system, request, decoder="ancestral"):
         n=request.copy + 1, logprobs=request.logprobs is not None,
     )  # fmt: skip
     return out if request.copy == 0 else out[request.copy]
-
-
-class Heard:
-    """A sink that gathers."""
-
-    def __init__(self):
-        self.ids, self.ends, self.reused, self.logprobs, self.top = {}, {}, {}, {}, {}
-        self.order = []
-
-    def __call__(self, pieces):
-        self.order.append([p.number for p in pieces])
-        for p in pieces:
-            assert p.number not in self.ends, "nothing follows an end"
-            self.ids.setdefault(p.number, []).extend(p.ids)
-            self.logprobs.setdefault(p.number, []).extend(p.logprobs or ())
-            self.top.setdefault(p.number, []).extend(p.top or ())
-            self.reused[p.number] = self.reused.get(p.number, 0) + p.reused
-            if p.finish is not None:
-                self.ends[p.number] = (p.finish, p.error)
 
 
 def settings(rng):
