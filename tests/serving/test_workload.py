@@ -11,7 +11,7 @@ from seriatim.evaluation.timelines import figures_of, percentile, save_timelines
 from seriatim.laws.case import randomise
 from seriatim.serving.engine import Engine
 from seriatim.serving.request import Request
-from seriatim.serving.workload import Arrival, Gathering, Story, poisson, serve
+from seriatim.serving.workload import Arrival, Gathering, Story, closed, poisson, serve, steady
 from seriatim.studies import flover
 from seriatim.systems.claim import Trial
 from seriatim.systems.text.next_token import Config, NextToken
@@ -99,6 +99,22 @@ def test_whatever_the_way_a_request_gets_the_same_text(system):
         for way in flover.WAYS.values()
     ]
     assert all(t == texts[0] for t in texts) and [len(x) for x in texts[0]] == [*LENGTHS]
+
+
+def test_in_a_closed_loop_a_client_asks_again_when_it_has_had_a_text(system):
+    clock = Clock()
+
+    class Ticking(Engine):
+        def turn(self):
+            clock.now += 1.0
+            super().turn()
+
+    stories = closed(lambda sink: Ticking(system, ("ancestral",), sink), requests(), 2, clock)
+    assert [s.arrived for s in stories] == [0.0, 0.0, 3.0, 7.0, 9.0]
+    assert [s.ended for s in stories] == [3.0, 9.0, 7.0, 14.0, 11.0]
+    assert all(sum(s.arrived <= t < s.ended for s in stories) == 2 for t in range(11)), "two at a time"
+    assert steady(stories, 2) == sum(7 < t <= 9 for s in stories for t in s.tokens) / 2 == 2.0
+    assert steady(stories[:1], 5) == 1.0
 
 
 def test_arrivals_are_a_poisson_process_and_of_their_seed():

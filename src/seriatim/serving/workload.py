@@ -91,13 +91,7 @@ def serve(
     def sink(pieces: Sequence[Piece]) -> None:
         now = clock() - start
         for piece in pieces:
-            story = stories[piece.number]
-            story.tokens += [now] * len(piece.ids)
-            story.ids += piece.ids
-            if piece.finish == "failed":
-                raise RuntimeError(f"request {piece.number} failed: {piece.error}")
-            if piece.finish is not None:
-                story.ended = now
+            _tell(stories[piece.number], piece, now)
 
     engine, coming, waiting = made(sink), list(arrivals), list[Arrival]()
     while coming or waiting or engine.busy:
@@ -121,3 +115,49 @@ def _next(coming: Sequence[Arrival], waiting: Sequence[Arrival], gathering: Gath
     if waiting and gathering.window is not None and gathering.window < float("inf"):
         times.append(waiting[0].at + gathering.window)
     return max(min(times) - now, 1e-4)
+
+
+def closed(
+    made: Callable[[Callable[[Sequence[Piece]], None]], Engine], requests: Sequence[Request], clients: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Story]:  # fmt: skip
+    """A closed loop: so many clients, each of which asks for the next text when it has had its last one. Raises
+    RuntimeError where a request failed."""
+    stories: dict[int, Story] = {}
+    start, left = clock(), list(requests)[::-1]
+
+    def sink(pieces: Sequence[Piece]) -> None:
+        now = clock() - start
+        for piece in pieces:
+            _tell(stories[piece.number], piece, now)
+
+    engine, seen = made(sink), 0
+    while left or engine.busy:
+        ended = sum(story.ended > 0 for story in stories.values())
+        for _ in range(min(clients if not stories else ended - seen, len(left))):
+            request = left.pop()
+            now = clock() - start
+            stories[engine.submit(request)] = Story(now, len(request.prompt), begun=now)
+        seen = ended
+        engine.turn()
+    return [stories[n] for n in sorted(stories)]
+
+
+def steady(stories: Sequence[Story], clients: int) -> float:
+    """Tokens a second of a closed loop, from when so many texts have ended until the last one is asked for; of all the
+    time where that is too short."""
+    begin = sorted(story.ended for story in stories)[min(clients, len(stories)) - 1]
+    end = max(story.arrived for story in stories)
+    if end <= begin:
+        begin, end = min(s.arrived for s in stories), max(s.ended for s in stories)
+    return sum(begin < t <= end for story in stories for t in story.tokens) / (end - begin)
+
+
+def _tell(story: Story, piece: Piece, now: float) -> None:
+    """Note a piece of a text."""
+    story.tokens += [now] * len(piece.ids)
+    story.ids += piece.ids
+    if piece.finish == "failed":
+        raise RuntimeError(f"request {piece.number} failed: {piece.error}")
+    if piece.finish is not None:
+        story.ended = now
