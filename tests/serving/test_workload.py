@@ -113,8 +113,9 @@ def test_in_a_closed_loop_a_client_asks_again_when_it_has_had_a_text(system):
     assert [s.arrived for s in stories] == [0.0, 0.0, 3.0, 7.0, 9.0]
     assert [s.ended for s in stories] == [3.0, 9.0, 7.0, 14.0, 11.0]
     assert all(sum(s.arrived <= t < s.ended for s in stories) == 2 for t in range(11)), "two at a time"
-    assert steady(stories, 2) == sum(7 < t <= 9 for s in stories for t in s.tokens) / 2 == 2.0
-    assert steady(stories[:1], 5) == 1.0
+    assert steady(stories, 1) == sum(3 < t <= 9 for s in stories for t in s.tokens) / 6 == 2.0
+    assert steady(stories, 2) == pytest.approx(sum(LENGTHS) / 14), "two seconds between are too few"
+    assert steady(stories[:1], 5) == pytest.approx(1.0)
 
 
 def test_arrivals_are_a_poisson_process_and_of_their_seed():
