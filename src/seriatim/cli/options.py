@@ -32,6 +32,7 @@ def add_commands(commands: Any) -> None:
 
     _compare(commands)
     _bench(commands)
+    _serve(commands)
 
     export = commands.add_parser("export", help="a language model in Hugging Face's format, for other programs")
     export.add_argument("source", metavar="MODEL", help="folder of a run or of a published model, or zoo:NAME")
@@ -213,6 +214,34 @@ def _bench(commands: Any) -> None:
     bench.set_defaults(run=_later("benching", "run_bench"))
 
 
+def _serve(commands: Any) -> None:
+    serve = commands.add_parser("serve", help="models behind OpenAI's interface, and a page to watch them generate")
+    serve.add_argument("sources", nargs="+", metavar="MODEL", help="a folder, GGUF file, run, zoo:NAME, hub; several")
+    serve.add_argument(
+        "--decoder", action="append", metavar="NAME",
+        help="how texts may be written, the first by default; may be repeated (default: ancestral, prompt-lookup, "
+        "token-recycling)",
+    )  # fmt: skip
+    serve.add_argument("--host", default="127.0.0.1", help="address to be reached at (default: %(default)s)")
+    serve.add_argument("--port", type=port, default=8000, help="default: %(default)s; 0: any that is free")
+    serve.add_argument(
+        "--allow-host", action="append", metavar="NAME", help="another name that it may be called by; may be repeated"
+    )
+    serve.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="what clients must show (default: SERIATIM_API_KEY, which other users cannot see)",
+    )
+    serve.add_argument("--rows", type=positive, default=32, help="texts of a model in flight (default: %(default)s)")
+    serve.add_argument("--queue", type=positive, default=256, help="requests that may wait (default: %(default)s)")
+    serve.add_argument(
+        "--max-tokens", type=positive, default=4096, help="new tokens of a text, at most (default: %(default)s)"
+    )
+    serve.add_argument("--max-seconds", type=positive, default=600, help="of a request (default: %(default)s)")
+    _formats(serve)
+    serve.set_defaults(run=_later("serving", "run_serve"))
+
+
 def _data(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", help="a built-in set by name, or the path of your own (default: the system's)")
     command.add_argument("--image-size", type=positive, help="side of pictures from a folder, in pixels")
@@ -248,4 +277,12 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def port(text: str) -> int:
+    """A number of a port."""
+    value = int(text)
+    if not 0 <= value < 2**16:
+        raise argparse.ArgumentTypeError("must be 0 to 65535")
     return value

@@ -1,0 +1,182 @@
+"""Systems that draw: requests wait in a queue, and one thread draws for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import re
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from seriatim.serving.limits import Limits, Refused, closing, full, too_late
+from seriatim.serving.metrics import Metrics
+from seriatim.serving.openai import ImageRequest
+from seriatim.systems.image_system import ImageSystem, Pictures
+from seriatim.systems.system import Sampling
+from seriatim.verbs.generate import sampling_of
+
+
+class Easel:
+    """The one thread that draws, and how many wait for it."""
+
+    def __init__(self, queue: int):
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+        self.queue, self.waiting, self.closed = queue, 0, False
+
+    async def draw(self, function: Callable[[], Pictures]) -> Pictures:
+        """What a function draws, when its turn comes; where nobody waits any more, it does not come. Raises Refused
+        where too many wait."""
+        if self.closed:
+            raise closing()
+        if self.waiting > self.queue:
+            raise full(f"{self.waiting} requests wait for pictures")
+        self.waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.pool, function)
+        except RuntimeError as error:
+            if self.closed and "shutdown" in str(error):
+                raise closing() from None
+            raise
+        finally:
+            self.waiting -= 1
+
+    def close(self) -> None:
+        """Nothing more is drawn, but for what is on it."""
+        self.closed = True
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+class ImageModel:
+    """A system that draws pictures of classes."""
+
+    kind = "image"
+
+    def __init__(
+        self, name: str, system: ImageSystem, easel: Easel, metrics: Metrics, limits: Limits,
+        log: Callable[[str], None],
+    ):  # fmt: skip
+        self.name, self.system, self.easel, self.metrics, self.limits = name, system, easel, metrics, limits
+        self.log = log
+        self.drawn = self.forwards = 0
+
+    @property
+    def labelled(self) -> bool:
+        return "class" in self.system.model.conditions
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a page wants to know."""
+        classes = self.system.config.classes if self.labelled else 0
+        named = [str(name) for name in self.system.classes[:classes]]
+        return {"kind": self.kind, "classes": named or [str(i) for i in range(min(classes, 1000))]}
+
+    def figures(self) -> dict[str, float]:
+        return {"steps": self.forwards, "finished": self.drawn}
+
+    async def draw(self, asked: ImageRequest) -> Pictures:
+        """The pictures, with their film where a stream was asked for. Raises Refused."""
+        label, sampling = self._label(asked.prompt), self._sampling(asked)
+        n = asked.n or 1
+        if n > (1 if asked.stream else self.limits.pictures):
+            most = "one is streamed" if asked.stream else f"{self.limits.pictures} are drawn at once"
+            raise Refused(400, f"n = {n}: at most {most}", param="n")
+        labels = None if label is None else torch.full((n,), label)
+        seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed % 2**62
+        film, start = bool(asked.stream), time.monotonic()
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                made = await self.easel.draw(lambda: self.system.draw(labels, n, sampling, seed, film))
+        except (ValueError, TypeError) as error:
+            raise Refused(400, str(error)) from None
+        except TimeoutError:
+            raise too_late(self.limits.seconds) from None
+        except (RuntimeError, FloatingPointError, IndexError, KeyError) as error:
+            self.log(f"pictures failed: {type(error).__name__}: {error}")
+            raise Refused(500, "the model failed on this request", code="model_failed") from None
+        self.drawn, self.forwards = self.drawn + n, self.forwards + made.forwards
+        self.metrics.whole.labels(self.name).observe(time.monotonic() - start)
+        return made
+
+    def _label(self, prompt: str) -> int | None:
+        """The class that is meant. Raises Refused for none that there is."""
+        if not self.labelled:
+            return None
+        classes, text = self.system.classes, prompt.strip()
+        if text in classes:
+            return classes.index(text)
+        if re.fullmatch("[0-9]{1,9}", text) and int(text) < self.system.config.classes:
+            return int(text)
+        names = ", ".join(map(str, classes[:20])) + (", ..." if len(classes) > 20 else "")
+        there = names or f"numbers 0 to {self.system.config.classes - 1}"
+        raise Refused(
+            400, f"the prompt is the class of the picture, by name or number; there are {there}", param="prompt"
+        )
+
+    def _sampling(self, asked: ImageRequest) -> Sampling:
+        if asked.steps is not None and asked.steps > self.limits.steps:
+            raise Refused(400, f"{asked.steps:,} steps; at most {self.limits.steps} are taken", param="steps")
+        if asked.response_format == "url":
+            raise Refused(400, "pictures are not kept here: ask for b64_json", param="response_format")
+        size = None
+        if asked.size not in (None, "auto"):
+            found = re.fullmatch("([0-9]{1,5})x([0-9]{1,5})", str(asked.size))
+            size = (int(found[1]), int(found[2])) if found else (0, 0)
+            if not all(1 <= side <= self.limits.side for side in size):
+                why = f"the size is two numbers up to {self.limits.side}, as in 48x32, or auto"
+                raise Refused(400, why, param="size")
+        with contextlib.suppress(ValueError):
+            return sampling_of(
+                self.system, temperature=asked.temperature, guidance=asked.guidance, steps=asked.steps, size=size
+            )
+        raise Refused(400, "these settings do not go together")
+
+    # ---- how it is told ----------------------------------------------------------------------------------------------
+
+    def whole(self, made: Pictures) -> dict[str, Any]:
+        """The answer, all at once."""
+        return {
+            "created": int(time.time()), "output_format": "png", "size": size_of(made.images),
+            "data": [{"b64_json": self.encoded(image)} for image in made.images],
+        }  # fmt: skip
+
+    def events(self, made: Pictures) -> Sequence[dict[str, Any]]:
+        """The film of a picture, then the picture."""
+        said = {
+            "created_at": int(time.time()), "output_format": "png", "size": size_of(made.images),
+            "background": "opaque", "quality": "auto",
+        }  # fmt: skip
+        out = [
+            {
+                "type": "image_generation.partial_image", "partial_image_index": i, "caption": caption,
+                "b64_json": self.encoded(frame[0]), **said,
+            }
+            for i, (frame, caption) in enumerate(zip(made.frames, made.captions, strict=True))
+        ]  # fmt: skip
+        return [*out, {"type": "image_generation.completed", "b64_json": self.encoded(made.images[0]), **said}]
+
+    def encoded(self, image: Float[Tensor, "c h w"]) -> str:
+        return base64.b64encode(png(image, self.system.ink)).decode()
+
+
+def png(image: Float[Tensor, "c h w"], ink: bool) -> bytes:
+    """A picture in [-1, 1], of one channel or three, as a file. ink: 1 is black."""
+    pixels = (image.detach().cpu().float().nan_to_num().clamp(-1, 1) + 1) * 127.5
+    pixels = (255 - pixels if ink else pixels).round().to(torch.uint8)
+    array = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+    out = io.BytesIO()
+    Image.fromarray(array.contiguous().numpy()).save(out, format="PNG")
+    return out.getvalue()
+
+
+def size_of(images: Float[Tensor, "n c h w"]) -> str:
+    return f"{images.shape[3]}x{images.shape[2]}"
