@@ -96,12 +96,12 @@ async def test_what_is_left_out_is_as_the_model_has_it():
 
 @pytest.mark.parametrize("make", [PlainEngine, Engine])
 async def test_a_stop_string_ends_a_text_and_frees_its_place(make):
-    whole = offline(max_new_tokens=400).text
+    whole = offline(max_new_tokens=100).text
     stop = whole[20:24]
     at = whole.index(stop)
     async with served(make=make) as s:
-        made = await s.client.completions.create(**{**ASK, "max_tokens": 400}, stop=stop)
-        chunks = await streamed(s, max_tokens=400, stop=["\0", stop])
+        made = await s.client.completions.create(**{**ASK, "max_tokens": 100}, stop=stop)
+        chunks = await streamed(s, max_tokens=100, stop=["\0", stop])
         for _ in range(200):
             if not (figures := s.engine().figures())["running"] and not figures["waiting"]:
                 break

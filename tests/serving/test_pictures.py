@@ -103,6 +103,19 @@ async def test_requests_for_pictures_wait_and_are_refused_where_too_many_do(monk
         assert s.service.easel.waiting == 0
 
 
+async def test_who_waits_for_pictures_is_told_when_the_server_closes(monkeypatch):
+    held = threading.Event()
+    monkeypatch.setattr(loaded("zoo:var"), "draw", lambda *given: held.wait(10), raising=False)
+    async with served(systems(), limits=Limits(closing=0.1)) as s:
+        waiting = [asyncio.create_task(s.http.post(IMAGES, json={"model": "var", "prompt": "A"})) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        await s.service.close()
+        for answer in await asyncio.gather(*waiting):
+            assert answer.status_code == 503 and answer.json()["error"]["code"] == "shutting_down"
+        assert not s.service.easel.held
+        held.set()
+
+
 async def test_text_goes_on_while_pictures_are_drawn():
     async with served(systems()) as s:
         picture = asyncio.create_task(s.http.post(IMAGES, json={"model": "var", "prompt": "A", "n": 8}))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from seriatim.interop.grammar import Grammar
-from seriatim.serving.limits import Limits, Refused
+from seriatim.serving.limits import Limits, Refused, closing
 from seriatim.serving.openai import ChatRequest, CompletionRequest, Format, TextRequest
 from seriatim.serving.request import Request
 from seriatim.serving.texts import Choice, Delta, Job, Scored, TextModel
@@ -29,6 +29,7 @@ class Form:
     """One form of a request for text. pool: threads for templates, long prompts and grammars."""
 
     word: ClassVar[str]  # what ids of answers begin with
+    given: ClassVar[str]  # the field of what is continued
     object: ClassVar[str]
     chunk_object: ClassVar[str]
 
@@ -97,7 +98,7 @@ class Form:
         if room < (wanted or 1):
             raise Refused(
                 400, f"the prompt has {prompt:,} tokens, {wanted or 1:,} more are asked for, and this model takes "
-                f"{self.model.room:,} in all", param=field if wanted else "messages", code="context_length_exceeded",
+                f"{self.model.room:,} in all", param=field if wanted else self.given, code="context_length_exceeded",
             )  # fmt: skip
         return wanted or min(room, self.limits.max_tokens, self.default or room)
 
@@ -127,7 +128,11 @@ class Form:
 
     async def _apart(self, function: Any, *arguments: Any) -> Any:
         """In a thread, so that streams go on."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
+        try:
+            task = asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
+        except RuntimeError:  # no threads are given out any more
+            raise closing() from None
+        return await task
 
     # ---- how it is told ----------------------------------------------------------------------------------------------
 
@@ -174,7 +179,7 @@ class Form:
 class Completion(Form):
     """A text that goes on."""
 
-    word, object, chunk_object = "cmpl", "text_completion", "text_completion"
+    word, given, object, chunk_object = "cmpl", "prompt", "text_completion", "text_completion"
     default = COMPLETION
     asked: CompletionRequest
 
@@ -231,7 +236,7 @@ class Completion(Form):
 class Chat(Form):
     """A conversation that is answered."""
 
-    word, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    word, given, object, chunk_object = "chatcmpl", "messages", "chat.completion", "chat.completion.chunk"
     asked: ChatRequest
 
     def check(self) -> None:

@@ -31,7 +31,13 @@ class Easel:
 
     def __init__(self, queue: int):
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="pictures")
-        self.queue, self.waiting, self.closed = queue, 0, False
+        self.queue, self.closed = queue, False
+        self.held: set[asyncio.Future[Pictures]] = set()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are drawn for, or will be."""
+        return len(self.held)
 
     async def draw(self, function: Callable[[], Pictures]) -> Pictures:
         """What a function draws, when its turn comes; where nobody waits any more, it does not come. Raises Refused
@@ -40,20 +46,27 @@ class Easel:
             raise closing()
         if self.waiting > self.queue:
             raise full(f"{self.waiting} requests wait for pictures")
-        self.waiting += 1
+        drawing = asyncio.get_running_loop().run_in_executor(self.pool, function)
+        self.held.add(drawing)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.pool, function)
-        except RuntimeError as error:
-            if self.closed and "shutdown" in str(error):
+            return await drawing
+        except asyncio.CancelledError:
+            asked = asyncio.current_task()
+            if self.closed and asked is not None and not asked.cancelling():
                 raise closing() from None
             raise
         finally:
-            self.waiting -= 1
+            self.held.discard(drawing)
 
-    def close(self) -> None:
-        """Nothing more is drawn, but for what is on it."""
+    async def close(self, seconds: float) -> None:
+        """Nothing more is begun; whoever still waits behind so many seconds is told so. What is being drawn cannot be
+        stopped."""
         self.closed = True
         self.pool.shutdown(wait=False, cancel_futures=True)
+        if self.held:
+            await asyncio.wait(set(self.held), timeout=seconds)
+        for drawing in set(self.held):
+            drawing.cancel()
 
 
 class ImageModel:

@@ -58,6 +58,8 @@ class Service:
         loop = asyncio.get_running_loop()
         for name, source in self.sources.items():
             model = await loop.run_in_executor(self.pool, self._opened, name, source)
+            if self.closing:
+                return
             if isinstance(model, TextModel):
                 model.start()
             self.models[name] = model
@@ -82,10 +84,10 @@ class Service:
         await asyncio.shield(self._closing)
 
     async def _close(self, seconds: float) -> None:
-        self.easel.close()
         texts = [model for model in self.models.values() if isinstance(model, TextModel)]
-        await asyncio.gather(*(asyncio.to_thread(model.close, seconds) for model in texts))
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        ending = (asyncio.to_thread(model.close, seconds) for model in texts)
+        await asyncio.gather(self.easel.close(seconds), *ending)
+        self.pool.shutdown(wait=False)
 
     def awake(self) -> None:
         """Raises Refused while models are loaded, and when no more is taken."""
