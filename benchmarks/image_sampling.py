@@ -78,7 +78,7 @@ def _mar() -> Any:
     from seriatim.tokenizers.kl import KLConfig, KLTokenizer
 
     pixels: Any = KLTokenizer(
-        KLConfig(side=256, channels=3, dim=16, body="residual", width=128, halvings=4, attends=False)
+        KLConfig(side=256, channels=3, dim=16, body="residual", width=128, halvings=4, attends="encoder")
     )
     shape = Config(
         side=16, dim=16, classes=1000, width=768, depth=12, heads=12, dropout=0.0, head_width=1024, head_depth=6,

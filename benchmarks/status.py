@@ -55,6 +55,8 @@ WEIGHTS = {  # what holds published weights to the official code
     "mar": "tests/interop/test_mar.py",
     "nar": "tests/interop/test_nar.py",
     "xar": "tests/interop/test_xar.py",
+    "acdit": "tests/interop/test_acdit.py",
+    "arflow": "tests/interop/test_arflow.py",
     **dict.fromkeys(("flexvar", "sar"), "tests/interop/test_flexvar.py"),
 }
 

@@ -19,6 +19,10 @@ from seriatim.decoding.loop import generate
 from seriatim.decoding.solver import MultiStep, Noise
 from seriatim.decoding.target import Target
 from seriatim.interop.acdit import acdit_of, read_acdit
+from seriatim.systems.image.acdit import ACDiT, Config
+from seriatim.systems.system import Sampling
+from seriatim.verbs.load import load
+from support.released_sd_vae import FILE, store
 
 WIDTH, DEPTH, CLASSES, DIM, ROWS = 128, 2, 5, 4, 3
 PICTURE, VIDEO = (1, 4, 4), (4, 2, 8)  # frames, side, vectors in a block
@@ -150,6 +154,49 @@ def test_a_file_is_read_and_draws(tmp_path):
     assert not any(p.requires_grad for p in model.parameters())
     canvas = generate(Target(model, {"class": torch.tensor([1, 2])}), model.blank(2), MultiStep(3), Noise())
     assert canvas.done and bool(torch.isfinite(canvas.value["token"]).all())
+
+
+def stored(place, **changes):
+    """A file beside the autoencoder of its latents."""
+    asked = {"image_size": 32, "vae_patch_pixels": 8, "patch_size": 1, "block_size": 4, "num_frames": 1}
+    said = argparse.Namespace(**asked | {"nd_split": None} | changes)
+    torch.save({"model": released(), "args": said}, place / "ACDiT-XL-img.pt")
+    store(place)
+    return place / "ACDiT-XL-img.pt"
+
+
+def test_a_file_beside_its_autoencoder_is_a_system(tmp_path):
+    system = load(stored(tmp_path))
+    c, s = system.config, system.sampling
+    assert isinstance(system, ACDiT) and (c.form, c.side, c.block, c.dim) == ("released", 4, (2, 2), 4)
+    assert (s.guidance, s.steps) == (0.5, 25) and system.tokenizer.side == 32
+    assert gap(system.model, PICTURE) < 1e-5
+    drawn = system.draw(torch.tensor([1, 3]), sampling=Sampling(guidance=0.5, steps=2))
+    assert drawn.images.shape == (2, 3, 32, 32) and drawn.forwards == 4 * 2
+
+
+def test_videos_and_files_that_say_too_little_or_stand_alone_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"latents of videos: seriatim\.interop\.acdit\.read_acdit"):
+        load(stored(tmp_path, num_frames=4))
+    file = stored(tmp_path)
+    (tmp_path / FILE).write_bytes(b"\0" * 9)
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        load(file)
+    (tmp_path / FILE).unlink()
+    with pytest.raises(FileNotFoundError, match=r"put diffusion_pytorch_model\.safetensors into"):
+        load(file)
+    torch.save({"model": released()}, file)
+    with pytest.raises(ValueError, match="does not say the sizes"):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"form": "twice"}, "single or released"), ({"form": "released", "block": (1, 2)}, "square blocks")],
+)
+def test_the_released_form_is_one_only(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)
 
 
 def test_other_weights_are_refused():

@@ -19,6 +19,10 @@ from seriatim.decoding.solver import Noise, StochasticStep
 from seriatim.decoding.target import Target
 from seriatim.interop.arflow import arflow_of, read_arflow
 from seriatim.layout import Layout
+from seriatim.systems.image.arflow import ARFlow, Config
+from seriatim.systems.system import Sampling
+from seriatim.verbs.load import load
+from support.released_sd_vae import store
 
 WIDTH, DEPTH, HEADS, CHANNELS, SIDE, PATCH, CLASSES = 32, 2, 2, 4, 4, 2, 5
 TRAINED = {(0, 0, 0, 0): (-5.5092, 0.1134, -0.9719, 0.3874), (1, 4, 3, 2): (3.9700, 1.5304, 1.7599, -2.1878)}
@@ -158,3 +162,30 @@ def test_files_are_read_and_others_refused(tmp_path):
     for wrong in ({}, {**released(), "more": torch.zeros(1)}, {**released(), "pos_embed": torch.randn(1, 16, WIDTH)}):
         with pytest.raises(ValueError, match="no weights of ARFlow"):
             arflow_of(wrong)
+
+
+def test_a_file_beside_its_autoencoder_is_a_system(tmp_path):
+    torch.save({"ema": released()}, tmp_path / "arflow.pt")
+    with pytest.raises(FileNotFoundError, match=r"put diffusion_pytorch_model\.safetensors into"):
+        load(tmp_path / "arflow.pt")
+    store(tmp_path)
+    system = load(tmp_path / "arflow.pt")
+    c, s = system.config, system.sampling
+    assert isinstance(system, ARFlow) and (c.form, c.side, c.dim, c.classes) == ("released", SIDE, 16, CLASSES)
+    assert (s.guidance, s.steps) == (3.5, 250) and system.tokenizer.side == 64
+    want = arflow_of(released()).state_dict()
+    assert all(torch.equal(x, want[name]) for name, x in system.model.state_dict().items())
+    drawn = system.draw(torch.tensor([1]), sampling=Sampling(guidance=1.0, steps=3))
+    assert drawn.images.shape == (1, 3, 64, 64) and drawn.forwards == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"form": "twice"}, "single or released"), ({"form": "released", "dim": 8}, "square patches"),
+        ({"form": "released", "dim": 16, "pictures": 1}, "several pictures"),
+    ],
+)  # fmt: skip
+def test_the_released_form_is_one_only(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)

@@ -11,8 +11,10 @@ import torch
 from seriatim.laws.case import randomise
 from seriatim.serving.engine import Engine
 from seriatim.serving.request import Full, Request
+from seriatim.systems.decoders import Ask
 from seriatim.systems.system import Sampling
 from seriatim.systems.text.next_token import Config, NextToken
+from support.heard import Heard
 
 VOCAB = 13
 
@@ -41,25 +43,6 @@ def alone(system, request, decoder="ancestral"):
         n=request.copy + 1, logprobs=request.logprobs is not None,
     )  # fmt: skip
     return out if request.copy == 0 else out[request.copy]
-
-
-class Heard:
-    """A sink that gathers."""
-
-    def __init__(self):
-        self.ids, self.ends, self.reused, self.logprobs, self.top = {}, {}, {}, {}, {}
-        self.order = []
-
-    def __call__(self, pieces):
-        self.order.append([p.number for p in pieces])
-        for p in pieces:
-            assert p.number not in self.ends, "nothing follows an end"
-            self.ids.setdefault(p.number, []).extend(p.ids)
-            self.logprobs.setdefault(p.number, []).extend(p.logprobs or ())
-            self.top.setdefault(p.number, []).extend(p.top or ())
-            self.reused[p.number] = self.reused.get(p.number, 0) + p.reused
-            if p.finish is not None:
-                self.ends[p.number] = (p.finish, p.error)
 
 
 def settings(rng):
@@ -130,6 +113,23 @@ def check_schedule(system, seed):
         else:
             assert heard.ids[number] == whole and heard.ends[number][0] in ("stop", "length")
     assert not any(batch.rows for batch in engine.batches.values())
+
+
+@pytest.mark.parametrize("decoder", ["spec-sampling:small", "tree-verify:small"])
+def test_drafts_of_a_small_model_are_sampled_as_their_row_is(system, monkeypatch, decoder):
+    """So that they stand as often as alone, and the text is the same, token by token."""
+    small = tiny()
+    with torch.no_grad():
+        for p in small.model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    monkeypatch.setattr(Ask, "draft_model", lambda self, translate=False: small)
+    rng, heard = stdlib.Random(7), Heard()
+    engine = Engine(system, (decoder,), heard, rows=4)
+    numbers, cancelled = scheduled(engine, heard, requests_of(rng, 8, (decoder,)), rng)
+    for number, request in numbers.items():
+        if number not in cancelled:
+            assert heard.ids[number] == alone(system, request, decoder).ids
+    assert engine.counts["accepted"] > 0
 
 
 def test_a_prompt_that_begins_like_another_is_not_read_again(system):

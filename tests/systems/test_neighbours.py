@@ -1,6 +1,8 @@
 """NAR: anti-diagonals, who predicts whom, and its ends, beyond the laws that every system obeys."""
 
 import itertools
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from seriatim.heads.categorical import CategoricalHead
 from seriatim.laws.case import randomise
 from seriatim.layout import grid, line
 from seriatim.model import Model
+from seriatim.plan import Reads
 from seriatim.random import Forced
 from seriatim.systems.image import nar
 
@@ -154,3 +157,36 @@ def test_a_class_that_is_not_turned_is_seen_alike_by_all():
 def test_forms_that_do_not_exist_are_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
         nar.Config(**{"form": "llama"} | wrong)
+
+
+class Side:
+    """Eight pictures that a batch names by number."""
+
+    def __len__(self):
+        return 8
+
+    def take(self, index):
+        return index
+
+
+def test_each_head_is_judged_alone_and_all_together():
+    """On inner elements, by hand; both heads say a half of the logits, and one that is blind knows nothing."""
+    torch.manual_seed(0)
+    system = nar.NAR(nar.Config(side=3, vocab=4, classes=3, width=16, depth=2, heads=2, dropout=0.0), None).eval()
+    randomise(system.model, std=0.6).float()
+    ids = torch.randint(4, (8, 9), generator=torch.Generator().manual_seed(0))
+    label = {"class": torch.arange(8) % 3}
+    system.canvas = lambda index: (system.model.canvas({"token": ids[index]}), label)
+    figures = nar.by_direction(system, SimpleNamespace(test=Side()))
+    model, canvas, inner = system.model, system.model.canvas({"token": ids}), [4, 5, 7, 8]
+    with torch.no_grad():
+        h = model.hidden(model.factorization.packed(canvas), canvas, None, model.encode(label))
+        said = {}
+        for role, before in ((0, 3), (1, 1)):  # the slot of element e is 1 + e
+            slots = torch.tensor([1 + e - before for e in inner])
+            reads = Reads(slots[None], torch.tensor([inner]), torch.full((1, 4), role))
+            said[role] = model.heads["token"].logits(h[:, slots], reads)
+    for name, logits in (("below", said[0]), ("right", said[1]), ("merged", (said[0] + said[1]) / 2)):
+        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, inner].flatten())
+        assert figures[f"bits_{name}"] == pytest.approx(float(nats) / math.log(2), rel=1e-5)
+    assert len(set(figures.values())) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 
 from seriatim.random import Generator
 from seriatim.systems.image import var, variant
+from seriatim.systems.image.raster_ar import Config as RasterConfig
+from seriatim.systems.image.raster_ar import RasterAR
 from seriatim.systems.pyramid_trials import both_depths
+from seriatim.systems.system import Sampling
 from seriatim.tokenizers import MultiScaleConfig, MultiScaleTokenizer
 from seriatim.verbs.train import train
 
@@ -134,6 +138,22 @@ def test_impossible_settings_are_refused(changes, message):
 def test_impossible_depths_are_refused():
     with pytest.raises(ValueError, match="run 1 to 4 layers, got 0"):
         system().at(0)
+
+
+def test_the_depth_of_what_is_drawn_is_asked_for():
+    """The same pictures as by another system over the same weights; other systems run all their layers."""
+    made = system()
+    labels = torch.arange(2)
+    for depth in (1, 2, 4):
+        asked, other = (
+            s.draw(labels, sampling=sampling, seed=3).images
+            for s, sampling in ((made, replace(made.sampling, depth=depth)), (made.at(depth), made.sampling))
+        )
+        assert torch.equal(asked, other)
+    with pytest.raises(ValueError, match="run 1 to 4 layers, got 5"):
+        made.draw(labels, sampling=Sampling(depth=5))
+    with pytest.raises(ValueError, match="raster-ar runs all of its layers at every step"):
+        RasterAR(RasterConfig()).draw(labels, sampling=Sampling(depth=2))
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from seriatim.verbs.repaint import repainted
 
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 BESIDE = ("prompt", "chat", "ids", "length", "label", "stop", "json_schema", "regex", "grammar")  # not with --infix
-OF_PICTURES = ("size", "scales")
+OF_PICTURES = ("size", "scales", "depth")
 SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "typical", "guidance", "steps", *PENALTIES, *SUPPRESSED, "keep_tokens",
@@ -51,7 +51,7 @@ def run_generate(options: argparse.Namespace) -> int:
             f"--infix and --record are for text, and {system.meta.key} makes none (pictures have a film.gif)"
         )
     if isinstance(system, TextSystem) and any(getattr(options, name) is not None for name in (*OF_PICTURES, "image")):
-        raise ValueError(f"--size, --scales and --image are for pictures, and {system.meta.key} writes text")
+        raise ValueError(f"--size, --scales, --depth and --image are for pictures, and {system.meta.key} writes text")
     if options.chat and not isinstance(system, LanguageModel | PublishedMasked):
         raise ValueError(f"{system.meta.key} has no chat template: --chat is for language models that converse")
     with torch.inference_mode():

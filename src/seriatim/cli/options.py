@@ -148,6 +148,9 @@ def _generate(commands: Any) -> None:
         "--scales", type=scales_of, metavar="1,2,4,8", help="maps of a pyramid, by side or rows x columns as in 8x12"
     )
     generate.add_argument(
+        "--depth", type=positive, help="layers that the fine scales of a pyramid run, where it learned so"
+    )
+    generate.add_argument(
         "--image", type=Path, metavar="FILE", help="a picture of which a part is drawn anew (--inpaint)"
     )
     generate.add_argument("--inpaint", type=Path, metavar="MASK", help="a picture, white where --image is drawn anew")

@@ -118,11 +118,15 @@ class Blocks(Factorization):
             return super().step(canvas, guess, cached)
         if canvas.done:
             return None
-        if guess is not None or not isinstance(cached, int):
-            raise OrderError("rows of blocks decided in any order go together and verify no drafts")
-        layout, size = canvas.layout, self.size
-        unknown = canvas.open
-        first = int(unknown.any(0).nonzero()[0, 0]) // size  # the block at work: the first with anything unknown
+        layout, size, unknown = canvas.layout, self.size, canvas.open
+        firsts = torch.where(unknown, self.block(canvas), INF).amin(1)  # of each row the block at work
+        if guess is not None:
+            raise OrderError("blocks decided in any order verify no drafts")
+        first = int(firsts.min())  # the block at work: the first with anything unknown
+        gone = canvas.status[:, : (first + 1) * size] == DELETED
+        apart = len(firsts[unknown.any(1)].unique()) > 1 or bool(gone.any())
+        if not isinstance(cached, int) or (apart and not self.shift):
+            return self._ragged(canvas, cached)
         before = int(self.shift and first > 0)  # slots of earlier blocks that are read
         if cached > first * size - before:
             raise OrderError(
@@ -147,12 +151,65 @@ class Blocks(Factorization):
         # one stream will do: no value stands here beside the query of its element
         return Plan(slots, {"all": inclusive(block)}, Reads(slot, read), rank, layout=layout, kept=kept)
 
+    def _ragged(self, canvas: Canvas, cached: int | Tensor) -> Plan:
+        """Rows whose blocks at work are different ones. What was cut off takes part in nothing."""
+        if self.shift:
+            raise OrderError("rows that are read at the slot before their own go together, block by block")
+        layout, unknown, block = canvas.layout, canvas.open, self.block(canvas).expand(canvas.batch, -1)
+        held = torch.as_tensor(cached).reshape(-1, 1).expand(canvas.batch, 1)
+        now = torch.where(unknown, block, INF).amin(1, keepdim=True)
+        at_work = now < INF
+        first = torch.where(at_work, (block < now).sum(1, keepdim=True), held)
+        end = torch.where(at_work, (block <= now).sum(1, keepdim=True), held)
+        if bool((held > first).any()):
+            raise OrderError(
+                "an element of a finished block is unknown again, but the cache holds it: blocks that are finished "
+                "stay so (remask within the block at work, or decode without a cache)"
+            )
+        slot = torch.arange(int((end - held).max()))[None]
+        element = torch.where(held + slot < end, held + slot, -1)
+        gone = canvas.status.gather(1, element.clamp(min=0)) == DELETED
+        element = element.masked_fill(gone, -1)
+        open_ = unknown.gather(1, element.clamp(min=0)) & (element >= 0)
+        start = int(torch.where(open_, slot, INF).amin())  # no row reads before it
+        read = torch.where(open_, element, -1)[:, start:]
+        source, at = torch.where(open_, self.source, VALUE), torch.where(open_, slot, -1)[:, start:]
+        kept = torch.where(slot < first - held, slot, -1)[:, : int((first - held).max())]
+        element, kept = shared_rows(element), shared_rows(kept)
+        view = inclusive(shared_rows(block.gather(1, element.clamp(min=0).expand(canvas.batch, -1))))
+        if bool((element < 0).any()):
+            view = view.narrow(lane=torch.where(element < 0, -1, 0))
+        slots = Slots(element[..., None], source, layout.coord[element.clamp(min=0)], torch.full_like(source, -1))
+        turn = canvas.rank.masked_fill(unknown, -1).amax(1, keepdim=True) + 1
+        rank = torch.where(unknown, turn, -1)
+        return Plan(slots, {"all": view}, Reads(at, read), rank, layout=layout, kept=kept)
+
+    def fill(self, canvas: Canvas, cached: int | Tensor, most: int, leave: int = 0) -> Plan | None:
+        """Whole blocks that all rows know."""
+        if self.inside == "parallel" or self.shift or not isinstance(cached, int):
+            return None
+        size, layout = self.size, canvas.layout
+        whole = int(canvas.lengths().min()) // size * size
+        count = min(whole - cached, max(most // size, 1) * size)
+        if count < 1 or whole - cached <= leave:
+            return None
+        element = torch.arange(cached, cached + count)
+        source = torch.full((1, count), VALUE)
+        slots = Slots(element[None, :, None], source, layout.coord[element][None], torch.full_like(source, -1))
+        none = torch.full((1, 1), -1)
+        return Plan(slots, {"all": inclusive(element[None] // size)}, Reads(none, none), canvas.rank, layout=layout)
+
     @staticmethod
     def _alone(canvas: Canvas, unknown: Bool[Tensor, "b E"], work: Int[Tensor, "w"]) -> bool:
         """Whether no row decides anything of a block in this step but its first element."""
         rank = torch.where(unknown, canvas.rank, INF)[:, work]
         rest = rank[:, 1:].amin(1) if len(work) > 1 else INF
         return bool(((rank[:, 0] < rest) | (rank.amin(1) == INF)).all())
+
+
+def shared_rows(x: Int[Tensor, "b n"]) -> Int[Tensor, "#b n"]:
+    """One row where all are alike: labels that the batch shares are cheaper."""
+    return x[:1] if bool((x == x[:1]).all()) else x
 
 
 class AnyOrder(Factorization):

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from seriatim.canvas import Canvas
 from seriatim.decoding.guess import Guess
-from seriatim.factorization.static import Blocks
-from seriatim.plan import MASK, VALUE, OrderError, Plan, Reads, Slots
-from seriatim.view import INF, inclusive
+from seriatim.factorization.static import Blocks, shared_rows
+from seriatim.plan import MASK, OrderError, Plan
 
 
 class VaryingBlocks(Blocks):
@@ -26,7 +25,7 @@ class VaryingBlocks(Blocks):
         super().__init__(size, "any", source)
 
     def block(self, canvas: Canvas) -> Int[Tensor, "#b E"]:
-        rank = _shared(canvas.rank)
+        rank = shared_rows(canvas.rank)
         highest = rank.cummax(1).values
         if bool(((rank >= 0) & (rank < highest)).any()):
             raise OrderError("blocks stand one after another, and ranks fall along the line here")
@@ -36,42 +35,16 @@ class VaryingBlocks(Blocks):
         inside = torch.arange(rank.shape[1]) // self.size
         return torch.where(prompt.bool(), inside, before + begins.long().cumsum(1) - 1)
 
+    def fill(self, canvas: Canvas, cached: int | Tensor, most: int, leave: int = 0) -> Plan | None:
+        """Nothing: where blocks begin is told on the canvas."""
+        return None
+
     def step(self, canvas: Canvas, guess: Guess | None, cached: int | Tensor) -> Plan | None:
         if canvas.done:
             return None
         if guess is not None:
             raise OrderError("blocks decided in any order verify no drafts")
-        layout, unknown, block = canvas.layout, canvas.open, self.block(canvas).expand(canvas.batch, -1)
-        held = torch.as_tensor(cached).reshape(-1, 1).expand(canvas.batch, 1)
-        now = torch.where(unknown, block, INF).amin(1, keepdim=True)
-        at_work = now < INF
-        first = torch.where(at_work, (block < now).sum(1, keepdim=True), held)
-        end = torch.where(at_work, (block <= now).sum(1, keepdim=True), held)
-        if bool((held > first).any()):
-            raise OrderError(
-                "an element of a finished block is unknown again, but the cache holds it: blocks that are finished "
-                "stay so (remask within the block at work, or decode without a cache)"
-            )
-        slot = torch.arange(int((end - held).max()))[None]
-        element = torch.where(held + slot < end, held + slot, -1)
-        open_ = unknown.gather(1, element.clamp(min=0)) & (element >= 0)
-        start = int(torch.where(open_, slot, INF).amin())  # no row reads before it
-        read = torch.where(open_, element, -1)[:, start:]
-        source, at = torch.where(open_, self.source, VALUE), torch.where(open_, slot, -1)[:, start:]
-        kept = torch.where(slot < first - held, slot, -1)[:, : int((first - held).max())]
-        element, kept = _shared(element), _shared(kept)
-        view = inclusive(_shared(block.gather(1, element.clamp(min=0).expand(canvas.batch, -1))))
-        if bool((element < 0).any()):
-            view = view.narrow(lane=torch.where(element < 0, -1, 0))
-        slots = Slots(element[..., None], source, layout.coord[element.clamp(min=0)], torch.full_like(source, -1))
-        turn = canvas.rank.masked_fill(unknown, -1).amax(1, keepdim=True) + 1
-        rank = torch.where(unknown, turn, -1)
-        return Plan(slots, {"all": view}, Reads(at, read), rank, layout=layout, kept=kept)
-
-
-def _shared(x: Int[Tensor, "b n"]) -> Int[Tensor, "#b n"]:
-    """One row where all are alike: labels that the batch shares are cheaper."""
-    return x[:1] if bool((x == x[:1]).all()) else x
+        return self._ragged(canvas, cached)
 
 
 def in_blocks(lengths: Int[Tensor, "b k"], size: int, start: int = 0) -> Int[Tensor, "b E"]:

@@ -1,7 +1,7 @@
 """The released weights of ARFlow (Hui et al. 2025; Hub `MudeHui/ARFlow-Weights`) in our parts.
 
 What they generate are latents of the Stable Diffusion autoencoder (8 x 8 pixels, 4 numbers, times 0.18215) in patches
-of 2 x 2, which is not among them. A vector holds a patch row by row, its channels last. The second half of what the
+of 2 x 2 (`interop.sd_vae`). A vector holds a patch row by row, its channels last. The second half of what the
 network says, which nothing reads, is left out.
 """
 
@@ -20,6 +20,7 @@ from seriatim.conditions.condition import ClassCondition
 from seriatim.embed import VectorEmbed
 from seriatim.factorization.trajectory import Trajectory
 from seriatim.heads.in_place import InPlaceHead, Straight
+from seriatim.interop.pickled import read_pickled
 from seriatim.layout import grid
 from seriatim.objectives.denoised import Falling, Uniform
 
@@ -37,24 +38,31 @@ INSIDE = {
 }  # fmt: skip
 
 
+def is_arflow(weights: Mapping[str, Tensor]) -> bool:
+    return {"blocks.0.attn.gt_proj.weight", "x_embedder.proj.weight", "pos_embed"} <= weights.keys()
+
+
+def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """side, channels, patch, classes, width, depth and heads of released weights."""
+    width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+    return {
+        "side": math.isqrt(weights["pos_embed"].shape[1]), "channels": channels, "patch": patch,
+        "classes": len(weights["y_embedder.embedding_table.weight"]) - 1, "width": width,
+        "depth": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        "heads": len(weights["blocks.0.attn.gt_proj.weight"]),
+    }  # fmt: skip
+
+
 def read_arflow(path: str | Path, guide_all: bool = False) -> Falling:
     """The model of a released file. guide_all: whether guidance is of all channels of a latent, rather than of the
     first three. Raises ValueError where its weights are not those of ARFlow."""
-    file = torch.load(path, map_location="cpu", weights_only=True)
-    return arflow_of(file.get("ema", file), guide_all)
+    return arflow_of(read_pickled(path), guide_all)
 
 
-def arflow_of(weights: Mapping[str, Tensor], guide_all: bool = False) -> Falling:
-    """The model of released weights, in evaluation mode. Raises ValueError where these are no weights of ARFlow."""
-    try:
-        width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
-        heads = len(weights["blocks.0.attn.gt_proj.weight"])
-        side = math.isqrt(weights["pos_embed"].shape[1])
-        classes = len(weights["y_embedder.embedding_table.weight"]) - 1
-        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-        named = _renamed(weights, depth, channels, side)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"these are no weights of ARFlow ({error})") from None
+def model_of(
+    side: int, channels: int, patch: int, classes: int, width: int, depth: int, heads: int, guide_all: bool = False
+) -> Falling:
+    """A model in the form that was released, with fresh weights."""
     dim = channels * patch * patch
     backbone = Chunked(
         ChunkedConfig(
@@ -63,17 +71,33 @@ def arflow_of(weights: Mapping[str, Tensor], guide_all: bool = False) -> Falling
         )
     )  # fmt: skip
     guided = None if guide_all else torch.arange(dim) % channels < GUIDED
-    model = Falling(
+    return Falling(
         grid(side, side), Trajectory(side**2), VectorEmbed(dim, width, positions=(side, side), start=False), backbone,
         InPlaceHead(width, dim, Straight(), "velocity", guided), {"class": ClassCondition(classes, width)},
         clock=NoiseClock(width, begin=1.0, length=-1.0), times=Uniform(),
     )  # fmt: skip
+
+
+def arflow_of(weights: Mapping[str, Tensor], guide_all: bool = False) -> Falling:
+    """The model of released weights, in evaluation mode. Raises ValueError where these are no weights of ARFlow."""
+    try:
+        sizes = sizes_of(weights)
+        named = named_arflow(weights)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"these are no weights of ARFlow ({error})") from None
+    model = model_of(**sizes, guide_all=guide_all)
     wanted = {name: x.shape for name, x in model.state_dict().items()}
     if {name: x.shape for name, x in named.items()} != wanted:
         wrong = sorted(set(named) ^ set(wanted)) or [n for n, s in wanted.items() if named[n].shape != s]
         raise ValueError(f"these are no weights of ARFlow: {', '.join(wrong[:5])}")
     model.load_state_dict(named)
     return model.eval().requires_grad_(False)
+
+
+def named_arflow(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Released weights by our names. Unknown ones keep theirs, and are refused by who loads them."""
+    sizes = sizes_of(weights)
+    return _renamed(weights, sizes["depth"], sizes["channels"], sizes["side"])
 
 
 def _renamed(weights: Mapping[str, Tensor], depth: int, channels: int, side: int) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ def kl_of(weights: Mapping[str, Tensor], grid: int) -> tuple[KLConfig, dict[str,
     first = weights["encoder.conv_in.weight"]
     config = KLConfig(
         side=grid * 2**halvings, channels=first.shape[1], dim=weights["post_quant_conv.weight"].shape[1],
-        body="residual", width=len(first), halvings=halvings, attends=False,
+        body="residual", width=len(first), halvings=halvings, attends="encoder",
     )  # fmt: skip
     used = {
         name: x for name, x in weights.items()

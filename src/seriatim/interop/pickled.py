@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 WITHIN = ("model_ema", "ema", "model", "state_dict", "trainer", "var_wo_ddp")  # what weights are kept under
@@ -45,3 +47,11 @@ def weights_within(file: Any, path: str | Path) -> dict[str, Tensor]:
     if not isinstance(file, Mapping) or not any(isinstance(x, Tensor) for x in file.values()):
         raise ValueError(f"{path} holds no weights by name")
     return {str(name): x for name, x in file.items() if isinstance(x, Tensor)}
+
+
+def read_safe(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name. Raises ValueError for one that is cut short."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}); it may have been cut short") from None

@@ -17,8 +17,8 @@ def body_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     keys and values are convolutions of their own, they become one."""
     levels = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.down."))
     ours = {"quant_conv": "encoder.to_code", "post_quant_conv": "decoder.from_code"}
-    attends = any(name.startswith(f"decoder.up.{levels - 1}.attn.") for name in weights)
-    for side, names in (("encoder", encoder_names(levels)), ("decoder", decoder_names(levels, attends))):
+    down, up = (any(n.startswith(f"{p}.{levels - 1}.attn.") for n in weights) for p in ("encoder.down", "decoder.up"))
+    for side, names in (("encoder", encoder_names(levels, down)), ("decoder", decoder_names(levels, up))):
         ours |= {f"{side}.{theirs}": f"{side}.layers.{i}" for i, theirs in enumerate(names) if theirs}
     out: dict[str, Tensor] = {}
     for name, x in weights.items():
@@ -32,19 +32,20 @@ def body_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def encoder_names(levels: int) -> list[str]:
-    """The published name of each of our layers ("": without weights)."""
+def encoder_names(levels: int, attends: bool = True) -> list[str]:
+    """The published name of each of our layers ("": without weights); attends: whether blocks of the lowest resolution
+    do."""
     names = ["conv_in"]
     for i in range(levels):
         lowest = i == levels - 1
         for j in range(BLOCKS):
-            names += [f"down.{i}.block.{j}"] + [f"down.{i}.attn.{j}"] * lowest
+            names += [f"down.{i}.block.{j}"] + [f"down.{i}.attn.{j}"] * (attends and lowest)
         names += [f"down.{i}.downsample.conv"] * (not lowest)
     return [*names, "mid.block_1", "mid.attn_1", "mid.block_2", "norm_out", "", "conv_out"]
 
 
 def decoder_names(levels: int, attends: bool = True) -> list[str]:
-    """The same of the decoder; attends: whether blocks of the lowest resolution do."""
+    """The same of the decoder."""
     names = ["conv_in", "mid.block_1", "mid.attn_1", "mid.block_2"]
     for i in reversed(range(levels)):
         for j in range(BLOCKS + 1):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ def xar_of(weights: Mapping[str, Tensor], cells_a_side: int = 2, heads: int | No
 def named_xar(weights: Mapping[str, Tensor], model: Denoising) -> dict[str, Tensor]:
     """Released weights by our names, in the order of this model's elements. Unknown ones keep their names, and are
     refused by who loads them."""
-    config = model.backbone.config
+    config: Any = model.backbone.config
     order = model.factorization.of(model.layout).argsort(stable=True)
     return _ours(weights, order, config.heads, config.width // config.heads // 4)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seriatim.canvas import DELETED, Canvas, Grow, Truncate
+from seriatim.decoding.draft import Drafting
 from seriatim.decoding.guess import Guess
 from seriatim.decoding.loop import Decider, Step, decode, select_rows
 from seriatim.layout import Segment, line
@@ -18,9 +19,10 @@ from seriatim.random import Random
 from seriatim.serving.compaction import compacted
 from seriatim.serving.request import Piece, Request
 from seriatim.serving.rows import RowConstraint, RowKeyed, RowPenalties, RowWarper
-from seriatim.systems.decoders import decoder_of
+from seriatim.systems.decoders import Decoding, decoder_of
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.system import Sampling
+from seriatim.systems.text_system import TextSystem
 
 LEAST = 256  # elements of a canvas; it is doubled where a text needs more
 
@@ -40,6 +42,14 @@ class Ready:
         return len(self.request.prompt) + self.request.max_new_tokens
 
 
+def way_of(system: TextSystem, decoder: str) -> Decoding:
+    """A way to decode by its name, "own" that of the system, whatever is asked of single rows. Raises ValueError where
+    there is none."""
+    if decoder == "own" and not isinstance(system, LanguageModel):
+        return Decoding(system.decider(system.sampling), system.proposer(system.sampling))
+    return decoder_of(system, "ancestral" if decoder == "own" else decoder, Sampling(), system.stop)
+
+
 class Overhearing:
     """A decider whose last rows can be looked at."""
 
@@ -57,18 +67,23 @@ class Batch:
     """All texts that one decoder writes at present.
 
     Raises ValueError for decoders that take back what they decided, or keep several versions of a text: nothing could
-    be given out before the end.
+    be given out before the end; and for orders whose rows have to go together.
     """
 
-    def __init__(self, system: LanguageModel, decoder: str, rows: int):
+    def __init__(self, system: TextSystem, decoder: str, rows: int):
         self.system, self.most = system, rows
-        way = decoder_of(system, decoder, Sampling(), system.stop)
+        way = way_of(system, decoder)
         if getattr(way.decider, "redraws", False):
             raise ValueError(f"{decoder} may take back what it decided, so that nothing can be streamed: leave it out")
+        if getattr(system.model.factorization, "shift", False) or way.block is not None:
+            raise ValueError(f"rows of {system.meta.key} by {decoder} go together, block by block: they cannot join")
         self.decider, self.proposer = Overhearing(way.decider), way.proposer
         self.reads_prompt = bool(getattr(way.proposer, "reads_prompt", False))
-        self.more = dict(way.target)
+        self.more, self.stop = dict(way.target), torch.tensor(system.stop, dtype=torch.long)
         self.warp, self.penalties, self.random = RowWarper(), RowPenalties(), RowKeyed()
+        if isinstance(way.proposer, Drafting):
+            draft = way.proposer.draft  # sampled as the row is that it is for
+            draft.warp, draft.shapers = self.warp, (self.penalties,)
         vocab = getattr(system.model.heads["token"], "vocab", 0) or 0
         self.constraint = RowConstraint(vocab)
         self.clear()
@@ -132,7 +147,14 @@ class Batch:
         for b, row in enumerate(come):
             value[b, : len(row.request.prompt)] = torch.tensor(row.request.prompt)
         names = torch.tensor([row.number for row in come])
-        canvas = self.system.model.canvas({"token": value}, known, row=names, layout=line(size))
+        if isinstance(self.system, LanguageModel):
+            canvas = self.system.model.canvas({"token": value}, known, row=names, layout=line(size))
+        else:  # in the order in which the system would write each of them
+            rank = torch.zeros(len(come), size, dtype=torch.long)
+            for b, row in enumerate(come):
+                alone = self.system.begun(row.request.prompt, row.request.max_new_tokens).rank[0]
+                rank[b, : len(alone)], rank[b, len(alone) :] = alone, alone[-1]
+            canvas = Canvas(line(size), {"token": value}, known, rank, names)
         canvas.apply([Truncate(torch.tensor([row.size for row in come]))])
         return canvas
 
@@ -174,10 +196,12 @@ class Batch:
             raise RuntimeError("nothing is left to decide, and rows were told to go on")
         canvas = self.canvas
         held = canvas.lengths()
-        count = held - self.told
-        at = self.told[:, None] + torch.arange(max(int(count.max()), 1))
-        ids = canvas.value["token"].gather(1, at.clamp(max=canvas.layout.size - 1)).tolist()
-        ended = (~canvas.open.any(1)).tolist()
+        at = self.told[:, None] + torch.arange(max(int((held - self.told).max()), 1))
+        new = canvas.value["token"].gather(1, at.clamp(max=canvas.layout.size - 1)).cpu()
+        stops = torch.isin(new, self.stop) & (at < held[:, None])  # what stands behind an end may yet go
+        first = torch.where(stops, torch.arange(new.shape[1]), new.shape[1]).amin(1) + 1
+        count, ids = torch.minimum(held - self.told, first), new.tolist()
+        ended = (~canvas.open.any(1) | stops.any(1)).tolist()
         accepted = torch.as_tensor(step.accepted).expand(len(ids)).tolist()
         scored = self._scores(step, ids, count.tolist())
         self.told, stop = held, self.system.stop

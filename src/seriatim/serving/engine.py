@@ -21,6 +21,7 @@ from seriatim.serving.batch import Batch, Ready
 from seriatim.serving.prefixes import Prefixes
 from seriatim.serving.request import Full, Piece, Request
 from seriatim.systems.language_model import LanguageModel
+from seriatim.systems.text_system import TextSystem
 
 CHUNK = 512  # slots of a prompt that are read at once where nothing waits for it
 LEAST_CHUNK = 16
@@ -36,22 +37,23 @@ COUNTS = (
 class Reading:
     """A prompt that is read part by part."""
 
-    def __init__(self, system: LanguageModel, ready: Ready, prefixes: Prefixes):
+    def __init__(self, system: TextSystem, ready: Ready, prefixes: Prefixes):
         self.system, self.ready = system, ready
         prompt = list(ready.request.prompt)
         self.canvas = system.model.canvas(
             {"token": torch.tensor([[*prompt, 0]])}, len(prompt), layout=line(len(prompt) + 1)
         )
-        room = len(prompt) + 1 + system._prefix
-        self.cache, self.reused = prefixes.find(prompt, room, system._prefix)
+        prefix = int(getattr(system.model.factorization, "prefix", 0))
+        room = len(prompt) + 1 + prefix
+        self.cache, self.reused = prefixes.find(prompt, room, prefix)
         if self.cache is None:
             self.cache = system.model.new_cache(1, room)
         self.condition = system.model.encode(None)
 
     @property
     def done(self) -> bool:
-        """Was all read but the last token, which the first step reads?"""
-        return int(self.cache.length) >= self.system._prefix + len(self.ready.request.prompt) - 1
+        """Was all read that can be before the first step?"""
+        return self.system.model.factorization.fill(self.canvas, self.cache.length, 1, 0) is None
 
     def read(self, slots: int) -> int:
         """Read so many slots more, or what is left; how many were read."""
@@ -65,7 +67,8 @@ class Reading:
 
 
 class Engine:
-    """A `TextEngine` over one next-token model.
+    """A `TextEngine` over one model of texts: a next-token model, or one that writes block after block or in any order,
+    whose tokens are given out as far as they are known from the front.
 
     decoders: names as of `decoder_of`, one batch each; sink: takes the pieces of each step; rows: texts in flight;
     queue: requests that may wait; memory: bytes for keys and values (None: half of what is free), a quarter of it for
@@ -74,7 +77,7 @@ class Engine:
     """
 
     def __init__(
-        self, system: LanguageModel, decoders: Sequence[str], sink: Callable[[Sequence[Piece]], None], *,
+        self, system: TextSystem, decoders: Sequence[str], sink: Callable[[Sequence[Piece]], None], *,
         rows: int = 32, queue: int = 256, memory: float | None = None, length: int | None = None,
     ):  # fmt: skip
         if rows < 1 or queue < 0 or not decoders:
@@ -129,6 +132,8 @@ class Engine:
             )
         if request.decoder is not None and request.decoder not in self.decoders:
             raise ValueError(f"there is no decoder {request.decoder!r} here; there is {', '.join(self.decoders)}")
+        if not isinstance(self.system, LanguageModel) and (request.grammar is not None or request.logprobs is not None):
+            raise ValueError("grammars and log-probabilities are those of next-token models")
         if s.guidance or s.keep_tokens or not s.suppress.neutral:
             raise ValueError("guidance and tokens that are suppressed or kept are settings of whole batches")
         if self._bytes(1, prompt + new) > self.memory:
@@ -304,6 +309,9 @@ class Engine:
         self.counts["tokens"] += sum(len(p.ids) for p in pieces)
         self.counts["accepted"] += sum(p.accepted for p in pieces)
         self.counts["finished"] += len(self._over[name])
+        if len(self._over[name]) == len(batch.rows):
+            batch.clear()
+            self._over[name] = set()
         return pieces
 
 
@@ -311,7 +319,7 @@ def _average(before: float, now: float) -> float:
     return now if not before else before + SMOOTH * (now - before)
 
 
-def _bytes_of_a_column(system: LanguageModel) -> float:
+def _bytes_of_a_column(system: TextSystem) -> float:
     """What a token takes in a cache; 1 where that does not grow with the length."""
     cache = system.model.new_cache(1, 1)
     buffer = getattr(cache, "buffer", None)

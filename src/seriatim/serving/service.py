@@ -14,6 +14,7 @@ from seriatim.serving.pictures import Easel, ImageModel
 from seriatim.serving.texts import Make, TextModel
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.language_model import LanguageModel
+from seriatim.systems.masked_text import MaskedText
 from seriatim.systems.system import System
 
 THREADS = 4  # for chat templates, long prompts and grammars
@@ -66,13 +67,14 @@ class Service:
 
     def _opened(self, name: str, source: Callable[[], System]) -> TextModel | ImageModel:
         system = source()
-        if isinstance(system, LanguageModel):
-            return TextModel(name, system, self.make, self.decoders, self.metrics, self.limits, LOG.error)
+        if isinstance(system, LanguageModel | MaskedText):
+            decoders = self.decoders if isinstance(system, LanguageModel) else ("own",)
+            return TextModel(name, system, self.make, decoders, self.metrics, self.limits, LOG.error)
         if isinstance(system, ImageSystem):
             return ImageModel(name, system, self.easel, self.metrics, self.limits, LOG.error)
         raise ValueError(
-            f"{name} is {system.meta.key}, which cannot be served yet: give next-token models of text, or systems of "
-            "pictures"
+            f"{name} is {system.meta.key}, which cannot be served yet: give next-token or masked models of text, or "
+            "systems of pictures"
         )
 
     async def close(self, seconds: float | None = None) -> None:

@@ -14,11 +14,11 @@ from seriatim.serving.limits import Limits, Refused, closing, full, too_late
 from seriatim.serving.metrics import Metrics
 from seriatim.serving.request import Full, Piece, Request, TextEngine
 from seriatim.systems.generation import Watch
-from seriatim.systems.language_model import LanguageModel
+from seriatim.systems.text_system import TextSystem
 
 WINDOW = 10.0  # seconds over which a speed is an average
 
-Make = Callable[[LanguageModel, Sequence[str], Callable[[Sequence[Piece]], None]], TextEngine]
+Make = Callable[[TextSystem, Sequence[str], Callable[[Sequence[Piece]], None]], TextEngine]
 
 
 @dataclass
@@ -173,7 +173,7 @@ class TextModel:
     kind = "text"
 
     def __init__(
-        self, name: str, system: LanguageModel, make: Make, decoders: Sequence[str], metrics: Metrics,
+        self, name: str, system: TextSystem, make: Make, decoders: Sequence[str], metrics: Metrics,
         limits: Limits, log: Callable[[str], None],
     ):  # fmt: skip
         if system.tokenizer is None:

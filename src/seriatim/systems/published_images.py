@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seriatim.interop import acdit as acdit_files
+from seriatim.interop import arflow as arflow_files
 from seriatim.interop import flexvar as flex_files
 from seriatim.interop import hmar as hmar_files
-from seriatim.interop import llamagen
+from seriatim.interop import llamagen, sd_vae
 from seriatim.interop import m_var as mvar_files
 from seriatim.interop import mar as mar_files
 from seriatim.interop import nar as nar_files
 from seriatim.interop import var as var_files
 from seriatim.interop import xar as xar_files
-from seriatim.interop.pickled import read_pickled
-from seriatim.systems.image import flexvar, hmar, m_var, mar, nar, raster_ar, sar, xar
+from seriatim.interop.pickled import read_pickled, read_safe
+from seriatim.systems.image import acdit, arflow, flexvar, hmar, m_var, mar, nar, raster_ar, sar, xar
 from seriatim.systems.image.var import VAR, Config
 from seriatim.systems.system import Sampling, System
 from seriatim.tokenizers.flexible import FlexTokenizer
@@ -40,7 +43,7 @@ def load_published_images(path: Path) -> System:
         raise ValueError(f"{path} is the tokenizer of VAR: load the generator beside it, such as var_d16.pth")
     if llamagen.is_llamagen_tokenizer(weights):
         raise ValueError(f"{path} is a tokenizer of LlamaGen: load the generator beside it, such as c2i_B_256.pt")
-    if mar_files.is_kl(weights):
+    if mar_files.is_kl(weights) or sd_vae.is_sd_vae(weights):
         raise ValueError(f"{path} is an autoencoder: load the generator beside it, such as checkpoint-last.pth of MAR")
     names = ", ".join(sorted(weights)[:3])
     raise ValueError(f"{path} holds weights of something that is not read here ({names}, ...)")
@@ -152,6 +155,39 @@ def _xar(weights: Mapping[str, Tensor], path: Path) -> System:
     return system
 
 
+def _acdit(weights: Mapping[str, Tensor], path: Path) -> System:
+    """ACDiT-XL and H of pictures: 25 steps of each block. Raises ValueError for those of videos."""
+    shape = acdit_files.shape_of(asked := acdit_files.asked(path))
+    if shape["frames"] > 1 or shape["split"] not in (None, (1, 1)):
+        raise ValueError(f"{path} generates latents of videos: seriatim.interop.acdit.read_acdit reads its model")
+    block = math.isqrt(shape["block"])
+    config = acdit.Config(side=shape["side"], block=(block, block), form="released", **acdit_files.sizes_of(weights))
+    system = acdit.ACDiT(config, _stable(path, asked["image_size"], asked["patch_size"]))
+    _fill(system.model, acdit_files.named_acdit(weights), path)
+    system.sampling = Sampling(guidance=0.5, steps=25)  # type: ignore[misc]
+    return system
+
+
+def _arflow(weights: Mapping[str, Tensor], path: Path) -> System:
+    """ARFlow B to XL: 250 steps, guidance of three channels of four."""
+    sizes = arflow_files.sizes_of(weights)
+    patch = sizes.pop("patch")
+    config = arflow.Config(dim=sizes["channels"] * patch**2, form="released", **sizes)  # type: ignore[arg-type]
+    system = arflow.ARFlow(config, _stable(path, 8 * patch * sizes["side"], patch))
+    _fill(system.model, arflow_files.named_arflow(weights), path)
+    system.sampling = Sampling(guidance=3.5, steps=250)  # type: ignore[misc]
+    return system
+
+
+def _stable(path: Path, side: int, patch: int) -> KLTokenizer:
+    """The autoencoder of Stable Diffusion beside the file of a generator."""
+    found = _beside(path, sd_vae.is_sd_vae, "diffusion_pytorch_model.safetensors")
+    config, named = sd_vae.sd_vae_of(found, side, patch)
+    tokenizer = KLTokenizer(config)
+    _fill(tokenizer, named, path, ("picture_loss", "sums"))
+    return tokenizer.eval()
+
+
 def _kl16(path: Path, grid: int) -> KLTokenizer:
     """The autoencoder of MAR beside the file of a generator."""
     config, named = mar_files.kl_of(_beside(path, mar_files.is_kl, "kl16.ckpt"), grid)
@@ -170,15 +206,18 @@ READERS: tuple[Reader, ...] = (
     (llamagen.is_llamagen, _llamagen),
     (mar_files.is_mar, _mar),
     (xar_files.is_xar, _xar),
+    (acdit_files.is_acdit, _acdit),
+    (arflow_files.is_arflow, _arflow),
 )
 
 
 def _beside(path: Path, known: Callable[[Mapping[str, Tensor]], bool], usual: str) -> dict[str, Tensor]:
     """The weights of the tokenizer that stands in the folder of a file: under its usual name, or the only other one."""
-    others = [p for p in sorted(path.parent.iterdir()) if p.suffix in SUFFIXES and p.name != path.name]
+    kinds = (*SUFFIXES, ".safetensors")
+    others = [p for p in sorted(path.parent.iterdir()) if p.suffix in kinds and p.name != path.name]
     named = [p for p in others if p.name == usual] or others
     for other in named if len(named) < 4 else ():
-        weights = read_pickled(other)
+        weights = read_safe(other) if other.suffix == ".safetensors" else read_pickled(other)
         if known(weights):
             return weights
     raise FileNotFoundError(f"{path} needs its tokenizer beside it: put {usual} into {path.parent}")

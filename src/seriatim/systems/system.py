@@ -34,7 +34,8 @@ class Sampling:
     """How to sample: temperature and filters, guidance, and decoding steps where the order leaves a choice (None: the
     system's own); ids that are not written, or not as the first new one (`Suppress`), and those of a prompt that
     guidance leaves visible (`Branch.keep`). Of pictures, where a system draws others than it was trained on: size
-    (width, height) in pixels, and the sizes of all maps of a pyramid, coarse to fine (`scales`)."""
+    (width, height) in pixels, the sizes of all maps of a pyramid, coarse to fine (`scales`), and, where that was
+    learned, how many layers its fine scales run (`depth`)."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -48,6 +49,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     size: tuple[int, int] | None = None
     scales: tuple[int | tuple[int, int], ...] | None = None
+    depth: int | None = None
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
     keep_tokens: tuple[int, ...] = ()
@@ -178,7 +180,10 @@ class System(nn.Module):
     # ---- generation -------------------------------------------------------------------------------------------------
 
     def target(self, condition: Mapping[str, Tensor] | None, sampling: Sampling, **more: Any) -> Target:
-        """The law that is sampled; `more`: further arguments of `Target`."""
+        """The law that is sampled; `more`: further arguments of `Target`. Raises ValueError for a number of layers
+        where all are needed."""
+        if sampling.depth is not None:
+            raise ValueError(f"{self.meta.key} runs all of its layers at every step: leave the depth out")
         said = {"shapers": sampling.shapers, "suppress": sampling.suppress, **more}
         return Target(self.model, condition, self.guidance(sampling), sampling.warp, **said)
 

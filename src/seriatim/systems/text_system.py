@@ -246,6 +246,10 @@ class TextSystem(System):
 
     # ---- prompts ----------------------------------------------------------------------------------------------------
 
+    def prompt_ids(self, text: str) -> list[int]:
+        """A prompt as ids."""
+        return self.tokenizer.encode(text)
+
     def asked(self, prompt: str | Sequence[int]) -> TextSystem:
         """The system for which a decoder of this prompt is made: itself, where it reads prompts on the canvas."""
         return self

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Body = Literal["plain", "residual"]
+Attends = Literal["lowest", "encoder", "middle"]  # blocks of the lowest resolution, those of the encoder, or neither
 
 MULTIPLIERS = {0: (1,), 1: (1, 2), 2: (1, 2, 4), 3: (1, 2, 2, 4), 4: (1, 1, 2, 2, 4), 5: (1, 1, 2, 2, 4, 4)}
 """Widths of the residual body, finest resolution first, by how often a side is halved: f4, f8 and f16 as published."""
@@ -127,7 +128,8 @@ class ResidualEncoder(nn.Module):
     resolution, GroupNorm of 32 groups; then the convolution to the code (1x1 from `inner` channels in VQGAN and
     LlamaGen, 3x3 from as many as the code has in VAR).
 
-    multipliers: width of each resolution over `width`, finest first; a side is halved between two of them.
+    multipliers: width of each resolution over `width`, finest first; a side is halved between two of them. attends:
+    whether blocks of the lowest resolution do, not only the middle.
     """
 
     def __init__(
@@ -139,13 +141,14 @@ class ResidualEncoder(nn.Module):
         blocks: int = 2,
         inner: int = 256,
         kernel: int = 1,
+        attends: bool = True,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1)]
         now = width
         for i, multiplier in enumerate(multipliers):
             lowest = i == len(multipliers) - 1
-            layers += _level(now, width * multiplier, blocks, attention=lowest)
+            layers += _level(now, width * multiplier, blocks, attention=attends and lowest)
             now = width * multiplier
             if not lowest:
                 layers.append(Halve(now))
@@ -217,20 +220,22 @@ def conv_body(
     inner: int,
     kernel: int,
     moments: int = 1,
-    attends: bool = True,
+    attends: Attends = "lowest",
+    multipliers: Sequence[int] | None = None,
 ) -> tuple[ConvEncoder | ResidualEncoder, ConvDecoder | ResidualDecoder]:
     """Encoder (channels -> moments * dim) and decoder (dim -> channels) of a body.
 
     inner, kernel: of the convolution between the residual body and the code; the plain body has none. moments: 2 where
-    the encoder gives a mean and a variance; attends: of the residual decoder. Raises ValueError for a body that cannot
-    be built.
+    the encoder gives a mean and a variance; attends, multipliers: of the residual body (None: `MULTIPLIERS`). Raises
+    ValueError for a body that cannot be built.
     """
     check_body(body, width, halvings)
     if body == "plain":
         return ConvEncoder(channels, width, moments * dim, halvings), ConvDecoder(channels, width, dim, halvings)
-    shape = MULTIPLIERS[halvings]
-    encoder = ResidualEncoder(channels, width, moments * dim, shape, inner=moments * inner, kernel=kernel)
-    return encoder, ResidualDecoder(channels, width, dim, shape, inner=inner, kernel=kernel, attends=attends)
+    shape, sizes = multipliers or MULTIPLIERS[halvings], {"kernel": kernel, "attends": attends != "middle"}
+    encoder = ResidualEncoder(channels, width, moments * dim, shape, inner=moments * inner, **sizes)  # type: ignore[arg-type]
+    sizes["attends"] = attends == "lowest"
+    return encoder, ResidualDecoder(channels, width, dim, shape, inner=inner, **sizes)  # type: ignore[arg-type]
 
 
 def map_to_rows(latent: Float[Tensor, "b d h w"]) -> Float[Tensor, "b h*w d"]:

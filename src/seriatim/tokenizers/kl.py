@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from seriatim.tokenizers.base import check_codes, check_pictures
 from seriatim.tokenizers.codebook import same_everywhere
-from seriatim.tokenizers.conv import Body, check_body, conv_body, map_to_rows, rows_to_map
+from seriatim.tokenizers.conv import Attends, Body, check_body, conv_body, map_to_rows, rows_to_map
 from seriatim.tokenizers.losses import LossConfig, PictureLoss
 
 MEASURED = 0.05  # the last share of the steps, over which the latents' variance is measured
@@ -27,7 +27,8 @@ class KLConfig(LossConfig):
     """The shape of a tokenizer and how it is trained; the defaults suit 32x32 glyphs (8x8 latents of 8 numbers).
 
     kl_weight: of the sum of KL terms of a picture over the number of its pixel values, beside their mean error.
-    attends: whether the residual decoder attends at its lowest resolution, as its encoder does (that of MAR does not).
+    attends, multipliers: of the residual body (`conv_body`; none: as usual); that of MAR attends in its encoder, that
+    of Stable Diffusion in the middle only. patch: so many rows and columns of latents are one vector, row by row.
     """
 
     side: int = 32
@@ -37,15 +38,25 @@ class KLConfig(LossConfig):
     body: Body = "plain"
     width: int = 64
     halvings: int = 2
-    attends: bool = True
+    attends: Attends = "lowest"
+    multipliers: tuple[int, ...] = ()
+    patch: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))  # JSON knows lists only
         check_body(self.body, self.width, self.halvings)
         self.check_loss()
-        if self.side < 1 or self.side % 2**self.halvings:
+        if self.attends not in get_args(Attends):
+            raise ValueError(f"attends is one of {', '.join(get_args(Attends))}, got {self.attends!r}")
+        if self.multipliers and len(self.multipliers) != self.halvings + 1:
             raise ValueError(
-                f"a side of {self.side} pixels cannot be halved {self.halvings} times: take a multiple of "
-                f"{2**self.halvings}"
+                f"{self.halvings} halvings leave {self.halvings + 1} widths, and {len(self.multipliers)} are given"
+            )
+        stride = 2**self.halvings * self.patch
+        if self.patch < 1 or self.side < 1 or self.side % stride:
+            raise ValueError(
+                f"a side of {self.side} pixels cannot be halved {self.halvings} times and cut into patches of "
+                f"{self.patch}: take a multiple of {stride}"
             )
         if min(self.dim, self.channels) < 1 or self.kl_weight < 0:
             raise ValueError("dim and channels are at least 1, kl_weight is not negative")
@@ -80,7 +91,7 @@ class Posterior:
 
 
 class KLTokenizer(nn.Module):
-    """Pictures in [-1, 1] <-> latents (n, rows * columns, dim) of about unit variance.
+    """Pictures in [-1, 1] <-> latents (n, rows * columns, dim) of about unit variance, a patch of them each.
 
     `scale` is one over the standard deviation of latents, measured over the end of training.
     """
@@ -96,7 +107,7 @@ class KLTokenizer(nn.Module):
         self.config = c = config
         self.encoder, self.decoder = conv_body(
             c.body, c.channels, c.width, c.dim, c.halvings, inner=c.dim, kernel=1, moments=2,
-            attends=c.attends,
+            attends=c.attends, multipliers=c.multipliers or None,
         )  # fmt: skip
         self.picture_loss = PictureLoss(c, c.channels, c.side)
         self.register_buffer("scale", torch.ones(()))
@@ -104,12 +115,23 @@ class KLTokenizer(nn.Module):
 
     side = property(lambda self: self.config.side)
     channels = property(lambda self: self.config.channels)
-    dim = property(lambda self: self.config.dim)
+    dim = property(lambda self: self.config.dim * self.config.patch**2)
 
     @property
     def grid(self) -> tuple[int, int]:
-        n = self.config.side // 2**self.config.halvings
+        n = self.config.side // 2**self.config.halvings // self.config.patch
         return n, n
+
+    def _rows(self, z: Float[Tensor, "b d h w"]) -> Float[Tensor, "b n d2"]:
+        """A map as vectors."""
+        p = self.config.patch
+        return map_to_rows(z.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3))
+
+    def _map(self, rows: Float[Tensor, "b n d2"]) -> Float[Tensor, "b d h w"]:
+        """Vectors as a map."""
+        p = self.config.patch
+        parts = rows_to_map(rows, self.grid).unflatten(1, (p, p, -1))  # row and column in the patch, channel
+        return parts.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
 
     def posterior(self, images: Float[Tensor, "b c h w"]) -> Posterior:
         """Mean and variance of each latent, not scaled."""
@@ -123,12 +145,12 @@ class KLTokenizer(nn.Module):
         """A sample of the latents where a generator is given, as generators are trained on; else their mean."""
         posterior = self.posterior(images)
         z = posterior.mean if generator is None else posterior.sample(generator)
-        return map_to_rows(z) * self.scale
+        return self._rows(z) * self.scale
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
         check_codes(latents, (math.prod(self.grid), self.dim), None)
-        return self.decoder(rows_to_map(latents / self.scale, self.grid)).clamp(-1, 1)
+        return self.decoder(self._map(latents / self.scale)).clamp(-1, 1)
 
     def loss(
         self, images: Float[Tensor, "b c h w"], step: int, steps: int, generator: torch.Generator

@@ -6,14 +6,15 @@ stand in one sequence under a skip-causal mask, and adaptive norms (time and cla
 that keys and values of the context depend neither on time nor on class.
 
 Departures from the released code: SwiGLU in place of GELU, no biases in layers; norms have no weights; rotary angles
-turn pairs of dimensions of one axis (there a dimension of one axis is paired with one of another).
+turn pairs of dimensions of one axis (there a dimension of one axis is paired with one of another). Its own form is
+`form="released"`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,6 +24,7 @@ from seriatim.embed import VectorEmbed
 from seriatim.factorization.cells import cells
 from seriatim.factorization.groups import Groups
 from seriatim.heads.in_place import InPlaceHead, Linear
+from seriatim.interop.acdit import model_of
 from seriatim.laws.case import Case, Unmasked, randomise
 from seriatim.model import Model
 from seriatim.objectives.denoised import Denoising, EachStep
@@ -48,7 +50,8 @@ META = Meta(
 class Config:
     """Sizes; the defaults suit 8x8 digits in patches of 2x2 pixels. `side`: vectors in a row; `dim`: numbers in each;
     mean, deviation: of the numbers that the tokenizer gives. block: rows and columns of vectors in a block;
-    train_steps: of the diffusion."""
+    train_steps: of the diffusion. form: "single", or "released" for the layers that were published, and square
+    blocks."""
 
     side: int = 4
     dim: int = 4
@@ -61,11 +64,16 @@ class Config:
     deviation: float = 1.0
     block: tuple[int, int] = (2, 2)
     train_steps: int = 1000
+    form: Literal["single", "released"] = "single"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", tuple(self.block))  # JSON knows lists only
         if len(self.block) != 2:
             raise ValueError(f"a block has rows and columns, as in (2, 2); got {self.block}")
+        if self.form not in ("single", "released"):
+            raise ValueError(f"form is single or released, got {self.form!r}")
+        if self.form == "released" and (self.block[0] != self.block[1] or self.train_steps != 1000):
+            raise ValueError("the released form has square blocks and 1,000 steps of training")
         if not self.deviation > 0:
             raise ValueError(f"the deviation is positive, got {self.deviation}")
 
@@ -73,6 +81,8 @@ class Config:
 def build(config: Config | None = None) -> Denoising:
     """The model, with fresh weights: it predicts no noise."""
     c = config or Config()
+    if c.form == "released":
+        return model_of(c.side, c.dim, c.classes, c.width, c.depth, c.heads, c.block[0] ** 2)
     order = Groups(cells(c.side, c.side, *c.block))
     embed = VectorEmbed(c.dim, c.width, start=False)
     head = silent(InPlaceHead(c.width, c.dim, Linear(c.train_steps), "noise"))

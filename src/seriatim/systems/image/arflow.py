@@ -7,11 +7,13 @@ pictures there is a gated state that does not grow (`backbones.chunked`): traine
 hundred and fifty steps.
 
 Departures from the released code: SwiGLU in place of GELU, norms by root mean square, no biases in layers, learned
-positions, time told in thousandths; gradients are clipped by their norm. A batch counts pictures, not sequences.
+positions, time told in thousandths; gradients are clipped by their norm. A batch counts pictures, not sequences. Its
+own form is `form="released"`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +36,7 @@ from seriatim.factorization.groups import Groups
 from seriatim.factorization.trajectory import Moments, Trajectory
 from seriatim.heads.categorical import CategoricalHead
 from seriatim.heads.in_place import InPlaceHead, Straight
+from seriatim.interop.arflow import model_of
 from seriatim.laws.case import Case, randomise
 from seriatim.layout import Layout, grid
 from seriatim.model import Model
@@ -64,7 +67,8 @@ class Config:
     mean, deviation: of the numbers that the tokenizer gives.
 
     pictures: in a sequence of training; with 1 it is a plain flow (SiT), and no step of sampling remembers another one.
-    context: which pictures these are, others of the "class", or the "same" one again, as in sampling.
+    context: which pictures these are, others of the "class", or the "same" one again, as in sampling. form: "single",
+    or "released" for the layers that were published, over latents of `channels` numbers.
     """
 
     side: int = 4
@@ -78,6 +82,8 @@ class Config:
     deviation: float = 1.0
     pictures: int = 5
     context: Literal["class", "same"] = "class"
+    form: Literal["single", "released"] = "single"
+    channels: int = 4
 
     def __post_init__(self) -> None:
         if self.pictures < 1 or self.context not in ("class", "same"):
@@ -85,6 +91,12 @@ class Config:
                 "a sequence has at least one picture, others of its class or the same again (context is class or "
                 f"same); got {self.pictures} and {self.context!r}"
             )
+        if self.form not in ("single", "released"):
+            raise ValueError(f"form is single or released, got {self.form!r}")
+        if self.form == "released" and (
+            self.pictures < 2 or math.isqrt(self.dim // self.channels) ** 2 * self.channels != self.dim
+        ):
+            raise ValueError(f"the released form sees several pictures, of square patches of {self.channels} numbers")
         if not self.deviation > 0:
             raise ValueError(f"the deviation is positive, got {self.deviation}")
 
@@ -92,6 +104,9 @@ class Config:
 def build(config: Config | None = None) -> Falling:
     """The model, with fresh weights: it says that nothing moves."""
     c = config or Config()
+    if c.form == "released":
+        patch = math.isqrt(c.dim // c.channels)
+        return model_of(c.side, c.channels, patch, c.classes, c.width, c.depth, c.heads)
     order = (Trajectory if c.pictures > 1 else Moments)(c.side**2)
     embed = VectorEmbed(c.dim, c.width, positions=(c.side, c.side), start=False)
     head = silent(InPlaceHead(c.width, c.dim, Straight(), "velocity"))

@@ -4,7 +4,7 @@ Autoregressive Modeling", Chen et al. 2025, arXiv 2511.16546).
 New in it: the coarse scales run all layers, the fine ones, which hold most of the tokens, some of the same layers only:
 late slots neither compute nor remember the others. One set of weights serves every depth of the fine scales, since
 training takes now all layers, now fewer, at first seldom and at last always (`seriatim train variant --from RUN`, a run
-of var). `VARiant.at` changes the depth of what is drawn.
+of var). `--depth N` and `VARiant.at` change the depth of what is drawn.
 
 The paper trains one depth at a time; here `depths` are drawn evenly where there are several. Its code is not public:
 shares of the phases follow its epochs.
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from seriatim.canvas import Canvas
+from seriatim.decoding.target import Target
 from seriatim.factorization.static import Scales
 from seriatim.laws.case import Case, Limit, randomise
 from seriatim.model import Model
@@ -32,6 +33,7 @@ from seriatim.systems.image import var
 from seriatim.systems.meta import Meta
 from seriatim.systems.pyramid_system import PyramidSystem, ResidualPyramid, one_scale
 from seriatim.systems.pyramid_trials import both_depths
+from seriatim.systems.system import Sampling
 from seriatim.tokenizers.multiscale import MultiScaleConfig, MultiScaleVQ
 from seriatim.training.recipe import Recipe
 
@@ -130,6 +132,12 @@ class VARiant(ResidualPyramid):
         model.factorization = Supernet(self.config.depth, self.config.by_scale(depth))
         made.__dict__["_modules"] = {**self._modules, "model": model}
         return made
+
+    def target(self, condition: Mapping[str, Tensor] | None, sampling: Sampling, **more: Any) -> Target:
+        """As of every system; `sampling.depth`: layers at fine scales (None: the first that it was trained for)."""
+        if sampling.depth is None:
+            return super().target(condition, sampling, **more)
+        return self.at(sampling.depth).target(condition, replace(sampling, depth=None), **more)
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
