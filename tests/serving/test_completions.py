@@ -172,3 +172,13 @@ async def test_two_models_are_served_by_their_names():
     alone = {name: system.generate(PROMPT, max_new_tokens=20, seed=5).text for name, system in systems.items()}
     assert {name: m.choices[0].text for name, m in made.items()} == alone and len(set(alone.values())) == 2
     assert none.value.code == "model_not_found" and none.value.param == "model"
+
+
+async def test_a_model_that_writes_in_blocks_streams_what_it_answers():
+    ask = {**ASK, "model": "text-block"}
+    async with served({"text-block": loaded("zoo:text-block")}, make=Engine) as s:
+        made = await s.client.completions.create(**ask)
+        chunks = [chunk async for chunk in await s.client.completions.create(**ask, stream=True)]
+        with pytest.raises(openai.BadRequestError, match="next-token models"):
+            await s.client.completions.create(**ask, logprobs=1)
+    assert made.choices[0].text == "".join(c.choices[0].text for c in chunks) and made.usage.completion_tokens == 20
