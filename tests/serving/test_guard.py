@@ -326,7 +326,7 @@ async def test_streams_get_an_end_when_the_server_closes(make):
 
 
 async def test_systems_that_cannot_be_served_are_refused():
-    async with served({"codes": loaded("zoo:image-vq")}, opened=False) as s:
+    async with served({"pixels": loaded("zoo:image-vq")}, opened=False) as s:
         with pytest.raises(ValueError, match="cannot be served yet"):
             await s.service.open()
 

@@ -204,14 +204,13 @@ class Engine:
 
     def _take_out(self) -> None:
         """Cancelled requests end."""
-        with self._lock:
+        with self._lock:  # others add to what waits
             gone, self._gone = self._gone, set()
-        if not gone:
-            return
-        there = gone & set(self._everybody())
-        for queue in (self.waiting, self.ready):
-            for one in [r for r in queue if r.number in gone]:
-                queue.remove(one)
+            if not gone:
+                return
+            there = gone & set(self._everybody())
+            self.waiting = deque(r for r in self.waiting if r.number not in gone)
+        self.ready = deque(r for r in self.ready if r.number not in gone)
         self.reading = deque(r for r in self.reading if r.ready.number not in gone)
         for name, batch in self.batches.items():
             self._over[name] |= gone & {row.number for row in batch.rows}
