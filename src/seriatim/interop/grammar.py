@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool
@@ -39,12 +40,17 @@ class Grammar:
         inner = getattr(tokenizer, "inner", None)
         if inner is None or not stop:
             raise ValueError("constrained decoding needs a tokenizer of pieces of text, and an id that ends a text")
-        tokens = LLTokenizer(inner.to_str(), n_vocab=tokenizer.vocab, eos_token=list(stop))
+        known = TOKENS.setdefault(tokenizer, {})  # to make one takes as long as to write some tokens
+        if (tokens := known.get(stop)) is None:
+            tokens = known[stop] = LLTokenizer(inner.to_str(), n_vocab=tokenizer.vocab, eos_token=list(stop))
         made = getattr(LLMatcher, f"grammar_from_{self.kind}")(self.source)
         matchers = [Matcher(LLMatcher(tokens, made), tokenizer.vocab, stop) for _ in range(rows)]
         if matchers and matchers[0].inner.is_error():
             raise ValueError(f"the {self.kind} is not understood: {matchers[0].inner.get_error()}")
         return matchers
+
+
+TOKENS: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()  # as llguidance has them
 
 
 class Matcher:

@@ -86,6 +86,7 @@ class Batch:
             draft.warp, draft.shapers = self.warp, (self.penalties,)
         vocab = getattr(system.model.heads["token"], "vocab", 0) or 0
         self.constraint = RowConstraint(vocab)
+        self.drafted = 0  # tokens, so far
         self.clear()
 
     def clear(self) -> None:
@@ -205,6 +206,7 @@ class Batch:
         accepted = torch.as_tensor(step.accepted).expand(len(ids)).tolist()
         scored = self._scores(step, ids, count.tolist())
         self.told, stop = held, self.system.stop
+        self.drafted += int(torch.as_tensor(step.drafted).expand(len(ids)).sum())
         return [
             _piece(row.number, got[:n], hit, done, stop, scored.get(b))
             for b, (row, got, n, hit, done) in enumerate(

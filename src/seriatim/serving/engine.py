@@ -29,8 +29,7 @@ PATIENCE = 2.0  # a part of a prompt may take as long as so many steps of those 
 SHARE = 0.25  # of the memory, for prompts that may come again
 SMOOTH = 0.1  # of the newest, in averages of time
 COUNTS = (
-    "steps", "tokens", "prompt_tokens", "reused_tokens", "drafted", "accepted", "finished", "cancelled", "failed",
-    "refused",
+    "steps", "tokens", "prompt_tokens", "reused_tokens", "accepted", "finished", "cancelled", "failed", "refused",
 )  # fmt: skip
 
 
@@ -152,7 +151,8 @@ class Engine:
         running = sum(len(batch.rows) for batch in self.batches.values())
         held = [batch.target.cache for batch in self.batches.values() if batch.target is not None]
         return {
-            **self.counts, "running": running, "waiting": len(self.waiting) + len(self.reading) + len(self.ready),
+            **self.counts, "drafted": sum(batch.drafted for batch in self.batches.values()), "running": running,
+            "waiting": len(self.waiting) + len(self.reading) + len(self.ready),
             "memory_bytes": sum(c.nbytes() for c in held if c is not None) + self.prefixes.nbytes,
         }  # fmt: skip
 

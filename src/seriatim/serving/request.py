@@ -60,6 +60,7 @@ class TextEngine(Protocol):
     the engine's own thread; the last piece of each request has a `finish`."""
 
     decoders: tuple[str, ...]
+    length: int  # tokens of a text, its prompt included
 
     def start(self) -> None:
         """Begin to work in a thread of its own."""

@@ -187,7 +187,7 @@ class TextModel:
     @property
     def room(self) -> int:
         """Tokens of a text, its prompt included."""
-        return int(getattr(self.engine, "length", self.system.model.layout.size))
+        return self.engine.length
 
     @property
     def about(self) -> dict[str, Any]:
