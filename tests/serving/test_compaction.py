@@ -44,6 +44,7 @@ def test_a_cache_moves_what_it_is_told_and_nothing_else(seed):
     rng = stdlib.Random(seed)
     cache = KVCache(2, 3, 1, 4, torch.float32, capacity=8)
     cache.reserve(8, 8)
+    cache._rows[:] = torch.nan  # as fresh memory may be
     content = [None] * 3  # of each row
     for _ in range(30):
         stays = [rng.random() < 0.7 for _ in content]
@@ -62,6 +63,7 @@ def test_a_cache_moves_what_it_is_told_and_nothing_else(seed):
         assert cache._rows.data_ptr() == room, "all stands in the room that was reserved"
         still = sum(1 for i, r in enumerate(rows) if r >= 0 and cache.window[0] + i == before + r)
         assert still == sum(r >= 0 for r in rows) - moves(rows)
+        assert torch.isfinite(cache.buffer[..., : cache.columns, :]).all(), "what is masked is finite"
         lengths = torch.as_tensor(cache.length).expand(cache.batch).tolist()
         for b, one in enumerate(content):
             if one is None:

@@ -393,8 +393,10 @@ class KVCache:
         return {n: of_rows(below([views[n] for views in taken]), where).take(place) for n in self.names}
 
     def _fill(self, fresh: Bool[Tensor, "b2"], new: Sequence[KVCache], columns: int) -> None:
-        """Write what other caches hold into the rows that are fresh; what is masked is finite wherever it is read."""
+        """Write what other caches hold into the rows that are fresh; what is masked is finite wherever it is read: no
+        row has written the columns behind its longest mate."""
         row, start = fresh.nonzero()[:, 0].to(self.device), 0
+        self.buffer[..., self.columns : columns, :] = 0
         if row.numel():
             self.buffer[:, :, row, :, :columns] = 0
         for part in new:

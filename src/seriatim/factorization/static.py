@@ -123,9 +123,8 @@ class Blocks(Factorization):
         if guess is not None:
             raise OrderError("blocks decided in any order verify no drafts")
         first = int(firsts.min())  # the block at work: the first with anything unknown
-        gone = canvas.status[:, : (first + 1) * size] == DELETED
-        apart = len(firsts[unknown.any(1)].unique()) > 1 or bool(gone.any())
-        if not isinstance(cached, int) or (apart and not self.shift):
+        ended = bool((canvas.status[:, : (first + 1) * size] == DELETED).any())  # rows that end within it
+        if not isinstance(cached, int) or (ended and not self.shift):
             return self._ragged(canvas, cached)
         before = int(self.shift and first > 0)  # slots of earlier blocks that are read
         if cached > first * size - before:
