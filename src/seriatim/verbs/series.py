@@ -1,0 +1,112 @@
+"""What a trained system of series is worth: errors and intervals on the test part, plots of forecasts against truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seriatim.data.series import SeriesData, Windows
+from seriatim.evaluation.series import (
+    Batch,
+    Drawn,
+    Intervals,
+    Method,
+    behind,
+    conformal,
+    figures_of,
+    over,
+    save_forecast,
+)
+from seriatim.evaluation.series_baselines import simple
+from seriatim.systems.series_system import SeriesSystem
+
+LEVEL = 0.9
+
+
+def method_of(system: SeriesSystem) -> Method:
+    """A system as a function of windows."""
+    device = system.model.device
+
+    def forecast(batch: Batch) -> Tensor:
+        known = (batch[name].to(device) for name in ("past", "past_marks", "future_marks"))
+        return system.forecast(*known).cpu()
+
+    return forecast
+
+
+def judged(
+    data: SeriesData, method: Method, lookback: int, horizon: int, level: float = LEVEL
+) -> tuple[dict[str, Any], Intervals]:
+    """Figures of a method on all windows of the test part, with intervals by its residuals on the validation part."""
+    intervals = conformal(data, method, data.validation.windows(lookback, horizon), level)
+    errors, found = over(data, method, data.test.windows(lookback, horizon), intervals)
+    return figures_of(errors, found), intervals
+
+
+def series_figures(system: SeriesSystem, data: SeriesData, horizon: int | None = None) -> dict[str, Any]:
+    """Errors of a system, and beside them those of what takes seconds: a ridge regression of the same lookback, the
+    last season, the last value."""
+    c = system.config
+    horizon = horizon or c.horizon
+    figures, _ = judged(data, method_of(system), c.lookback, horizon)
+    told: dict[str, Any] = {"lookback": c.lookback, "horizon": horizon, **figures}
+    windows = data.test.windows(c.lookback, horizon)
+    for name, method in simple(data, c.lookback, horizon).items():
+        errors, _ = over(data, method, windows)
+        told |= {f"{name}, mse": errors.mse, f"{name}, mae": errors.mae}
+    return told
+
+
+def save_window(
+    data: SeriesData, methods: Mapping[str, Method], windows: Windows, number: int, path: Path, title: str = "",
+    intervals: Intervals | None = None,
+) -> Path:  # fmt: skip
+    """A plot of forecasts of one window against what came, with the interval of the first method."""
+    batch = windows.take(torch.tensor([number]))
+    at = int(batch["at"])
+    times, history, ahead = behind(data, windows.lookback, at, windows.horizon)
+    forecasts = {name: data.unscaled(method(batch)[0]) for name, method in methods.items()}
+    low = high = None
+    if intervals is not None:
+        half = intervals.half.double().numpy() * data.deviation
+        first = next(iter(forecasts.values()))
+        low, high = first - half, first + half
+    truth = data.series.values[at : at + windows.horizon]
+    level = None if intervals is None else intervals.level
+    drawn = Drawn(times, history, ahead, forecasts, truth, low, high, level)
+    return save_forecast(drawn, data.series.columns, path, title)
+
+
+def show_series(system: SeriesSystem, data: SeriesData, folder: Path) -> dict[str, Any]:
+    """The figures of a finished training, and a plot of forecasts of a window in the middle of the test part."""
+    c = system.config
+    method = method_of(system)
+    figures = series_figures(system, data)
+    intervals = conformal(data, method, data.validation.windows(c.lookback, c.horizon), LEVEL)
+    windows = data.test.windows(c.lookback, c.horizon)
+    methods = {system.meta.key: method, "ridge": simple(data, c.lookback, c.horizon)["ridge"]}
+    title = f"{system.meta.title} on {data.name}: {c.horizon} steps from {c.lookback}"
+    save_window(data, methods, windows, len(windows) // 2, folder / "forecast.png", title, intervals)
+    return figures
+
+
+def write_csv(path: Path, times: Any, columns: tuple[str, ...], values: Mapping[str, np.ndarray[Any, Any]]) -> Path:
+    """A table of forecasts: a column of times, then of each variate its value and whatever else there is of it (`low`,
+    `high`)."""
+    import csv
+    import io
+
+    from seriatim.evaluation.pictures import write_beside
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["time", *(f"{c} {kind}".strip() for c in columns for kind in values)])
+    for i, time in enumerate(times):
+        shown = str(time.astype("datetime64[s]")).replace("T", " ")
+        writer.writerow([shown, *(f"{v[i, j]:.7g}" for j in range(len(columns)) for v in values.values())])
+    return write_beside(path, lambda file: file.write(text.getvalue().encode("utf-8")))
