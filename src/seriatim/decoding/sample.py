@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
@@ -135,16 +136,17 @@ class Select:
     where it is), before temperature and filters, which would make all values look certain: as in LLaDA and Fast-dLLM.
     `steps` spreads the elements of a block evenly ("linear", the first steps one more; Nie et al. 2025), as another
     noise schedule does (`NOISES`; "cosine": few at first, "quadratic": many), or as "powers": 1, 2, 4, ... and the
-    rest, of the whole text as far as its blocks allow, whatever `steps` is (EOSER-ASS, 2025); `commit` decides instead
-    as many as the scores allow, and at least one. `scorer` changes the scores of the rule "confidence"; `penalty` is
-    taken off a score for every place between an element and the first that was read: near ones go first.
+    rest, of the whole text as far as its blocks allow, whatever `steps` is (EOSER-ASS, 2025), or as these numbers say,
+    one a step, the last step whatever is left; `commit` decides instead as many as the scores allow, and at least one.
+    `scorer` changes the scores of the rule "confidence"; `penalty` is taken off a score for every place between an
+    element and the first that was read: near ones go first.
 
     Has no memory: how far a row is follows from what it has decided. Elements of equal rank are a block.
     """
 
     rule: Rule = "confidence"
     steps: int = 8
-    schedule: Schedule = "linear"
+    schedule: Schedule | tuple[int, ...] = "linear"
     commit: Commit | None = None
     penalty: float = 0.0
     scorer: Scorer | None = None
@@ -152,8 +154,11 @@ class Select:
     def __post_init__(self) -> None:
         if self.rule not in ("random", "confidence", "margin", "entropy"):
             raise ValueError(f"rule is random, confidence, margin or entropy, not {self.rule!r}")
-        if self.schedule not in get_args(Schedule):
-            raise ValueError(f"schedule is {', '.join(get_args(Schedule))}, not {self.schedule!r}")
+        if isinstance(self.schedule, tuple):
+            if not self.schedule or min(self.schedule) < 1:
+                raise ValueError(f"at least one element is decided at each step, got {self.schedule}")
+        elif self.schedule not in get_args(Schedule):
+            raise ValueError(f"schedule is {', '.join(get_args(Schedule))}, or a number a step, not {self.schedule!r}")
         if self.commit is not None and self.rule not in self.commit.rules:
             raise ValueError(
                 f"{type(self.commit).__name__} goes by {self.commit.rules[0]}, and the rule is {self.rule}"
@@ -309,8 +314,12 @@ def first_of(element: Int[Tensor, "b m"]) -> Int[Tensor, "b 1"]:
 
 
 @lru_cache(maxsize=4096)
-def schedule(total: int, steps: int, kind: str) -> tuple[int, ...]:
-    """Unknown elements that remain of `total` after each step: at least one fewer each time, none at the end."""
+def schedule(total: int, steps: int, kind: str | tuple[int, ...]) -> tuple[int, ...]:
+    """Unknown elements that remain of `total` after each step: at least one fewer each time, none at the end. kind: a
+    `Schedule`, or how many are decided at each step, as long as there are so many."""
+    if isinstance(kind, tuple):
+        after = [total - n for n in accumulate(kind[:-1]) if n < total]
+        return (*after, 0)
     left, remaining = total, []
     steps = max(total.bit_length() - 1, 1) if kind == "powers" else steps
     for turn in range(1, steps + 1):
