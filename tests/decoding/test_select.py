@@ -59,7 +59,7 @@ def test_a_schedule_may_say_how_many_at_each_step():
     assert schedule(5, 8, (1, 2, 3, 2, 1)) == (4, 2, 0), "as long as there are so many"
     assert schedule(12, 8, (1, 2, 3, 2, 1)) == (11, 9, 6, 4, 0), "the last step decides what is left"
     with pytest.raises(ValueError, match="at least one element"):
-        Select(schedule=(2, 0))
+        Select(sizes=(2, 0))
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])

@@ -136,8 +136,8 @@ class Select:
     where it is), before temperature and filters, which would make all values look certain: as in LLaDA and Fast-dLLM.
     `steps` spreads the elements of a block evenly ("linear", the first steps one more; Nie et al. 2025), as another
     noise schedule does (`NOISES`; "cosine": few at first, "quadratic": many), or as "powers": 1, 2, 4, ... and the
-    rest, of the whole text as far as its blocks allow, whatever `steps` is (EOSER-ASS, 2025), or as these numbers say,
-    one a step, the last step whatever is left; `commit` decides instead as many as the scores allow, and at least one.
+    rest, of the whole text as far as its blocks allow, whatever `steps` is (EOSER-ASS, 2025); `commit` decides instead
+    as many as the scores allow, and at least one; `sizes` says it of each step, and the last one decides what is left.
     `scorer` changes the scores of the rule "confidence"; `penalty` is taken off a score for every place between an
     element and the first that was read: near ones go first.
 
@@ -146,19 +146,19 @@ class Select:
 
     rule: Rule = "confidence"
     steps: int = 8
-    schedule: Schedule | tuple[int, ...] = "linear"
+    schedule: Schedule = "linear"
     commit: Commit | None = None
     penalty: float = 0.0
     scorer: Scorer | None = None
+    sizes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.rule not in ("random", "confidence", "margin", "entropy"):
             raise ValueError(f"rule is random, confidence, margin or entropy, not {self.rule!r}")
-        if isinstance(self.schedule, tuple):
-            if not self.schedule or min(self.schedule) < 1:
-                raise ValueError(f"at least one element is decided at each step, got {self.schedule}")
-        elif self.schedule not in get_args(Schedule):
-            raise ValueError(f"schedule is {', '.join(get_args(Schedule))}, or a number a step, not {self.schedule!r}")
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(f"schedule is {', '.join(get_args(Schedule))}, not {self.schedule!r}")
+        if self.sizes is not None and (not self.sizes or min(self.sizes) < 1):
+            raise ValueError(f"at least one element is decided at each step, got {self.sizes}")
         if self.commit is not None and self.rule not in self.commit.rules:
             raise ValueError(
                 f"{type(self.commit).__name__} goes by {self.commit.rules[0]}, and the rule is {self.rule}"
@@ -183,7 +183,7 @@ class Select:
 
     def _below(self, left: int, total: int) -> int:
         """How many unknown elements of a block remain after a step that starts with `left` of them."""
-        return next((n for n in schedule(total, self.steps, self.schedule) if n < left), 0)
+        return next((n for n in schedule(total, self.steps, self.sizes or self.schedule) if n < left), 0)
 
     def _some(
         self,
@@ -284,7 +284,7 @@ class Remask(Select):
 
     def _after(self, turn: int, total: int) -> int:
         """How many unknown elements remain after a turn, before remasking."""
-        plan = schedule(total, self.steps, self.schedule)
+        plan = schedule(total, self.steps, self.sizes or self.schedule)
         return plan[turn] if turn < len(plan) else 0
 
     def _follow(self, canvas: Canvas) -> None:

@@ -99,7 +99,7 @@ class MaskGIT(RasterSystem):
 
     def decider(self, sampling: Sampling) -> Decider:
         if self.config.groups == "diagonals":
-            return Select("random", schedule=diagonals(self.config.side))
+            return Select("random", sizes=diagonals(self.config.side))
         return Select("confidence", sampling.steps or self.model.layout.size, "cosine")
 
 
