@@ -160,6 +160,7 @@ def main() -> int:
 
     others, speeds, peaks = Others(), dict[str, float](), dict[str, int]()
     waits: dict[str, Any] = {}
+    result: dict[str, Any] = {"disturbed": False}
     for name in options.arms.split(";"):
         try:
             arm = Arm(name, options.folder, file=__file__, decoder=options.dtype)
@@ -185,23 +186,30 @@ def main() -> int:
                 f"{found['gap_99'] * 1e3:.0f} ms, {waits['gap_99 over a step']:.1f} steps of one row (at most 4)"
             )
         arm.close()
-    ratios = {}
-    for name, gate in {"one by one": options.least, **GATES}.items():
+        used = others.share()
+        result = {
+            "model": options.folder.name, "dtype": options.dtype, "streams": options.streams,
+            "tokens_per_second": speeds, "peak MiB": peaks, "ratios": found_ratios(speeds, options.least),
+            "open loop": waits, "threads": THREADS, "others": used, "disturbed": used is None or used > DISTURBED,
+            "load_average": load_average(), "machine": machine(), "commit": commit(),
+        }  # fmt: skip
+        if options.out:  # after every arm: a slow one may be cut off
+            options.out.write_text(json.dumps(result, indent=2) + "\n")
+    for name, ratio in found_ratios(speeds, options.least).items():
+        print(f"in flight over {name}: {ratio['ratio']:.2f} (at least {ratio['gate']}): "
+              f"{'holds' if ratio['holds'] else 'FAILS'}")  # fmt: skip
+    print("DISTURBED: the seconds mean nothing" if result["disturbed"] else "")
+    return 0
+
+
+def found_ratios(speeds: dict[str, float], least: float) -> dict[str, dict[str, Any]]:
+    """How many times as fast all in flight are as each other arm that was run."""
+    out = {}
+    for name, gate in {"one by one": least, **GATES}.items():
         if name in speeds and "in flight" in speeds:
             ratio = speeds["in flight"] / speeds[name]
-            ratios[name] = {"ratio": ratio, "gate": gate, "holds": ratio >= gate}
-            print(f"in flight over {name}: {ratio:.2f} (at least {gate}): {'holds' if ratio >= gate else 'FAILS'}")
-    used = others.share()
-    result = {
-        "model": options.folder.name, "dtype": options.dtype, "streams": options.streams, "tokens_per_second": speeds,
-        "peak MiB": peaks, "ratios": ratios, "open loop": waits, "threads": THREADS, "others": used,
-        "disturbed": used is None or used > DISTURBED, "load_average": load_average(), "machine": machine(),
-        "commit": commit(),
-    }  # fmt: skip
-    print("DISTURBED: the seconds mean nothing" if result["disturbed"] else "")
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
-    return 0
+            out[name] = {"ratio": ratio, "gate": gate, "holds": ratio >= gate}
+    return out
 
 
 if __name__ == "__main__":
