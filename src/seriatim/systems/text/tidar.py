@@ -70,10 +70,10 @@ Verify = Literal["match", "ratio"]
 PROMPT, NEW = 120, 128  # tokens, within the 256 of an arm
 
 
-def drafting(trained: Any, prompts: int = 16) -> dict[str, Any]:
+def drafting(trained: Any, prompts: int = 16, new_tokens: int = NEW) -> dict[str, Any]:
     """Tokens a forward, by either way to verify, and bits per byte of the next-token half, of what was just trained."""
     system = trained.system.eval().requires_grad_(False)
-    measure = tokens_per_forward("own", prompts, NEW, PROMPT)
+    measure = tokens_per_forward("own", prompts, new_tokens, PROMPT)
     found, chosen = {}, system.config
     for verify in get_args(Verify):
         system.config = replace(chosen, verify=verify)
