@@ -169,22 +169,11 @@ def main() -> int:
             continue
         few = max(options.count // 8, 4) if name == "one by one" else options.count
         streams = 1 if name == "one by one" else options.streams
-        said = arm.ask({"count": few, "seed": 0, "streams": streams}, 1)
-        speeds[name], peaks[name] = said["ids"]["tokens_per_second"], said["peak"]
+        answer = arm.ask({"count": few, "seed": 0, "streams": streams}, 1)
+        speeds[name], peaks[name] = answer["ids"]["tokens_per_second"], answer["peak"]
         print(f"{name:26s} {speeds[name]:8.1f} tokens/s   peak {peaks[name]} MiB", flush=True)
         if name == "in flight" and options.open:
-            alone = arm.ask({"count": 5, "seed": 1, "alone": True}, 1)["ids"]
-            rate = options.open * speeds[name] / statistics.fmean(TEXTS)
-            found = arm.ask({"count": options.count // 2, "seed": 2, "rate": rate}, 1)["ids"]
-            waits = {
-                "rate": rate, "alone": alone, **found, "first over alone": found["first"] / alone["first"],
-                "gap_99 over a step": found["gap_99"] / alone["step"],
-            }  # fmt: skip
-            print(
-                f"open loop, {rate:.2f} requests/s: first token {found['first']:.2f} s in the median, "
-                f"{waits['first over alone']:.1f} times that of a prompt alone (at most 3); 99 of 100 gaps up to "
-                f"{found['gap_99'] * 1e3:.0f} ms, {waits['gap_99 over a step']:.1f} steps of one row (at most 4)"
-            )
+            waits = open_loop(arm, options.open * speeds[name] / statistics.fmean(TEXTS), options.count // 2)
         arm.close()
         used = others.share()
         result = {
@@ -196,10 +185,23 @@ def main() -> int:
         if options.out:  # after every arm: a slow one may be cut off
             options.out.write_text(json.dumps(result, indent=2) + "\n")
     for name, ratio in found_ratios(speeds, options.least).items():
-        print(f"in flight over {name}: {ratio['ratio']:.2f} (at least {ratio['gate']}): "
-              f"{'holds' if ratio['holds'] else 'FAILS'}")  # fmt: skip
+        said = "holds" if ratio["holds"] else "FAILS"
+        print(f"in flight over {name}: {ratio['ratio']:.2f} (at least {ratio['gate']}): {said}")
     print("DISTURBED: the seconds mean nothing" if result["disturbed"] else "")
     return 0
+
+
+def open_loop(arm: Arm, rate: float, count: int) -> dict[str, Any]:
+    """How long clients wait who come at random times, `rate` of them a second."""
+    alone = arm.ask({"count": 5, "seed": 1, "alone": True}, 1)["ids"]
+    found = arm.ask({"count": count, "seed": 2, "rate": rate}, 1)["ids"]
+    first, gap = found["first"] / alone["first"], found["gap_99"] / alone["step"]
+    print(
+        f"open loop, {rate:.2f} requests/s: first token {found['first']:.2f} s in the median, {first:.1f} times that "
+        f"of a prompt alone (at most 3); 99 of 100 gaps up to {found['gap_99'] * 1e3:.0f} ms, {gap:.1f} steps of one row "
+        "(at most 4)"
+    )
+    return {"rate": rate, "alone": alone, **found, "first over alone": first, "gap_99 over a step": gap}
 
 
 def found_ratios(speeds: dict[str, float], least: float) -> dict[str, dict[str, Any]]:

@@ -235,8 +235,12 @@ def main() -> int:
     print(", ".join(f"{gate}: {'holds' if held else 'FAILS'}" for gate, held in gates.items()))
     if options.out:
         said = {"models": options.models, "minutes": options.minutes, "rate": options.rate, **found, "gates": gates}
-        said |= {"load_average": load_average(), "machine": machine(), "commit": commit()}
-        options.out.write_text(json.dumps(said, indent=2) + "\n")
+        said["points"] = [[round(x, 1) for x in point] for point in found["points"][::5]]
+        command = (
+            f"python benchmarks/soak.py {' '.join(options.models)} --minutes {options.minutes} --rate {options.rate}"
+        )
+        said |= {"command": command, "load_average": load_average(), "machine": machine(), "commit": commit()}
+        options.out.write_text(json.dumps(said) + "\n")
     return 0 if all(gates.values()) else 1
 
 

@@ -183,7 +183,11 @@ class Select:
 
     def _below(self, left: int, total: int) -> int:
         """How many unknown elements of a block remain after a step that starts with `left` of them."""
-        return next((n for n in schedule(total, self.steps, self.sizes or self.schedule) if n < left), 0)
+        return next((n for n in self._planned(total) if n < left), 0)
+
+    def _planned(self, total: int) -> tuple[int, ...]:
+        """Unknown elements of a block that remain after each step."""
+        return schedule(total, self.steps, self.sizes or self.schedule)
 
     def _some(
         self,
@@ -284,7 +288,7 @@ class Remask(Select):
 
     def _after(self, turn: int, total: int) -> int:
         """How many unknown elements remain after a turn, before remasking."""
-        plan = schedule(total, self.steps, self.sizes or self.schedule)
+        plan = self._planned(total)
         return plan[turn] if turn < len(plan) else 0
 
     def _follow(self, canvas: Canvas) -> None:

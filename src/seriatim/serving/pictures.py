@@ -141,7 +141,7 @@ class ImageModel:
             raise Refused(400, str(error)) from None
         except TimeoutError:
             raise too_late(self.limits.seconds) from None
-        except (RuntimeError, FloatingPointError, IndexError, KeyError, ArithmeticError) as error:
+        except (RuntimeError, ArithmeticError, LookupError) as error:
             self.log(f"pictures failed: {type(error).__name__}: {error}")
             raise Refused(500, "the model failed on this request", code="model_failed") from None
         self.drawn, self.forwards = self.drawn + n, self.forwards + made.forwards
