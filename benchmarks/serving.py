@@ -198,8 +198,8 @@ def open_loop(arm: Arm, rate: float, count: int) -> dict[str, Any]:
     first, gap = found["first"] / alone["first"], found["gap_99"] / alone["step"]
     print(
         f"open loop, {rate:.2f} requests/s: first token {found['first']:.2f} s in the median, {first:.1f} times that "
-        f"of a prompt alone (at most 3); 99 of 100 gaps up to {found['gap_99'] * 1e3:.0f} ms, {gap:.1f} steps of one row "
-        "(at most 4)"
+        f"of a prompt alone (at most 3); 99 of 100 gaps up to {found['gap_99'] * 1e3:.0f} ms, {gap:.1f} steps of one "
+        "row (at most 4)"
     )
     return {"rate": rate, "alone": alone, **found, "first over alone": first, "gap_99 over a step": gap}
 
