@@ -18,9 +18,8 @@ import torch
 
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.conditions.condition import ClassCondition
-from seriatim.decoding.loop import Decider, generate
+from seriatim.decoding.loop import Decider
 from seriatim.decoding.sample import Select
-from seriatim.decoding.target import Target
 from seriatim.embed import TokenEmbed
 from seriatim.factorization.static import AnyOrder
 from seriatim.heads.categorical import CategoricalHead
@@ -29,7 +28,7 @@ from seriatim.layout import grid
 from seriatim.model import Model
 from seriatim.noise import NOISES
 from seriatim.objectives.masked import ByGroups, ByShare, Masked, Masking, by_count
-from seriatim.random import Forced
+from seriatim.systems.image.mar import WHY, together
 from seriatim.systems.meta import Meta
 from seriatim.systems.raster_system import RasterSystem
 from seriatim.systems.system import Sampling
@@ -105,8 +104,6 @@ class MaskGIT(RasterSystem):
 
 # ---- what the laws run -----------------------------------------------------------------------------------------------
 
-WHY = {1: "decided in any order", 2: "the order is drawn: the law is the mean over all orders"}
-
 
 def case() -> Case:
     """A tiny instance for the laws."""
@@ -117,16 +114,8 @@ def case() -> Case:
 
 
 def one_step() -> Limit:
-    """Decided in one step, ids are independent given the class: each as if all others were hidden."""
-    one = case()
-    model, label = one.model, one.rows(6)
-    x = one.sample(6)
-    assert isinstance(model, Masked)
-    forced, canvas = Forced(x), one.canvas(x)
-    generate(Target(model, label), one.blank(x), Select("random", 1), random=forced)
-    with torch.no_grad():
-        losses = model.hidden_losses(canvas, canvas.open, label)
-    return Limit("one step = independent elements", forced.log_prob, -losses.sum(1))
+    """Decided in one step."""
+    return together(case())
 
 
 def one_by_one() -> Limit:
