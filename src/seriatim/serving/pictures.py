@@ -124,7 +124,7 @@ class ImageModel:
 
     async def draw(self, asked: ImageRequest, tell: Callable[[Tensor, str], None] | None = None) -> Pictures:
         """The pictures. tell: is told in the drawing thread what is there after steps. Raises Refused."""
-        label, sampling = self._label(asked.prompt), self._sampling(asked)
+        (system, label), sampling = self._meant(asked.prompt), self._sampling(asked)
         n = asked.n or 1
         if n > (1 if asked.stream else self.limits.pictures):
             most = "one is streamed" if asked.stream else f"{self.limits.pictures} are drawn at once"
@@ -135,7 +135,7 @@ class ImageModel:
         try:
             async with asyncio.timeout(self.limits.seconds):
                 made = await self.easel.draw(
-                    lambda watching: self.system.draw(labels, n, sampling, seed, watching), Watching(tell)
+                    lambda watching: system.draw(labels, n, sampling, seed, watching), Watching(tell)
                 )
         except (ValueError, TypeError) as error:
             raise Refused(400, str(error)) from None
@@ -147,6 +147,15 @@ class ImageModel:
         self.drawn, self.forwards = self.drawn + n, self.forwards + made.forwards
         self.metrics.whole.labels(self.name).observe(time.monotonic() - start)
         return made
+
+    def _meant(self, prompt: str) -> tuple[ImageSystem, int | None]:
+        """The system and the label that a prompt means. Raises Refused for one that says nothing known."""
+        if "text" not in self.system.model.conditions:
+            return self.system, self._label(prompt)
+        try:
+            return self.system.prompted([prompt]), 0
+        except ValueError as error:
+            raise Refused(400, str(error), param="prompt") from None
 
     def _label(self, prompt: str) -> int | None:
         """The class that is meant. Raises Refused for none that there is."""

@@ -137,6 +137,11 @@ class ImageSystem(System):
                 out.append(self._draw(part, size, s, seed + k, film, decoder_of(self, decoder, s, ())))
         return joined(out, labels, time.perf_counter() - start)
 
+    def prompted(self, texts: Sequence[str]) -> ImageSystem:
+        """This system, same weights, asked for pictures of these texts: labels are their numbers. Raises ValueError
+        where it was not trained by texts."""
+        raise ValueError(f"this {self.meta.key} was trained by classes: ask for a label, not by a prompt")
+
     def repaint(
         self,
         images: Float[Tensor, "n c h w"],
