@@ -54,6 +54,14 @@ def test_the_cosine_schedule_is_that_of_maskgit():
     assert schedule(256, 8, "cosine") == (251, 236, 212, 181, 142, 97, 49, 0)
 
 
+def test_a_schedule_may_say_how_many_at_each_step():
+    assert schedule(9, 8, (1, 2, 3, 2, 1)) == (8, 6, 3, 1, 0)
+    assert schedule(5, 8, (1, 2, 3, 2, 1)) == (4, 2, 0), "as long as there are so many"
+    assert schedule(12, 8, (1, 2, 3, 2, 1)) == (11, 9, 6, 4, 0), "the last step decides what is left"
+    with pytest.raises(ValueError, match="at least one element"):
+        Select(sizes=(2, 0))
+
+
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_schedules_end_and_progress(kind):
     for n, steps in itertools.product(range(1, 40), range(1, 50)):

@@ -272,6 +272,18 @@ def test_it_works_in_a_thread_of_its_own_and_ends_what_runs(system):
         engine.submit(requests[0])
 
 
+def test_a_text_that_has_enough_counts_as_finished(system):
+    heard = Heard()
+    engine = Engine(system, ("ancestral",), heard)
+    first, second = (engine.submit(Request((1, i), 8)) for i in range(2))
+    engine.turn()
+    engine.cancel(first, enough=True)
+    engine.cancel(second)
+    engine.turn()
+    assert heard.ends == {first: ("stop", None), second: ("cancelled", None)} and not engine.busy
+    assert engine.counts["finished"] == engine.counts["cancelled"] == 1
+
+
 def test_closing_cancels_what_takes_too_long():
     system, heard = tiny(4000), Heard()
     engine = Engine(system, ("ancestral",), heard)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import threading
+import time
 
 import openai
 import pytest
@@ -13,7 +14,9 @@ import torch
 from PIL import Image
 
 from seriatim.serving.limits import Limits
-from seriatim.serving.pictures import png
+from seriatim.serving.openai import ImageRequest
+from seriatim.serving.pictures import FRAMES, Gone, Watching, png
+from seriatim.systems.image_system import Pictures
 from support.served import loaded, served
 
 pytestmark = pytest.mark.anyio
@@ -114,6 +117,83 @@ async def test_who_waits_for_pictures_is_told_when_the_server_closes(monkeypatch
             assert answer.status_code == 503 and answer.json()["error"]["code"] == "shutting_down"
         assert not s.service.easel.held
         held.set()
+
+
+class Slow:
+    """A drawing that shows `steps` frames, each when it is told to go on."""
+
+    def __init__(self, steps):
+        self.steps, self.told, self.go = steps, 0, threading.Semaphore(0)
+        self.ended = threading.Event()
+
+    def __call__(self, labels, n, sampling, seed, watch):
+        try:
+            for step in range(self.steps):
+                assert self.go.acquire(timeout=10)
+                watch(lambda s=step: torch.full((n, 1, 32, 32), s / self.steps), f"forward {step + 1}")
+                self.told += 1
+            return Pictures(torch.zeros(n, 1, 32, 32), labels, forwards=self.steps)
+        finally:
+            self.ended.set()
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    drawing = Slow(4)
+    monkeypatch.setattr(loaded("zoo:var"), "draw", drawing, raising=False)
+    return drawing
+
+
+async def test_a_stream_shows_a_picture_while_it_is_drawn(slow):
+    async with served(systems()) as s:
+        model, slow.told = s.service.image("var"), 0
+        events = model.events(ImageRequest(model="var", prompt="A", stream=True))
+        for step in range(4):
+            slow.go.release()
+            said = await asyncio.wait_for(anext(events), 5)
+            assert said["partial_image_index"] == step and said["caption"] == f"forward {step + 1}"
+            assert slow.told <= step + 1 and not (step < 3 and slow.ended.is_set())  # the rest is not drawn yet
+        assert (await anext(events))["type"].endswith("completed")
+
+
+async def test_a_picture_that_nobody_waits_for_is_not_finished(slow):
+    async with served(systems()) as s:
+        events = s.service.image("var").events(ImageRequest(model="var", prompt="A", stream=True))
+        slow.go.release()
+        await anext(events)
+        closing = asyncio.create_task(events.aclose())
+        await asyncio.sleep(0.05)
+        slow.go.release()
+        assert await asyncio.to_thread(slow.ended.wait, 5) and slow.told == 1
+        await closing
+        assert s.service.easel.waiting == 0
+        whole = asyncio.create_task(s.http.post(IMAGES, json={"model": "var", "prompt": "A"}))
+        await asyncio.sleep(0.05)
+        slow.ended.clear()
+        await s.service.close()
+        slow.go.release()
+        assert await asyncio.to_thread(slow.ended.wait, 5) and slow.told == 1
+        assert (await whole).status_code == 503
+
+
+def test_frames_behind_the_first_ones_take_half_of_the_time_at_most():
+    told, watching = [], Watching(lambda frame, caption: told.append(caption))
+
+    def frame():
+        time.sleep(0.05)
+        return torch.zeros(())
+
+    for step in range(FRAMES):
+        watching(frame, str(step))
+    assert len(told) == FRAMES and watching.next - time.perf_counter() > 0.03  # as long as the last one took
+    watching(frame, "too soon")
+    assert len(told) == FRAMES
+    time.sleep(0.1)
+    watching(frame, "now")
+    assert told[-1] == "now"
+    watching.gone.set()
+    with pytest.raises(Gone):
+        watching(frame, "nobody")
 
 
 async def test_text_goes_on_while_pictures_are_drawn():

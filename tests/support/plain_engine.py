@@ -55,7 +55,7 @@ class PlainEngine:
             self.lock.notify_all()
             return self.numbers
 
-    def cancel(self, number):
+    def cancel(self, number, enough=False):
         self.gone.add(number)
 
     def figures(self):

@@ -415,7 +415,7 @@ def test_settings_that_mean_nothing_are_refused(wrong, said):
 
 
 def test_the_claim_measures_what_was_trained(base, book, tmp_path, monkeypatch):
-    monkeypatch.setattr(trials, "held_out", lambda system, count: [[65, 66, 67 + n] for n in range(count)])
+    monkeypatch.setattr(trials, "held_out", lambda system, count, length: [[65, 66, 67 + n] for n in range(count)])
     made = train("tidar", book, from_=base, out=tmp_path / "run", settings={"steps": 1, "batch": 2, "block": 3})
     figures = tidar.drafting(made, prompts=2, new_tokens=8)
     assert figures["tokens"] == 16 - figures["looping_tokens"]

@@ -31,8 +31,8 @@ def test_problems_have_one_right_answer_and_fit(name):
     assert ids.shape == (600, task.prompt + task.answer) and bool((ids[:, -1] == eos).all())
     for prompt, answer in train:
         if name == "sums":
-            assert all(eval(line.split("=")[0]) == int(line.split("=")[1]) for line in answer.split())
-            assert eval(prompt) == int(answer.split("=")[-1])
+            assert all(eval(line.split("=")[0]) % 10 == int(line.split("=")[1]) for line in answer.split())
+            assert eval(prompt) % 10 == int(answer.split("=")[-1])
         elif prompt[0] == "*":
             assert answer == "".join(a * int(n) for a, n in zip(prompt[1::2], prompt[2::2], strict=True))
         else:

@@ -36,7 +36,7 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("body", ["plain", "residual"])
+@pytest.mark.parametrize("body", ["plain", "residual", "elm"])
 @pytest.mark.parametrize("halvings", [0, 2, 4])
 def test_bodies_halve_and_double_sides(body, halvings: int) -> None:
     torch.manual_seed(0)

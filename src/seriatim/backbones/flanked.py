@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from seriatim.backbones.layer import TransformerConfig
 from seriatim.backbones.transformer import Context, Transformer
-from seriatim.plan import Plan
+from seriatim.plan import LEARNED, Plan
 
 
 class Residual(nn.Module):
@@ -27,7 +28,8 @@ class Residual(nn.Module):
 
 
 class Flanked(Transformer):
-    """`blocks` residual networks in front of the first layer, and as many behind the last norm."""
+    """`blocks` residual networks in front of the first layer, which learned slots (a class, words) pass untouched, and
+    as many behind the last norm."""
 
     def __init__(self, config: TransformerConfig, blocks: int):
         super().__init__(config)
@@ -35,7 +37,8 @@ class Flanked(Transformer):
         self.back = nn.Sequential(*(Residual(config.width) for _ in range(blocks)))
 
     def forward(self, x: Float[Tensor, "b s d"], plan: Plan, *rest: Any, **more: Any) -> Float[Tensor, "b s d"]:
-        return super().forward(self.front(x), plan, *rest, **more)
+        learned = (plan.slots.source == LEARNED).to(x.device)[..., None]
+        return super().forward(torch.where(learned, x, self.front(x)) if len(self.front) else x, plan, *rest, **more)
 
     def _last(self, x: Tensor, context: Context) -> Tensor:
         return self.back(super()._last(x, context))

@@ -56,6 +56,7 @@ class Transformer(nn.Module):
 
     kept_as = "modulation"  # the name by which a cache keeps what a condition says to every layer
     between = False  # is there a third branch, other than attention to a memory?
+    watch: Callable[[int, Tensor, Tensor, Tensor | str | None], None] | None = None  # is shown layer, q, k and mask
     below = 0  # layers of another stack whose keys and values stand in the same cache, before those of this one
 
     def __init__(self, config: TransformerConfig):
@@ -332,6 +333,8 @@ class Transformer(nn.Module):
         if cache is not None:
             k, v = cache.append(i + self.below, k, v)
             q = q.to(k.dtype)
+        if self.watch is not None:
+            self.watch(i, q, k, mask)
         if groups == heads and not isinstance(mask, str) and not self.training and c.softcap is None:
             out = F.scaled_dot_product_attention(q, k, v, mask, scale=c.score_scale)
         else:

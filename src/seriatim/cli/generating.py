@@ -23,7 +23,7 @@ from seriatim.systems.language_model import Generation, LanguageModel
 from seriatim.systems.published_masked import PublishedMasked
 from seriatim.systems.system import System
 from seriatim.systems.text_system import TextSystem
-from seriatim.verbs.generate import TOKENS, draw, fill, sampling_of, save_pictures, stream
+from seriatim.verbs.generate import TOKENS, draw, fill, sampling_of, save_pictures, stream, texts_of
 from seriatim.verbs.load import load, where
 from seriatim.verbs.repaint import repainted
 
@@ -75,6 +75,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--image is a picture, --inpaint says which part of it is drawn anew: give both, or neither")
     if options.image is not None and options.decoder != "own":
         raise ValueError("a part of a picture is drawn by the system's own decoder: leave --decoder out")
+    if options.image is not None and options.prompt:
+        raise ValueError("a part of a picture is drawn anew by its class: give --label in place of --prompt")
     if options.infix is None:
         return
     parted(options.infix)
@@ -220,11 +222,14 @@ def _pictures(system: ImageSystem, options: argparse.Namespace, sampling: dict[s
         ask = (options.image, options.inpaint, labels, options.count, options.seed)
         pictures = repainted(system, *ask, **sampling)
     else:
-        pictures = draw(system, labels, options.count, options.seed, True, options.decoder, **sampling)
+        pictures = draw(
+            system, labels, options.count, options.seed, True, options.decoder, options.prompt, **sampling
+        )  # fmt: skip
     folder = options.out or (
         Path("generated") if str(options.source).startswith("zoo:") else where(options.source) / "generated"
     )
-    paths = save_pictures(pictures, folder, system.classes, ink=system.ink)
+    said = texts_of(options.prompt) if options.prompt else system.classes
+    paths = save_pictures(pictures, folder, said, ink=system.ink)
     n = len(pictures.images)
     figures = {"pictures": n, "forwards": pictures.forwards, "seconds": round(pictures.seconds, 3)}
     if options.json:

@@ -136,7 +136,9 @@ def _generate(commands: Any) -> None:
     generate.add_argument(
         "source", metavar="MODEL", help="folder of a run or of a published model, zoo:NAME, or a name on the hub"
     )
-    generate.add_argument("--prompt", default="", help="what text begins with")
+    generate.add_argument(
+        "--prompt", default="", help="what text begins with, or what pictures show (several with commas between)"
+    )
     generate.add_argument(
         "--infix", metavar="TEXT",
         help="a text with gaps to fill: <mask:12> for so many tokens, <fill> for any number; \\<fill> is text",

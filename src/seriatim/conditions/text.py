@@ -1,4 +1,5 @@
-"""A text as what a sample is conditioned on: read as a whole by an encoder, whose states are attended to."""
+"""A text as what a sample is conditioned on: read as a whole by an encoder, whose states are attended to, or, where it
+is a few words, by the model itself, in front of what it generates."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from seriatim.backbones.layer import TransformerConfig
 from seriatim.backbones.transformer import Transformer
-from seriatim.conditions.condition import Condition
+from seriatim.conditions.condition import Condition, _dropped
 from seriatim.plan import Plan, plan_of
 from seriatim.view import full
 
@@ -38,6 +39,37 @@ class TextEncoder(nn.Module):
         whole = bool(there.all())
         h = self.backbone(x, _whole_text(None if whole else there.cpu(), raw.shape[1]))
         return Condition(memory=h, there=None if whole else there)
+
+
+class TextPrefix(nn.Module):
+    """Ids (b, m) below `vocab` in the m learned slots in front, a row of a table each; -1 stands behind the end of a
+    shorter text. A dropped text has the null in every slot. In the form "vector" the mean of what stands there drives
+    norms, too."""
+
+    has_null = True
+
+    def __init__(self, vocab: int, width: int, forms: tuple[str, ...] = ("prefix",), std: float = 0.02):
+        super().__init__()
+        if vocab < 1 or "prefix" not in forms or set(forms) - {"prefix", "vector"}:
+            raise ValueError(f"words, at least one, are given as a prefix, or also as a vector; got {vocab}, {forms}")
+        self.vocab, self.forms = vocab, forms
+        self.table = nn.Parameter(torch.randn(vocab + 2, width) * std)  # the last two: behind the end, and the null
+
+    def forward(self, raw: Int[Tensor, "b m"], drop: Bool[Tensor, "b"] | None = None) -> Condition:
+        """Raises ValueError for what are no ids."""
+        if raw.dim() != 2 or raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool:
+            raise ValueError(f"a text is read as ids (batch, places), integers, got {tuple(raw.shape)} {raw.dtype}")
+        if raw.numel() and not -1 <= int(raw.min()) <= int(raw.max()) < self.vocab:
+            raise ValueError(f"ids lie in 0..{self.vocab - 1} (-1: none), got {int(raw.min())}..{int(raw.max())}")
+        ids = torch.where(raw < 0, self.vocab, raw.long())
+        if (dropped := _dropped(drop, self, raw)) is not None:
+            ids = torch.where(dropped[:, None], self.vocab + 1, ids)
+        ids = ids.to(self.table.device)
+        x = self.table[ids]
+        if "vector" not in self.forms:
+            return Condition(prefix=x)
+        there = ((ids != self.vocab) | (ids == self.vocab).all(1, keepdim=True))[..., None]
+        return Condition(prefix=x, vector=(x * there).sum(1) / there.sum(1))
 
 
 def _whole_text(there: Bool[Tensor, "b m"] | None, size: int) -> Plan:

@@ -5,6 +5,7 @@ A font is one cut (regular, bold, italic) of a family. Everything is drawn by Pi
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,6 +61,25 @@ def _sized(path: Path, cap_height: float) -> ImageFont.FreeTypeFont:
 
 def _open(path: Path, size: float) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+WEIGHTS, SLANTS = ("bold", "bol"), ("italic", "oblique", "ita")
+KINDS = {
+    "DejaVu Sans": "sans", "DejaVu Sans Mono": "mono", "DejaVu Serif": "serif", "STIX": "times",
+    "Computer Modern": "roman", "Computer Modern Sans": "narrow", "Computer Modern Typewriter": "typewriter",
+}  # fmt: skip
+CUTS = {"cmb10": "bold", "cmti10": "italic", "cmmi10": "slanted"}  # whose names do not say it
+
+
+def described(name: str) -> str:
+    """A font by the name of its file in words that people use: "bold italic serif". Of one that did not come with
+    matplotlib, the first word of its name stands for the family."""
+    family = next((family for family, stems in FAMILIES.items() if name in stems), None)
+    cut = name.partition("-")[2].lower() or (name.removeprefix("STIXGeneral").lower() if family == "STIX" else "")
+    words = [*(["bold"] if cut.startswith(WEIGHTS) else []), *(["italic"] if cut.endswith(SLANTS) else [])]
+    words += [CUTS[name]] if name in CUTS else []
+    first = re.match("[A-Za-z]+?(?=[A-Z -_]|$)", name)
+    return " ".join([*words, KINDS[family] if family else (first[0] if first else "plain").lower()])
 
 
 def built_in_fonts(families: Sequence[str] = tuple(FAMILIES)) -> tuple[Font, ...]:

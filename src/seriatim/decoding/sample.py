@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
@@ -136,8 +137,9 @@ class Select:
     `steps` spreads the elements of a block evenly ("linear", the first steps one more; Nie et al. 2025), as another
     noise schedule does (`NOISES`; "cosine": few at first, "quadratic": many), or as "powers": 1, 2, 4, ... and the
     rest, of the whole text as far as its blocks allow, whatever `steps` is (EOSER-ASS, 2025); `commit` decides instead
-    as many as the scores allow, and at least one. `scorer` changes the scores of the rule "confidence"; `penalty` is
-    taken off a score for every place between an element and the first that was read: near ones go first.
+    as many as the scores allow, and at least one; `sizes` says it of each step, and the last one decides what is left.
+    `scorer` changes the scores of the rule "confidence"; `penalty` is taken off a score for every place between an
+    element and the first that was read: near ones go first.
 
     Has no memory: how far a row is follows from what it has decided. Elements of equal rank are a block.
     """
@@ -148,12 +150,15 @@ class Select:
     commit: Commit | None = None
     penalty: float = 0.0
     scorer: Scorer | None = None
+    sizes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.rule not in ("random", "confidence", "margin", "entropy"):
             raise ValueError(f"rule is random, confidence, margin or entropy, not {self.rule!r}")
         if self.schedule not in get_args(Schedule):
             raise ValueError(f"schedule is {', '.join(get_args(Schedule))}, not {self.schedule!r}")
+        if self.sizes is not None and (not self.sizes or min(self.sizes) < 1):
+            raise ValueError(f"at least one element is decided at each step, got {self.sizes}")
         if self.commit is not None and self.rule not in self.commit.rules:
             raise ValueError(
                 f"{type(self.commit).__name__} goes by {self.commit.rules[0]}, and the rule is {self.rule}"
@@ -178,7 +183,11 @@ class Select:
 
     def _below(self, left: int, total: int) -> int:
         """How many unknown elements of a block remain after a step that starts with `left` of them."""
-        return next((n for n in schedule(total, self.steps, self.schedule) if n < left), 0)
+        return next((n for n in self._planned(total) if n < left), 0)
+
+    def _planned(self, total: int) -> tuple[int, ...]:
+        """Unknown elements of a block that remain after each step."""
+        return schedule(total, self.steps, self.sizes or self.schedule)
 
     def _some(
         self,
@@ -279,7 +288,7 @@ class Remask(Select):
 
     def _after(self, turn: int, total: int) -> int:
         """How many unknown elements remain after a turn, before remasking."""
-        plan = schedule(total, self.steps, self.schedule)
+        plan = self._planned(total)
         return plan[turn] if turn < len(plan) else 0
 
     def _follow(self, canvas: Canvas) -> None:
@@ -309,8 +318,12 @@ def first_of(element: Int[Tensor, "b m"]) -> Int[Tensor, "b 1"]:
 
 
 @lru_cache(maxsize=4096)
-def schedule(total: int, steps: int, kind: str) -> tuple[int, ...]:
-    """Unknown elements that remain of `total` after each step: at least one fewer each time, none at the end."""
+def schedule(total: int, steps: int, kind: str | tuple[int, ...]) -> tuple[int, ...]:
+    """Unknown elements that remain of `total` after each step: at least one fewer each time, none at the end. kind: a
+    `Schedule`, or how many are decided at each step, as long as there are so many."""
+    if isinstance(kind, tuple):
+        after = [total - n for n in accumulate(kind[:-1]) if n < total]
+        return (*after, 0)
     left, remaining = total, []
     steps = max(total.bit_length() - 1, 1) if kind == "powers" else steps
     for turn in range(1, steps + 1):

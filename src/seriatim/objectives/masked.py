@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -120,6 +121,32 @@ class ByShare:
         n = free.sum(1)
         count = torch.minimum((n * self.noise.hidden(unit.double())).ceil().long().clamp(min=1), n)
         return fewest(free, count, noise), n / count.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class ByGroups:
+    """As generation in groups at random places meets them: so many elements are decided at each step (the last one
+    decides what is left), and what a step drawn evenly would find unknown is hidden. The expected loss is the mean over
+    all groupings of the negative log-likelihood of that generation: a bound, for these groups the best that it has."""
+
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"groups have at least one element each, got {self.sizes}")
+
+    def __call__(
+        self, free: Bool[Tensor, "b E"], unit: Float[Tensor, "b"], noise: Float[Tensor, "b E"]
+    ) -> tuple[Bool[Tensor, "b E"], Float[Tensor, "b"]]:
+        n = free.sum(1, keepdim=True)
+        begin = torch.tensor([0, *accumulate(self.sizes[:-1])], device=n.device)[None].expand(len(n), -1)
+        steps = (begin < n).sum(1)
+        step = torch.minimum((unit * steps).long(), steps - 1).clamp(min=0)[:, None]
+        shown = begin.gather(1, step)
+        after = torch.cat([begin, n], 1).gather(1, step + 1).clamp(max=n)
+        hidden = n - shown
+        weight = steps * ((after - shown) / hidden.clamp(min=1))[:, 0]
+        return fewest(free, hidden[:, 0], noise), weight
 
 
 def masking_of(noise: str = "linear", weight: str = "bound", by: str = "time") -> Masking:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from importlib import resources
 from typing import Any
 
@@ -138,16 +138,27 @@ def _pictures(app: FastAPI, service: Service) -> None:
     @app.post("/v1/images/generations", summary="Draw pictures of a class")
     async def images(asked: ImageRequest, call: Call) -> Response:
         model = service.image(asked.model)
-        made = await unless_gone(call, model.draw(asked))
         if not asked.stream:
-            return told(model.whole(made))
-        return Events(_film(model.events(made)))
+            return told(model.whole(await unless_gone(call, model.draw(asked))))
+        film = model.events(asked)
+        try:
+            first = await unless_gone(call, anext(film))  # what cannot be drawn has a status of its own
+        except BaseException:
+            await film.aclose()
+            raise
+        return Events(_film(first, film))
 
 
-async def _film(events: Sequence[dict[str, Any]]) -> AsyncIterator[bytes]:
-    for said in events:
-        yield event(said, said["type"])
-    yield DONE
+async def _film(first: dict[str, Any], rest: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """A picture as it is drawn. What goes wrong on the way is the last event but one."""
+    async with contextlib.aclosing(rest):
+        yield event(first, first["type"])
+        try:
+            async for said in rest:
+                yield event(said, said["type"])
+        except Refused as error:
+            yield event(error.body)
+        yield DONE
 
 
 # ---- the rest --------------------------------------------------------------------------------------------------------

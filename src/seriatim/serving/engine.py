@@ -12,14 +12,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from seriatim.layout import line
 from seriatim.serving.batch import Batch, Ready
 from seriatim.serving.prefixes import Prefixes
-from seriatim.serving.request import Full, Piece, Request
+from seriatim.serving.request import Finish, Full, Piece, Request
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.text_system import TextSystem
 
@@ -92,7 +91,7 @@ class Engine:
         self.waiting: deque[Ready] = deque()
         self.reading: deque[Reading] = deque()
         self.ready: deque[Ready] = deque()
-        self._gone: set[int] = set()  # cancelled, and not yet taken out
+        self._gone: dict[int, Finish] = {}  # cancelled, and not yet taken out: as what they end
         self._over: dict[str, set[int]] = {name: set() for name in decoders}  # finished, and still in the batch
         self._numbers = 0
         self._step, self._slot = 0.0, 0.0  # seconds of a step, and of a slot of a prompt, on average
@@ -139,11 +138,11 @@ class Engine:
             raise ValueError(f"{prompt + new} tokens do not fit into the {self.memory / 2**20:,.0f} MiB there are")
         s.warp, s.shapers  # noqa: B018 (they refuse what cannot be)
 
-    def cancel(self, number: int) -> None:
+    def cancel(self, number: int, enough: bool = False) -> None:
         """As of `TextEngine`."""
         with self._lock:
             if 0 < number <= self._numbers:
-                self._gone.add(number)
+                self._gone[number] = "stop" if enough else "cancelled"
                 self._lock.notify_all()
 
     def figures(self) -> dict[str, float]:
@@ -205,26 +204,27 @@ class Engine:
     def _take_out(self) -> None:
         """Cancelled requests end."""
         with self._lock:  # others add to what waits
-            gone, self._gone = self._gone, set()
+            gone, self._gone = self._gone, {}
             if not gone:
                 return
-            there = gone & set(self._everybody())
+            there = gone.keys() & set(self._everybody())
             self.waiting = deque(r for r in self.waiting if r.number not in gone)
         self.ready = deque(r for r in self.ready if r.number not in gone)
         self.reading = deque(r for r in self.reading if r.ready.number not in gone)
         for name, batch in self.batches.items():
-            self._over[name] |= gone & {row.number for row in batch.rows}
-        self._end(there, "cancelled")
+            self._over[name] |= gone.keys() & {row.number for row in batch.rows}
+        for finish in ("cancelled", "stop"):
+            self._end([number for number in there if gone[number] == finish], finish)
 
     def _everybody(self) -> list[int]:
         """The numbers of all that have not ended."""
         running = [r.number for n, b in self.batches.items() for r in b.rows if r.number not in self._over[n]]
         return [*running, *(r.number for r in (*self.waiting, *self.ready)), *(r.ready.number for r in self.reading)]
 
-    def _end(self, numbers: Sequence[int] | set[int], finish: Any, error: str | None = None) -> None:
+    def _end(self, numbers: Sequence[int] | set[int], finish: Finish, error: str | None = None) -> None:
         """Tell that these have ended."""
         if numbers:
-            self.counts[finish] += len(numbers)
+            self.counts["finished" if finish == "stop" else finish] += len(numbers)
             self.sink([Piece(n, finish=finish, error=error) for n in sorted(numbers)])
 
     # ---- prompts -------------------------------------------------------------------------------------------------

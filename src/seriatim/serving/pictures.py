@@ -8,8 +8,9 @@ import contextlib
 import io
 import re
 import secrets
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,6 +26,31 @@ from seriatim.systems.image_system import ImageSystem, Pictures
 from seriatim.systems.system import Sampling
 from seriatim.verbs.generate import sampling_of
 
+FRAMES = 16  # of a stream that are told however long they take; others as long as they take half of the time
+
+
+class Gone(Exception):
+    """Nobody waits for a picture any more."""
+
+
+class Watching:
+    """A `Watcher` of a picture that is drawn in another thread: tells what is there, and ends it when nobody waits."""
+
+    def __init__(self, tell: Callable[[Float[Tensor, "n c h w"], str], None] | None):
+        self.tell, self.gone = tell, threading.Event()
+        self.frames, self.next = 0, 0.0
+
+    def __call__(self, made: Callable[[], Tensor], caption: str) -> None:
+        """Raises Gone."""
+        if self.gone.is_set():
+            raise Gone
+        start = time.perf_counter()
+        if self.tell is None or (self.frames >= FRAMES and start < self.next):
+            return
+        self.tell(made(), caption)
+        self.frames, end = self.frames + 1, time.perf_counter()
+        self.next = end + (end - start)
+
 
 class Easel:
     """The one thread that draws, and how many wait for it."""
@@ -39,14 +65,14 @@ class Easel:
         """Requests that are drawn for, or will be."""
         return len(self.held)
 
-    async def draw(self, function: Callable[[], Pictures]) -> Pictures:
-        """What a function draws, when its turn comes; where nobody waits any more, it does not come. Raises Refused
-        where too many wait."""
+    async def draw(self, function: Callable[[Watching], Pictures], watching: Watching) -> Pictures:
+        """What a function draws, when its turn comes; where nobody waits any more, it does not come, or ends at its
+        next step. Raises Refused where too many wait."""
         if self.closed:
             raise closing()
         if self.waiting > self.queue:
             raise full(f"{self.waiting} requests wait for pictures")
-        drawing = asyncio.get_running_loop().run_in_executor(self.pool, function)
+        drawing = asyncio.get_running_loop().run_in_executor(self.pool, function, watching)
         self.held.add(drawing)
         try:
             return await drawing
@@ -56,11 +82,11 @@ class Easel:
                 raise closing() from None
             raise
         finally:
+            watching.gone.set()
             self.held.discard(drawing)
 
     async def close(self, seconds: float) -> None:
-        """Nothing more is begun; whoever still waits behind so many seconds is told so. What is being drawn cannot be
-        stopped."""
+        """Nothing more is begun; whoever still waits behind so many seconds is told so."""
         self.closed = True
         self.pool.shutdown(wait=False, cancel_futures=True)
         if self.held:
@@ -96,29 +122,40 @@ class ImageModel:
     def figures(self) -> dict[str, float]:
         return {"steps": self.forwards, "finished": self.drawn}
 
-    async def draw(self, asked: ImageRequest) -> Pictures:
-        """The pictures, with their film where a stream was asked for. Raises Refused."""
-        label, sampling = self._label(asked.prompt), self._sampling(asked)
+    async def draw(self, asked: ImageRequest, tell: Callable[[Tensor, str], None] | None = None) -> Pictures:
+        """The pictures. tell: is told in the drawing thread what is there after steps. Raises Refused."""
+        (system, label), sampling = self._meant(asked.prompt), self._sampling(asked)
         n = asked.n or 1
         if n > (1 if asked.stream else self.limits.pictures):
             most = "one is streamed" if asked.stream else f"{self.limits.pictures} are drawn at once"
             raise Refused(400, f"n = {n}: at most {most}", param="n")
         labels = None if label is None else torch.full((n,), label)
         seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed % 2**62
-        film, start = bool(asked.stream), time.monotonic()
+        start = time.monotonic()
         try:
             async with asyncio.timeout(self.limits.seconds):
-                made = await self.easel.draw(lambda: self.system.draw(labels, n, sampling, seed, film))
+                made = await self.easel.draw(
+                    lambda watching: system.draw(labels, n, sampling, seed, watching), Watching(tell)
+                )
         except (ValueError, TypeError) as error:
             raise Refused(400, str(error)) from None
         except TimeoutError:
             raise too_late(self.limits.seconds) from None
-        except (RuntimeError, FloatingPointError, IndexError, KeyError) as error:
+        except (RuntimeError, ArithmeticError, LookupError) as error:
             self.log(f"pictures failed: {type(error).__name__}: {error}")
             raise Refused(500, "the model failed on this request", code="model_failed") from None
         self.drawn, self.forwards = self.drawn + n, self.forwards + made.forwards
         self.metrics.whole.labels(self.name).observe(time.monotonic() - start)
         return made
+
+    def _meant(self, prompt: str) -> tuple[ImageSystem, int | None]:
+        """The system and the label that a prompt means. Raises Refused for one that says nothing known."""
+        if "text" not in self.system.model.conditions:
+            return self.system, self._label(prompt)
+        try:
+            return self.system.prompted([prompt]), 0
+        except ValueError as error:
+            raise Refused(400, str(error), param="prompt") from None
 
     def _label(self, prompt: str) -> int | None:
         """The class that is meant. Raises Refused for none that there is."""
@@ -162,23 +199,40 @@ class ImageModel:
             "data": [{"b64_json": self.encoded(image)} for image in made.images],
         }  # fmt: skip
 
-    def events(self, made: Pictures) -> Sequence[dict[str, Any]]:
-        """The film of a picture, then the picture."""
-        said = {
-            "created_at": int(time.time()), "output_format": "png", "size": size_of(made.images),
-            "background": "opaque", "quality": "auto",
-        }  # fmt: skip
-        out = [
-            {
-                "type": "image_generation.partial_image", "partial_image_index": i, "caption": caption,
-                "b64_json": self.encoded(frame[0]), **said,
-            }
-            for i, (frame, caption) in enumerate(zip(made.frames, made.captions, strict=True))
-        ]  # fmt: skip
-        return [*out, {"type": "image_generation.completed", "b64_json": self.encoded(made.images[0]), **said}]
+    async def events(self, asked: ImageRequest) -> AsyncGenerator[dict[str, Any]]:
+        """What is there of a picture while it is drawn, then the picture. Raises Refused."""
+        loop, told = asyncio.get_running_loop(), asyncio.Queue[tuple[str, str, str] | None]()
+
+        def tell(frame: Tensor, caption: str) -> None:
+            said = caption, self.encoded(frame[0]), size_of(frame)
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+                loop.call_soon_threadsafe(told.put_nowait, said)
+
+        drawing = asyncio.ensure_future(self.draw(asked, tell))
+        drawing.add_done_callback(lambda _: told.put_nowait(None))
+        try:
+            count = 0
+            while (said := await told.get()) is not None:
+                caption, picture, size = said
+                what = {"partial_image_index": count, "caption": caption}
+                yield _event("partial_image", picture, size) | what
+                count += 1
+            made = await drawing
+            yield _event("completed", self.encoded(made.images[0]), size_of(made.images))
+        finally:
+            drawing.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Refused):
+                await drawing
 
     def encoded(self, image: Float[Tensor, "c h w"]) -> str:
         return base64.b64encode(png(image, self.system.ink)).decode()
+
+
+def _event(kind: str, picture: str, size: str) -> dict[str, Any]:
+    return {
+        "type": f"image_generation.{kind}", "b64_json": picture, "created_at": int(time.time()), "size": size,
+        "output_format": "png", "background": "opaque", "quality": "auto",
+    }  # fmt: skip
 
 
 def png(image: Float[Tensor, "c h w"], ink: bool) -> bytes:

@@ -71,8 +71,9 @@ class TextEngine(Protocol):
         unknown decoder, settings that the decoder cannot follow), `Full` where the queue is."""
         ...
 
-    def cancel(self, number: int) -> None:
-        """Nobody waits for this any more: it ends at the next step. Unknown and ended numbers are passed over."""
+    def cancel(self, number: int, enough: bool = False) -> None:
+        """Nobody waits for this any more: it ends at the next step. enough: what it has is all that was wanted, so that
+        it counts as finished. Unknown and ended numbers are passed over."""
         ...
 
     def figures(self) -> dict[str, float]:

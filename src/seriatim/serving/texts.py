@@ -128,7 +128,7 @@ class Job:
             if delta.finish is not None:
                 del self.numbers[piece.number]
                 if piece.finish is None:  # by a stop string, of which the engine knows nothing
-                    self.model.drop(piece.number)
+                    self.model.drop(piece.number, enough=True)
                 else:
                     self.model.ended(piece.number)
                 metrics.whole.labels(name).observe(time.monotonic() - self.start)
@@ -220,10 +220,10 @@ class TextModel:
         self.waiting[number] = queue  # nothing is given out before this returns: pieces come by the loop
         return number
 
-    def drop(self, number: int) -> None:
-        """Nobody waits for it any more."""
+    def drop(self, number: int, enough: bool = False) -> None:
+        """Nobody waits for it any more; enough: since it is finished."""
         self.ended(number)
-        self.engine.cancel(number)
+        self.engine.cancel(number, enough)
 
     def ended(self, number: int) -> None:
         self.waiting.pop(number, None)

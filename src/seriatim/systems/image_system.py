@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -23,6 +23,9 @@ from seriatim.systems.system import Sampling, System
 
 FRAMES = 16  # of a film, at most
 BATCH = 100  # pictures that are generated together
+
+# Is told after each step how to make what is there as pictures (n, c, h, w), and what that is.
+Watcher = Callable[[Callable[[], Tensor], str], None]
 
 
 @dataclass
@@ -117,11 +120,13 @@ class ImageSystem(System):
         count: int | None = None,
         sampling: Sampling | None = None,
         seed: int = 0,
-        film: bool = False,
+        film: bool | Watcher = False,
         decoder: str = "own",
     ) -> Pictures:
         """Generate pictures of these classes, or `count` of them, by a decoder (`decoder_of`; for orders other than
-        next-token the system's own). Raises ValueError for labels and decoders that do not exist or do not suit."""
+        next-token the system's own). film: keep what was there after some of the steps; a `Watcher` is told while they
+        are made, and whatever it raises ends it. Raises ValueError for labels and decoders that do not exist or do not
+        suit."""
         n = len(labels) if labels is not None else count or 1
         out: list[Pictures] = []
         start = time.perf_counter()
@@ -131,6 +136,11 @@ class ImageSystem(System):
                 size, s = min(BATCH, n - k), sampling or self.sampling
                 out.append(self._draw(part, size, s, seed + k, film, decoder_of(self, decoder, s, ())))
         return joined(out, labels, time.perf_counter() - start)
+
+    def prompted(self, texts: Sequence[str]) -> ImageSystem:
+        """This system, same weights, asked for pictures of these texts: labels are their numbers. Raises ValueError
+        where it was not trained by texts."""
+        raise ValueError(f"this {self.meta.key} was trained by classes: ask for a label, not by a prompt")
 
     def repaint(
         self,
@@ -192,7 +202,7 @@ class ImageSystem(System):
         return self.model.blank(n, Generator(seed), self.layout(sampling))
 
     def _draw(
-        self, labels: Tensor | None, n: int, sampling: Sampling, seed: int, film: bool, way: Decoding,
+        self, labels: Tensor | None, n: int, sampling: Sampling, seed: int, film: bool | Watcher, way: Decoding,
         canvas: Canvas | None = None,
     ) -> Pictures:  # fmt: skip
         """Decode a canvas, a fresh one if none is given."""
@@ -201,7 +211,9 @@ class ImageSystem(System):
         states, forwards = [], 0
         for step in decode(target, canvas, way.decider, way.proposer, Generator(seed)):
             forwards += step.forwards
-            if film:
+            if callable(film):
+                film(lambda: self.so_far(canvas), f"forward {forwards}")
+            elif film:
                 states.append((forwards, canvas.copy()))
         out = Pictures(self.finished(canvas), labels, forwards=forwards)
         for i in torch.linspace(0, len(states) - 1, min(FRAMES, len(states))).long().tolist():
@@ -209,7 +221,7 @@ class ImageSystem(System):
             out.frames.append(self.so_far(state))
             out.captions.append(f"forward {number} of {forwards}")
         rows, columns = self.tokenizer.grid
-        if film and rows * columns == canvas.layout.size:
+        if states and rows * columns == canvas.layout.size:
             at = torch.full(canvas.known.shape, forwards)
             for number, state in reversed(states):
                 at = torch.where(state.known, number, at)

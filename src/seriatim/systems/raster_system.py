@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from seriatim.data.base import Data
 from seriatim.systems.image_system import ImageSystem
@@ -15,7 +15,7 @@ from seriatim.training.recipe import Recipe
 class RasterSystem(ImageSystem):
     """Elements are the places of a square grid, in raster order; the field `side` of a config is its side."""
 
-    tokenizers = ("pixels", "image-vq")
+    tokenizers: ClassVar[tuple[str, ...]] = ("pixels", "image-vq")
     tokenizer_settings = MappingProxyType({"levels": 17})
     sizes = MappingProxyType({
         "tiny": {},

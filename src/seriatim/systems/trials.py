@@ -83,15 +83,16 @@ def quality(
 
 
 def tokens_per_forward(
-    decoder: str, prompts: int = 16, new_tokens: int = 128
+    decoder: str, prompts: int = 16, new_tokens: int = 128, length: int = 200
 ) -> Callable[[Any, int], Mapping[str, Any]]:
-    """How many tokens a decoder writes by one forward, on prompts that it sees one after another and each once; a
-    decoder that learns begins with nothing. Outputs that repeat themselves are easy to draft, and counted apart."""
+    """How many tokens a decoder writes by one forward, on prompts of `length` tokens that it sees one after another and
+    each once; a decoder that learns begins with nothing. Outputs that repeat themselves are easy to draft, and counted
+    apart."""
 
     def measure(system: Any, seed: int) -> Mapping[str, Any]:
         forget(system)
         counts = {False: [0, 0], True: [0, 0]}
-        for n, prompt in enumerate(held_out(system, prompts)):
+        for n, prompt in enumerate(held_out(system, prompts, length)):
             made = system.generate(
                 prompt, decoder, max_new_tokens=new_tokens, temperature=TEMPERATURE, seed=1000 * seed + n
             )

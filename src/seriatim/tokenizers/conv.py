@@ -1,8 +1,10 @@
 """Convolutional encoder and decoder: a picture to a map of latents and back.
 
-Two bodies behind one interface. *Plain*: convolutions without normalisation, small enough for pictures of 8 to 64
+Three bodies behind one interface. *Plain*: convolutions without normalisation, small enough for pictures of 8 to 64
 pixels on a CPU. *Residual*: the shape that VQGAN published and everybody kept (LlamaGen, VAR, latent diffusion), for
-photographs. `conv_body` makes a pair of either. Quantizing what lies between the two is somebody else's business.
+photographs. *Elm*: the same as ELM released it, with as many blocks in the decoder as in the encoder, no activation
+behind the last norms, and an encoder that reads pixels from 0 to 1. `conv_body` makes a pair of any. Quantizing what
+lies between the two is somebody else's business.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Body = Literal["plain", "residual"]
+Body = Literal["plain", "residual", "elm"]
 Attends = Literal["lowest", "encoder", "middle"]  # blocks of the lowest resolution, those of the encoder, or neither
 
 MULTIPLIERS = {0: (1,), 1: (1, 2), 2: (1, 2, 4), 3: (1, 2, 2, 4), 4: (1, 1, 2, 2, 4), 5: (1, 1, 2, 2, 4, 4)}
@@ -123,13 +125,21 @@ def _middle(width: int) -> list[nn.Module]:
     return [ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width)]
 
 
+class FromZero(nn.Module):
+    """Pixels in [-1, 1] as numbers from 0 to 1: a convolution pads them with black."""
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return (x + 1) / 2
+
+
 class ResidualEncoder(nn.Module):
     """Encoder of VQGAN (Esser et al. 2021, arXiv 2012.09841, table 7): residual blocks, attention at the lowest
     resolution, GroupNorm of 32 groups; then the convolution to the code (1x1 from `inner` channels in VQGAN and
     LlamaGen, 3x3 from as many as the code has in VAR).
 
     multipliers: width of each resolution over `width`, finest first; a side is halved between two of them. attends:
-    whether blocks of the lowest resolution do, not only the middle.
+    whether blocks of the lowest resolution do, not only the middle; activation: whether one stands behind the last
+    norm; from_zero: whether pixels are read as numbers from 0 to 1.
     """
 
     def __init__(
@@ -142,9 +152,12 @@ class ResidualEncoder(nn.Module):
         inner: int = 256,
         kernel: int = 1,
         attends: bool = True,
+        activation: bool = True,
+        from_zero: bool = False,
     ) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1)]
+        layers: list[nn.Module] = [FromZero()] if from_zero else []
+        layers.append(nn.Conv2d(channels, width, 3, padding=1))
         now = width
         for i, multiplier in enumerate(multipliers):
             lowest = i == len(multipliers) - 1
@@ -152,7 +165,8 @@ class ResidualEncoder(nn.Module):
             now = width * multiplier
             if not lowest:
                 layers.append(Halve(now))
-        layers += [*_middle(now), _norm(now), nn.SiLU(), nn.Conv2d(now, inner, 3, padding=1)]
+        layers += [*_middle(now), _norm(now), nn.SiLU() if activation else nn.Identity()]
+        layers.append(nn.Conv2d(now, inner, 3, padding=1))
         self.layers = nn.Sequential(*layers)
         self.to_code = nn.Conv2d(inner, dim, kernel, padding=kernel // 2)
 
@@ -162,7 +176,7 @@ class ResidualEncoder(nn.Module):
 
 class ResidualDecoder(nn.Module):
     """The mirror of `ResidualEncoder`, with one more block a resolution, as published. attends: whether blocks of the
-    lowest resolution do."""
+    lowest resolution do; activation: whether one stands behind the last norm."""
 
     def __init__(
         self,
@@ -170,21 +184,22 @@ class ResidualDecoder(nn.Module):
         width: int,
         dim: int,
         multipliers: Sequence[int] = MULTIPLIERS[4],
-        blocks: int = 2,
+        blocks: int = 3,
         inner: int = 256,
         kernel: int = 1,
         attends: bool = True,
+        activation: bool = True,
     ) -> None:
         super().__init__()
         self.from_code = nn.Conv2d(dim, inner, kernel, padding=kernel // 2)
         now = width * multipliers[-1]
         layers: list[nn.Module] = [nn.Conv2d(inner, now, 3, padding=1), *_middle(now)]
         for i, multiplier in reversed(list(enumerate(multipliers))):
-            layers += _level(now, width * multiplier, blocks + 1, attention=attends and i == len(multipliers) - 1)
+            layers += _level(now, width * multiplier, blocks, attention=attends and i == len(multipliers) - 1)
             now = width * multiplier
             if i:
                 layers.append(Double(now))
-        layers += [_norm(now), nn.SiLU(), nn.Conv2d(now, channels, 3, padding=1)]
+        layers += [_norm(now), nn.SiLU() if activation else nn.Identity(), nn.Conv2d(now, channels, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
 
     @property
@@ -203,7 +218,7 @@ def check_body(body: str, width: int, halvings: int) -> None:
         raise ValueError(f"body is one of {', '.join(get_args(Body))}, got {body!r}")
     if width < 1 or not 0 <= halvings <= 8:
         raise ValueError(f"width is at least 1 and halvings lie in 0..8, got {width} and {halvings}")
-    if body == "residual" and (width % 32 or halvings not in MULTIPLIERS):
+    if body != "plain" and (width % 32 or halvings not in MULTIPLIERS):
         raise ValueError(
             f"the residual body has a width that 32 divides (groups of its norms) and at most {max(MULTIPLIERS)} "
             f"halvings, got {width} and {halvings}"
@@ -233,8 +248,10 @@ def conv_body(
     if body == "plain":
         return ConvEncoder(channels, width, moments * dim, halvings), ConvDecoder(channels, width, dim, halvings)
     shape, sizes = multipliers or MULTIPLIERS[halvings], {"kernel": kernel, "attends": attends != "middle"}
-    encoder = ResidualEncoder(channels, width, moments * dim, shape, inner=moments * inner, **sizes)  # type: ignore[arg-type]
-    sizes["attends"] = attends == "lowest"
+    elm = body == "elm"
+    sizes["activation"] = not elm
+    encoder = ResidualEncoder(channels, width, moments * dim, shape, inner=moments * inner, from_zero=elm, **sizes)  # type: ignore[arg-type]
+    sizes |= {"attends": attends == "lowest", "blocks": 2 if elm else 3}
     return encoder, ResidualDecoder(channels, width, dim, shape, inner=inner, **sizes)  # type: ignore[arg-type]
 
 

@@ -36,7 +36,8 @@ def generate(
     **sampling: Any,
 ) -> str | Pictures:
     """Text that continues a prompt, a text with its gaps filled (`infix`, see `parted`), or pictures of these classes,
-    from a run, `zoo:NAME` or a loaded system.
+    or of a prompt where the system was trained by texts (several with commas between them), from a run, `zoo:NAME` or a
+    loaded system.
 
     sampling: fields of `Sampling` (temperature, top_k, top_p, guidance, steps, suppress_tokens, size, ...); what is
     left out is the system's own choice. watch: who looks on while a text is generated. With a recorder every canvas of
@@ -57,7 +58,7 @@ def generate(
         raise ValueError(f"a text is watched, and {system.meta.key} makes none (pictures have a film)")
     if not isinstance(system, ImageSystem):
         raise ValueError(f"{system.meta.key} generates nothing by itself")
-    return draw(system, labels, count, seed, film, decoder, **sampling)
+    return draw(system, labels, count, seed, film, decoder, prompt, **sampling)
 
 
 def stream(
@@ -82,20 +83,31 @@ def fill(
 
 def draw(
     system: ImageSystem, labels: Sequence[int] | None, count: int | None, seed: int = 0, film: bool = False,
-    decoder: str = "own", **sampling: Any,
+    decoder: str = "own", prompt: str = "", **sampling: Any,
 ) -> Pictures:  # fmt: skip
-    """`count` pictures of each label; of every class in turn where no label is given. Raises ValueError for a decoder
-    that does not exist or does not suit."""
+    """`count` pictures of each label; of every class in turn where no label is given; or of what each of several texts
+    with commas between them says (`prompt`; labels are then their numbers). Raises ValueError for a decoder that does
+    not exist or does not suit, and for texts where the system was trained by classes."""
     if count is not None and count < 1:
         raise ValueError(f"at least 1 picture can be drawn, got {count}")
     classes = system.config.classes
-    if labels is None and "class" in system.model.conditions:
+    if prompt:
+        if labels is not None:
+            raise ValueError("pictures are asked for by a prompt or by labels: give one of them")
+        texts = texts_of(prompt)
+        system, labels, classes = system.prompted(texts), range(len(texts)), len(texts)
+    if labels is None and {"class", "text"} & set(system.model.conditions):
         wanted = torch.arange(count or min(classes, 100)) % classes
     else:
         wanted = torch.tensor(list(labels or [0])).repeat_interleave(count or 1)
     if int(wanted.min()) < 0 or int(wanted.max()) >= classes:
         raise ValueError(f"labels lie in 0..{classes - 1}, got {int(wanted.min())}..{int(wanted.max())}")
     return system.draw(wanted, None, sampling_of(system, **sampling), seed, film, decoder)
+
+
+def texts_of(prompt: str) -> list[str]:
+    """The texts of a prompt for pictures, between its commas."""
+    return [text.strip() for text in prompt.split(",") if text.strip()] or [prompt]
 
 
 def sampling_of(system: System, **changes: Any) -> Sampling:

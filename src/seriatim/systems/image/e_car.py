@@ -36,7 +36,7 @@ from seriatim.systems.claim import Arm, Claim
 from seriatim.systems.decoders import Decoding
 from seriatim.systems.flow_trials import splits
 from seriatim.systems.image.flowar import assembled
-from seriatim.systems.image_system import FRAMES, Pictures
+from seriatim.systems.image_system import FRAMES, Pictures, Watcher
 from seriatim.systems.meta import Meta
 from seriatim.systems.pyramid_system import PeekingEmbed, one_scale
 from seriatim.systems.system import Sampling
@@ -178,12 +178,19 @@ class ECAR(VectorSystem):
         return self.enlarged(there[-1], codes[:, cells.span(there[-1])]) if there else self.picture(codes * 0)
 
     def _draw(
-        self, labels: Tensor | None, n: int, sampling: Sampling, seed: int, film: bool, way: Decoding,
+        self, labels: Tensor | None, n: int, sampling: Sampling, seed: int, film: bool | Watcher, way: Decoding,
         canvas: Canvas | None = None,
     ) -> Pictures:  # fmt: skip
         """As others do, but a film goes through the steps of the flow and shows the jumps between its stages."""
         met: list[tuple[int, int, Tensor]] = []
-        self.head.watch = (lambda stage, step, x: met.append((stage, step, x))) if film else None
+
+        def watch(stage: int, step: int, x: Tensor) -> None:
+            if callable(film):
+                film(lambda: self.enlarged(stage, x), _caption(stage, step))
+            else:
+                met.append((stage, step, x))
+
+        self.head.watch = watch if film else None
         try:
             out = super()._draw(labels, n, sampling, seed, False, way, canvas)
         finally:
@@ -191,9 +198,14 @@ class ECAR(VectorSystem):
         for i in _shown(met):
             stage, step, x = met[i]
             out.frames.append(self.enlarged(stage, x))
-            begun = "noise" if not stage else f"jump to stage {stage + 1}"
-            out.captions.append(begun if step < 0 else f"stage {stage + 1}, step {step + 1}")
+            out.captions.append(_caption(stage, step))
         return out
+
+
+def _caption(stage: int, step: int) -> str:
+    """What a state of the flow is."""
+    begun = "noise" if not stage else f"jump to stage {stage + 1}"
+    return begun if step < 0 else f"stage {stage + 1}, step {step + 1}"
 
 
 def _shown(met: Sequence[tuple[int, int, Tensor]]) -> list[int]:

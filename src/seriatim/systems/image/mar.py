@@ -244,8 +244,12 @@ def case() -> Case:
 
 
 def one_step() -> Limit:
-    """Revealed in one step, elements are independent given the class: each as if all others were hidden."""
-    one = case()
+    """Revealed in one step."""
+    return together(case())
+
+
+def together(one: Case) -> Limit:
+    """Decided in one step, elements are independent given the class: each as if all others were hidden."""
     model, label = one.model, one.rows(6)
     x = one.sample(6)
     assert isinstance(model, Masked)

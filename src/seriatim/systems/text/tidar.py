@@ -67,9 +67,13 @@ Verify = Literal["match", "ratio"]
 # ---- the claim -------------------------------------------------------------------------------------------------------
 
 
-def drafting(trained: Any, prompts: int = 16, new_tokens: int = 128) -> dict[str, Any]:
+PROMPT, NEW = 120, 128  # tokens, within the 256 of an arm
+
+
+def drafting(trained: Any, prompts: int = 16, new_tokens: int = NEW) -> dict[str, Any]:
     """Tokens a forward, by either way to verify, and bits per byte of the next-token half, of what was just trained."""
-    system, measure = trained.system.eval().requires_grad_(False), tokens_per_forward("own", prompts, new_tokens)
+    system = trained.system.eval().requires_grad_(False)
+    measure = tokens_per_forward("own", prompts, new_tokens, PROMPT)
     found, chosen = {}, system.config
     for verify in get_args(Verify):
         system.config = replace(chosen, verify=verify)
@@ -94,7 +98,7 @@ CLAIM = Claim(
     metric="tokens_per_forward",
     arms={
         "tidar": _arm(block=4),
-        "plain": Trial("zoo:text-base", tokens_per_forward("ancestral")),
+        "plain": Trial("zoo:text-base", tokens_per_forward("ancestral", new_tokens=NEW, length=PROMPT)),
         "blocks of 8": _arm(block=8),
     },
     ours="tidar",

@@ -1,0 +1,81 @@
+"""A next-token model turned into one that decides block after block: the bound before, after minutes of training, and
+that of a model of the same shape with fresh weights after as many minutes.
+
+    python benchmarks/conversion.py MODEL [--mask TOKEN] [--minutes 15] [--length 256] [--batch 1]
+        [--fresh width=576,depth=30,heads=9,hidden=1536] [--out results/conversion.json]
+
+All are trained on the built-in standard library and judged on its held-out windows, in bits a byte, so tokenizers may
+differ: the fresh one has that of the zoo. Runs are kept under SERIATIM_HOME and resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seriatim.cli.progress import Bar
+from seriatim.home import HOME
+from seriatim.training.checkpoint import save_json
+from seriatim.verbs.claim import commit, machine
+from seriatim.verbs.train import train
+
+ARMS = "before", "converted", "fresh"
+UNTOUCHED = {"steps": 1, "learning_rate": 1e-12}  # judged as it stands: steps of no size
+
+
+def settings_of(text: str) -> dict[str, int]:
+    """width=576,depth=30 as a mapping."""
+    return {name: int(value) for name, _, value in (part.partition("=") for part in text.split(","))}
+
+
+def arm(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Bits a byte of one arm, trained where it is not yet."""
+    summary = folder / name / "summary.json"
+    if not summary.is_file():
+        same: dict[str, Any] = {"data": "stdlib", "out": folder / name, "resume": (folder / name).exists()}
+        settings: dict[str, Any] = {"length": options.length, "batch": options.batch}
+        if name == "fresh":
+            same["tokenizer"] = "zoo:text-bpe"
+            settings |= settings_of(options.fresh)
+        else:
+            same["from_"] = options.model
+            settings |= {"mask": options.mask} if options.mask else {}
+        if name == "before":
+            settings |= UNTOUCHED
+        else:
+            same["minutes"] = options.minutes
+        train("sdar", **same, settings=settings, bar=Bar)
+    said = json.loads(summary.read_text())
+    return {k: said[k] for k in ("bits_per_byte", "continuation")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--mask")
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--fresh", default="width=576,depth=30,heads=9,hidden=1536")
+    parser.add_argument("--out", type=Path, default=Path("results/conversion.json"))
+    options = parser.parse_args()
+    name = Path(options.model).name.replace(":", "-")
+    figures = {}
+    for each in ARMS:
+        figures[each] = arm(each, HOME / "conversion" / f"{name}-{options.minutes:g}", options)
+        print(f"{each:10s} {figures[each]['bits_per_byte']:.3f} bits a byte", flush=True)
+    same = {"minutes": options.minutes, "length": options.length, "batch": options.batch}
+    said = {
+        "arms": figures, **same, "threads": torch.get_num_threads(), "machine": machine(), "commit": commit(),
+        "command": "python benchmarks/conversion.py MODEL" + (f' --mask "{options.mask}"' if options.mask else ""),
+    }  # fmt: skip
+    save_json(said, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
