@@ -80,6 +80,8 @@ def runs_from_end_to_end(key: str, family: str) -> bool:
         short = ["--steps", "20", "--tokenizer-steps", "20"] if family == "image" else ["--steps", "20"]
         if command(["train", key, "--out", run, *short]):
             return False
+        if family == "series":
+            return command(["forecast", run, "--data", "co2"]) == 0
         return family == "tokenizer" or command(["generate", run, "--count", "1"]) == 0
 
 

@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 SHOWN = {
     "L": "the laws hold", "E": "runs from end to end", "C": "its claim was measured", "W": "published weights load",
 }  # fmt: skip
-ORDERLESS = ("tokenizer", "study", *FAMILIES)  # families that have no order of their own
+ORDERLESS = ("tokenizer", "study", "series", *FAMILIES)  # families that have no order of their own
 
 
 # ---- one page --------------------------------------------------------------------------------------------------------
@@ -101,7 +101,11 @@ def _commands(meta: Meta) -> str:
     if meta.family == "study":
         return f"```\nseriatim show {meta.key}\nseriatim claim {meta.key}\n```"
     lines = [f"seriatim show {meta.key}", f"seriatim train {meta.key}"]
-    if meta.family != "tokenizer":
+    if meta.family == "series":
+        lines = [f"seriatim forecast {meta.key} --data my.csv --horizon 96", f"seriatim train {meta.key} --data my.csv"]
+        lines += [f"seriatim evaluate runs/{meta.key}", f"seriatim compare {meta.key} dlinear --data my.csv"]
+        lines += [f"seriatim laws {meta.key} --verbose"]
+    elif meta.family != "tokenizer":
         lines += [f"seriatim generate runs/{meta.key}", f"seriatim evaluate runs/{meta.key}"]
         lines += [f"seriatim laws {meta.key} --verbose"]
     return "```\n" + "\n".join(lines) + "\n```"
@@ -131,7 +135,8 @@ def _settings(key: str, module: ModuleType) -> Iterator[str]:
         for name, recipe in recipes.items():
             changes = ", ".join(f"{k} {v}" for k, v in sizes.get(name, {}).items()) or "the defaults"
             rate = f"{recipe.learning_rate:g}"
-            lines.append((f"`{name}`", changes, f"{recipe.steps:,}", str(recipe.batch), rate))
+            steps = f"{cls.passes} passes" if recipe.epoch == recipe.steps else f"{recipe.steps:,}"
+            lines.append((f"`{name}`", changes, steps, str(recipe.batch), rate))
         yield table(("size", "settings", "steps", "batch", "learning rate"), lines)
 
 

@@ -39,12 +39,14 @@ def table(tmp_path):
 def test_trained_resumed_and_evaluated(table, tmp_path):
     out = tmp_path / "run"
     trained = train("itransformer", table, out=out, settings={**SMALL, "steps": 30, "learning_rate": 3e-3})
-    assert trained.history[-1]["held_out_loss"] < trained.history[8]["held_out_loss"] if len(trained.history) > 9 else 1
+    looks = [h["held_out_loss"] for h in trained.history if "held_out_loss" in h]
+    assert looks[-1] < looks[0]
     again = train("itransformer", table, out=out, resume=True, settings={**SMALL, "steps": 30, "learning_rate": 3e-3})
     batch = trained.data.test.windows(24, 8).take(torch.arange(3))
     given = batch["past"], batch["past_marks"], batch["future_marks"]
     want = trained.system.forecast(*given)
-    assert torch.equal(again.system.forecast(*given), want) and torch.equal(load(out).forecast(*given), want)
+    assert torch.equal(again.system.forecast(*given), want)
+    assert torch.allclose(load(out).forecast(*given), want, atol=1e-6)  # where weights lie in memory moves last digits
     figures = evaluate(out)
     assert figures["windows"] == 100 - 8 + 1 and figures["ridge, mse"] < figures["last value, mse"]
     assert 0 < figures["interval_coverage"] <= 1

@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from seriatim.home import HOME
+
 
 class Examples(Protocol):
     """One side (train or test) of a data set of pictures."""
@@ -87,9 +89,10 @@ def load_data(source: str | Path | None, modality: str, **options: Any) -> Data:
     """A built-in data set by its name, or one's own by its path; None stands for the modality's default.
 
     A path is a folder of pictures for "image"; a text file, a folder of them, tables (CSV, JSONL, Parquet), or
-    conversations (JSONL) for "text"; a table of numbers over time for "series". Options go to the loader.
-    Raises FileNotFoundError where there is nothing of that name, ValueError where it is of another modality or holds
-    too little, TypeError for an option that the loader does not have.
+    conversations (JSONL) for "text"; a table of numbers over time for "series", which goes by its bare name where it
+    stands in SERIATIM_HOME/data (`ETTh1` for ETTh1.csv). Options go to the loader. Raises FileNotFoundError where there
+    is nothing of that name, ValueError where it is of another modality or holds too little, TypeError for an option
+    that the loader does not have.
     """
     if modality not in DEFAULT:
         raise ValueError(f"modality is one of {', '.join(DEFAULT)}, got {modality!r}")
@@ -107,6 +110,8 @@ def load_data(source: str | Path | None, modality: str, **options: Any) -> Data:
         name = source.replace("-", "_")
         return _call(source, _loader(name, name), options)
     path = Path(source).expanduser()
+    if modality == "series" and not path.exists():
+        path = HOME / "data" / f"{source}.csv"
     if not path.exists():
         raise FileNotFoundError(_unknown(source))
     if modality == "series":

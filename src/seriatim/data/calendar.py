@@ -44,9 +44,9 @@ class Frequency:
         """The commonest step between sorted times that differ. Raises ValueError for fewer than three."""
         if len(times) < 3:
             raise ValueError(f"a frequency is inferred from at least 3 times, there are {len(times)}: give --frequency")
-        apart = np.diff(times.astype(np.int64))
+        apart = _apart(times)
         if np.median(apart) >= 28 * DAY and _same_day(times):
-            return Frequency(_commonest(np.diff(times.astype("datetime64[M]").astype(np.int64))), True)
+            return Frequency(_commonest(_apart(times.astype("datetime64[M]"))), True)
         return Frequency(_commonest(apart))
 
     def ticks(self, times: Times) -> NDArray[np.int64]:
@@ -82,6 +82,11 @@ class Frequency:
                 count = self.step // size
                 return f"{count} {name}{'s' if count > 1 else ''}"
         return f"{self.step} ms"
+
+
+def _apart(times: NDArray[np.datetime64]) -> NDArray[np.int64]:
+    """From each to the next, in its unit."""
+    return np.diff(times).astype(np.int64)
 
 
 def _commonest(steps: NDArray[np.int64]) -> int:

@@ -6,6 +6,7 @@ none is left out: a loader that drops the last batch would drop the hardest of t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -126,11 +127,13 @@ class Part:
 
 @dataclass(frozen=True)
 class SeriesData(Data):
-    """A series as data: `train`, `validation` and `test` are `Part`s, on the scale of the training rows."""
+    """A series as data: `train`, `validation` and `test` are `Part`s, on the scale of the training rows; `options`:
+    what was said of how to read it."""
 
     series: Any = None
     validation: Any = None
     split: Split = field(default_factory=lambda: Split(0, 0, 0))
+    options: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def mean(self) -> NDArray[np.float64]:
@@ -160,13 +163,19 @@ class SeriesData(Data):
         return x.double().numpy() * self.deviation + self.mean
 
 
-def as_data(series: Series, split: Split | None = None) -> SeriesData:
-    """A series with its sides."""
+def as_data(series: Series, split: Split | None = None, options: Mapping[str, str] | None = None) -> SeriesData:
+    """A series with its sides. Raises ValueError where it has too few rows for three."""
     split = split or Split.of(series)
+    if not 0 < split.train < split.validation < split.test:
+        raise ValueError(
+            f"{series.name} has {len(series)} rows, too few for training, validation and test: give at least 10"
+        )
     notes = list(series.notes)
     if split.test < len(series):
         notes.append(f"rows from {split.test:,} on are not used, as the field does with this set")
-    data = SeriesData(series.name, "series", None, None, notes=tuple(notes), series=series, split=split)
+    data = SeriesData(
+        series.name, "series", None, None, notes=tuple(notes), series=series, split=split, options=options or {}
+    )
     steady = [name for name, is_so in zip(series.columns, data.constant, strict=True) if is_so]
     if steady:
         object.__setattr__(data, "notes", (*notes, f"constant in training, and forecast so: {', '.join(steady)}"))
@@ -186,7 +195,9 @@ def series_table(
 
     if path.is_dir():
         raise ValueError(f"a series is one table (.csv, .tsv, .parquet), and {path} is a folder")
-    return as_data(read_series(path, time, target, frequency, duplicates))
+    said = {"time": time, "target": target, "frequency": frequency, "duplicates": duplicates}
+    options = {name: value for name, value in said.items() if value is not None}
+    return as_data(read_series(path, time, target, frequency, duplicates), options=options)
 
 
 def built_in_series(name: str) -> SeriesData:

@@ -27,18 +27,11 @@ from seriatim.view import full, inclusive
 
 SEGMENTS = (48, 24, 16, 8)
 HORIZONS = (96, 48, 24, 12, 8, 4, 2, 1)  # that are tried on short series, where none is named
-PUBLISHED = Recipe(
-    1,
-    batch=32,
-    learning_rate=1e-4,
-    weight_decay=0.0,
-    betas=(0.9, 0.999),
-    warm_up=0.0,
-    clip=1e9,
-    epoch=1,
-    halving=True,
-    patience=3,
-)  # fmt: skip  (the field's protocol; steps and passes follow from the data)
+UNSAID = 10**9  # steps of a training and of a pass that follow from the data
+PUBLISHED = Recipe(  # the field's protocol
+    UNSAID, batch=32, learning_rate=1e-4, weight_decay=0.0, betas=(0.9, 0.999), warm_up=0.0, clip=1e9, epoch=UNSAID,
+    halving=True, patience=3,
+)  # fmt: skip
 
 
 class Predictions(NamedTuple):
@@ -97,11 +90,9 @@ class SeriesSystem(System):
 
     def passing(self, recipe: Recipe, examples: Windows) -> Recipe:
         """The recipe with the steps of the system's passes over these windows, one look at held-out data after each;
-        a number of steps that was said stays."""
-        if recipe.epoch is None:
-            return recipe
-        each = max(len(examples) // recipe.batch, 1)
-        steps = recipe.steps if recipe.steps > 1 else self.passes * each
+        numbers that were said stay."""
+        each = recipe.epoch if recipe.epoch != UNSAID else max(len(examples) // recipe.batch, 1)
+        steps = self.passes * (each or 1) if recipe.steps == UNSAID else recipe.steps
         return replace(recipe, steps=steps, epoch=each, validate_every=recipe.validate_every or each)
 
     # ---- training ---------------------------------------------------------------------------------------------------

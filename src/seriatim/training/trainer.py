@@ -127,6 +127,11 @@ class _Training:
         parts = recipe.accumulate * self.accelerator.num_processes
         if recipe.batch % parts:
             raise ValueError(f"a batch of {recipe.batch} cannot be computed in {parts} equal parts; take a multiple")
+        if recipe.epoch is not None and recipe.epoch * recipe.batch > max(len(examples), recipe.batch):
+            raise ValueError(
+                f"a pass of {recipe.epoch} steps needs {recipe.epoch * recipe.batch} samples, and there are "
+                f"{len(examples)}: take a smaller epoch or batch"
+            )
         learner.train()
         missing = why_not_bfloat16(self.accelerator.device.type) if recipe.bf16 else None
         if missing is not None:
@@ -293,7 +298,7 @@ class _Training:
         if self.accelerator.is_main_process:
             frozen = frozen_names(self.model)  # they are what the training was given
             state = {k: v for k, v in tensors.items() if k not in frozen}
-            about = {"step": step, "steps": self.recipe.steps}
+            about: dict[str, Any] = {"step": step, "steps": self.recipe.steps}
             if self.best:
                 about |= {"smallest": self.smallest, "waited": self.waited}
             write_safely(self.folder.state, state, about)

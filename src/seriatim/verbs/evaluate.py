@@ -51,7 +51,8 @@ def evaluate(
             raise ValueError("say on which data to evaluate: a system in memory does not know")
         if isinstance(system, Published | PublishedMasked) and not RunFolder(str(source)).card.is_file():
             raise ValueError("say on which data to evaluate a published model: --data")
-        data = RunFolder(where(source)).read_card()["data"]
+        card = RunFolder(where(source)).read_card()
+        data, data_options = card["data"], card.get("read", {}) | data_options
     modality = "text" if isinstance(system, TextSystem) else "series" if isinstance(system, SeriesSystem) else "image"
     loaded = data if isinstance(data, Data) else load_data(data, modality, **data_options)
     if isinstance(system, TextSystem):

@@ -19,6 +19,7 @@ from seriatim.evaluation.report import seconds_text
 from seriatim.evaluation.series import Drawn, Intervals, conformal, figures_of, over, save_forecast, steady
 from seriatim.systems.meta import catalogue
 from seriatim.systems.series_system import SeriesSystem
+from seriatim.training.run import RunFolder
 from seriatim.verbs.load import load, system_class
 from seriatim.verbs.series import LEVEL, method_of, write_csv
 from seriatim.verbs.train import Bar, train
@@ -42,21 +43,26 @@ class Forecast:
 
 
 def forecast(
-    source: str | Path, data: str | Path, horizon: int | None = None, *, level: float = LEVEL,
+    source: str | Path, data: str | Path | None = None, horizon: int | None = None, *, level: float = LEVEL,
     out: str | Path | None = None, settings: Mapping[str, Any] | None = None, bar: Bar | None = None,
     said: Said = lambda text: None, **data_options: Any,
 ) -> Forecast:  # fmt: skip
     """Forecast a series from its end, and write OUT/forecast.csv and OUT/forecast.png.
 
-    source: the folder of a run, or the key of a system, which is trained on the series first; horizon: steps (None:
-    what the system was made for, or its own); level: of the intervals, by residuals on the validation part; settings:
-    of the training; data_options: `time`, `target`, `frequency`, `duplicates`. A run reads the series on the scale of
-    that series' own training part. Raises ValueError, OSError that say what is wrong.
+    source: the folder of a run, or the key of a system, which is trained on the series first, or taken as it is where
+    OUT/model has been trained before; data: of a series (None: what the run was trained on, or built-in co2); horizon:
+    steps (None: what the system was made for, or its own); level: of the intervals, by residuals on the validation
+    part; settings: of the training; data_options: `time`, `target`, `frequency`, `duplicates`. A run reads the series
+    on the scale of that series' own training part. Raises ValueError, OSError that say what is wrong.
     """
     if horizon is not None and horizon < 1:
         raise ValueError(f"a horizon is at least 1 step, got {horizon}")
     if not 0 < level < 1:
         raise ValueError(f"a level of intervals lies between 0 and 1, got {level}")
+    card = RunFolder(Path(source)).card
+    if data is None and card.is_file():
+        known = RunFolder(Path(source)).read_card()
+        data, data_options = known["data"], known.get("read", {}) | data_options
     loaded: Any = load_data(data, "series", **data_options)
     system, folder = _system(source, (data, loaded, data_options), horizon, out, dict(settings or {}), bar, said)
     steps = horizon or system.config.horizon
@@ -108,7 +114,7 @@ def _intervals(
 
 
 def _system(
-    source: str | Path, what: tuple[str | Path, SeriesData, Mapping[str, Any]], horizon: int | None,
+    source: str | Path, what: tuple[str | Path | None, SeriesData, Mapping[str, Any]], horizon: int | None,
     out: str | Path | None, settings: dict[str, Any], bar: Bar | None, said: Said,
 ) -> tuple[SeriesSystem, Path]:  # fmt: skip
     """A system with weights, trained now where only its key is given, and the folder to write to."""
@@ -130,7 +136,8 @@ def _system(
         if settings["horizon"] < horizon:
             raise ValueError(f"{horizon} steps cannot be forecast by training on a horizon of {settings['horizon']}")
     start = clock.monotonic()
-    said(f"training {key} on {data.name} ({data.split.train:,} rows; the time left is shown)")
+    there = f"; goes on with {folder / 'model'}, another --out begins anew" if (folder / "model").exists() else ""
+    said(f"training {key} on {data.name} ({data.split.train:,} rows; the time left is shown{there})")
     trained = train(key, place, out=folder / "model", resume=True, settings=settings, bar=bar, **options)
     said(f"trained for {len(trained.history)} steps in {seconds_text(clock.monotonic() - start)}")
     trained_system: Any = trained.system

@@ -12,6 +12,7 @@ import torch
 import seriatim
 from seriatim.data.base import INK, Data, Pairs, load_data
 from seriatim.data.conversations import Conversations
+from seriatim.data.series import SeriesData
 from seriatim.interop.hub import HUB
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.meta import catalogue
@@ -204,6 +205,8 @@ def _begun(system: System, recipe: Recipe, data: str | Path | Data | None, loade
         "system": system.meta.key, "config": plain(system.config), "recipe": plain(recipe),
         "data": found_again(data, loaded), "classes": list(loaded.classes), "version": seriatim.__version__,
     }  # fmt: skip
+    if isinstance(loaded, SeriesData) and loaded.options:
+        card["read"] = dict(loaded.options)
     return Begun(system, loaded, examples, held_out, recipe, card)
 
 

@@ -67,7 +67,7 @@ class DLinear(SeriesSystem):
     recipes = MappingProxyType({"tiny": replace(PUBLISHED, learning_rate=5e-3)})
 
     @staticmethod
-    def build(config: Any, tokenizer: Any = None) -> Decomposed:
+    def build(config: Any, tokenizer: Any = None) -> Any:
         return Decomposed(config)
 
 

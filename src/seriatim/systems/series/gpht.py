@@ -126,7 +126,7 @@ class GPHT(RollingSystem):
     })  # fmt: skip
 
     @staticmethod
-    def build(config: Any, tokenizer: Any = None) -> Hierarchy:
+    def build(config: Any, tokenizer: Any = None) -> Any:
         return Hierarchy(config)
 
     def take_over(self, base: Any) -> None:

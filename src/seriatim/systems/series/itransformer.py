@@ -86,13 +86,13 @@ class ITransformer(SeriesSystem):
     })  # fmt: skip
 
     @staticmethod
-    def build(config: Any, tokenizer: Any = None) -> Inverted:
+    def build(config: Any, tokenizer: Any = None) -> Any:
         return Inverted(config)
 
 
 def case() -> SeriesCase:
     """A tiny instance for the laws."""
-    return SeriesCase(ITransformer(Config(lookback=6, horizon=3, width=16, hidden=16, depth=2, heads=2)))
+    return SeriesCase(ITransformer(Config(lookback=6, horizon=3, width=16, hidden=16, depth=1, heads=2)), rate=2e-2)
 
 
 def mutant() -> SeriesCase:
