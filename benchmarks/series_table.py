@@ -1,11 +1,16 @@
 """The published figures of iTransformer on the ETT sets, cell by cell: lookback 96, four horizons, three seeds.
 
     python benchmarks/series_table.py ETTh1.csv ETTh2.csv
+    python benchmarks/series_table.py ETTh1.csv ETTh2.csv --cells ETTh1-96-2021 ETTh2-720
 
-Every cell (set, horizon, seed) is a training that is resumed where it was cut off, under SERIATIM_HOME/series; a cell
-that is finished is not done again. Beside it stand DLinear of the same lookback, a ridge regression, and the last day.
-`--official FOLDER` (a clone of thuml/iTransformer) times an epoch of ours and of the official code, in turns, in place
-of the table. Writes results/series.json and prints a Markdown table.
+A cell (set, horizon, seed) is a training of iTransformer and one of DLinear of the same lookback. Each is resumed where
+it was cut off, under SERIATIM_HOME/series, and not done again where it is finished; the table is written anew after
+each, from all cells that are there. A ridge regression and the last day stand beside them. Writes
+results/series_table.json, prints Markdown.
+
+    python benchmarks/series_table.py ETTh1.csv --official FOLDER
+
+times an epoch of ours and of the official code (a clone of thuml/iTransformer), in turns: results/series_epoch.json.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +37,7 @@ from seriatim.verbs.claim import commit, machine
 from seriatim.verbs.series import judged, method_of
 from seriatim.verbs.train import train
 
+SYSTEMS = ("itransformer", "dlinear")
 LOOKBACK, HORIZONS, SEEDS = 96, (96, 192, 336, 720), (2021, 2022, 2023)
 WINDOWS = {96: 2785, 192: 2689, 336: 2545, 720: 2161}
 PUBLISHED = {
@@ -46,74 +52,119 @@ def size_of(name: str, horizon: int) -> str:
     return "narrow" if name == "ETTh2" else "wide" if horizon >= 336 else "tiny"
 
 
-def cells(names: list[str], horizons: list[int], seeds: list[int]) -> Iterator[tuple[str, int, str, int]]:
-    """Sets, horizons, systems and seeds: whole rows of the table first."""
-    for name in names:
-        for horizon in horizons:
-            for system in ("itransformer", "dlinear"):
-                for seed in seeds:
-                    yield name, horizon, system, seed
+Cell = tuple[str, int, int]
 
 
-def measured(path: Path, data: SeriesData, horizon: int, system: str, seed: int) -> dict[str, Any]:
-    """One cell, trained or gone on with, or read where it is finished."""
-    folder = HOME / "series" / f"{data.name}-{horizon}-{system}-{seed}"
+def cells(names: list[str], asked: list[str] | None = None) -> list[Cell]:
+    """Set, horizon and seed of each, or of those whose names (ETTh1-96-2021) begin as one that is asked for. Raises
+    ValueError where none does."""
+    found = [(name, horizon, seed) for name in names for horizon in HORIZONS for seed in SEEDS]
+    if asked is None:
+        return found
+    begins = {text: [c for c in found if f"{name_of(c)}-".startswith(f"{text}-")] for text in asked}
+    empty = [text for text, some in begins.items() if not some]
+    if empty:
+        raise ValueError(f"no cell is called {', '.join(empty)}; they are called {name_of(found[0])} and the like")
+    wanted = {cell for some in begins.values() for cell in some}
+    return [cell for cell in found if cell in wanted]
+
+
+def name_of(cell: Cell) -> str:
+    return "-".join(map(str, cell))
+
+
+def folder_of(cell: Cell, system: str) -> Path:
+    return HOME / "series" / name_of(cell) / system
+
+
+def measured(path: Path, data: SeriesData, cell: Cell, system: str) -> dict[str, Any]:
+    """One training of a cell, from its beginning or gone on with, or what is known of it where it is finished."""
+    name, horizon, seed = cell
+    folder = folder_of(cell, system)
     file = folder / "figures.json"
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
     settings: dict[str, Any] = {"lookback": LOOKBACK, "horizon": horizon, "seed": seed}
     if system == "dlinear":
-        settings["learning_rate"] = DLINEAR_RATE.get(data.name, 5e-3)
-    size = size_of(data.name, horizon) if system == "itransformer" else None
+        settings["learning_rate"] = DLINEAR_RATE.get(name, 5e-3)
+    size = size_of(name, horizon) if system == "itransformer" else None
     trained: Any = train(system, path, out=folder / "run", size=size, resume=True, settings=settings)
     figures, _ = judged(data, method_of(trained.system), LOOKBACK, horizon)
-    expected = WINDOWS[horizon]
-    if figures["windows"] != expected:
-        raise ValueError(f"{figures['windows']} windows were judged, and the field's protocol has {expected}")
-    figures |= {"seconds": sum(h["seconds"] for h in trained.history), "steps": len(trained.history)}
+    if figures["windows"] != WINDOWS[horizon]:
+        raise ValueError(f"{figures['windows']} windows were judged, and the protocol has {WINDOWS[horizon]}")
+    figures |= {"seed": seed, "seconds": sum(h["seconds"] for h in trained.history), "steps": len(trained.history)}
     save_json(figures, file)
     return figures
 
 
+def known(cell: Cell, system: str) -> dict[str, Any] | None:
+    """What is known of a training that is finished."""
+    file = folder_of(cell, system) / "figures.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
 def simple(data: SeriesData, horizon: int) -> dict[str, dict[str, float]]:
-    """Ridge regression and the last day, which take seconds."""
+    """Ridge regression and the last day, which take seconds, and are noted."""
+    file = HOME / "series" / f"{data.name}-{horizon}.json"
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
     windows = data.test.windows(LOOKBACK, horizon)
     methods = {"ridge": ridge(data.train.windows(LOOKBACK, horizon)), "last day": seasonal_naive(24)}
     found = {name: over(data, method, windows)[0] for name, method in methods.items()}
-    return {name: {"mse": errors.mse, "mae": errors.mae} for name, errors in found.items()}
+    figures = {name: {"mse": errors.mse, "mae": errors.mae} for name, errors in found.items()}
+    save_json(figures, file)
+    return figures
+
+
+def rows_of(sets: Mapping[str, tuple[Path, Any]]) -> list[dict[str, Any]]:
+    """The table with what is finished: means over seeds, spread, and, where all seeds are there, whether the published
+    figure is met."""
+    rows = []
+    for name, (_, data) in sets.items():
+        for horizon in HORIZONS:
+            found = {
+                system: [run for seed in SEEDS if (run := known((name, horizon, seed), system))] for system in SYSTEMS
+            }
+            rows.append(row_of(data, horizon, found))
+    return rows
 
 
 def row_of(data: SeriesData, horizon: int, found: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """A row of the table: means over seeds, spread, and whether the published figure is met."""
-    row: dict[str, Any] = {"data": data.name, "horizon": horizon, "lookback": LOOKBACK, **simple(data, horizon)}
+    """One of them."""
+    row: dict[str, Any] = {"data": data.name, "horizon": horizon, "lookback": LOOKBACK, "windows": WINDOWS[horizon]}
+    row |= simple(data, horizon)
     for system, runs in found.items():
-        row[system] = {
-            metric: statistics.fmean(run[metric] for run in runs) for metric in ("mse", "mae", "seconds")
-        } | {"seeds": len(runs), "spread": statistics.stdev([r["mse"] for r in runs]) if len(runs) > 1 else None}
+        if not runs:
+            continue
+        row[system] = {"runs": runs}
+        for metric in ("mse", "mae"):
+            values = [run[metric] for run in runs]
+            row[system] |= {metric: statistics.fmean(values), f"{metric}_spread": max(values) - min(values)}
     published = PUBLISHED.get(data.name, {}).get(horizon)
-    if published:
+    row["published"] = published
+    if len(found["itransformer"]) == len(SEEDS) and published:
         allowed = 0.012 if horizon == 720 else 0.008
-        ours = (row["itransformer"]["mse"], row["itransformer"]["mae"])
-        row |= {"published": published, "met": all(a - b <= allowed for a, b in zip(ours, published, strict=True))}
+        row["apart"] = [row["itransformer"][m] - p for m, p in zip(("mse", "mae"), published, strict=True)]
+        row["met"] = all(x <= allowed for x in row["apart"])
     return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """MSE / MAE of every row, as Markdown."""
+    """MSE / MAE of every row, as Markdown; behind ± the distance of the highest and the lowest seed."""
     methods = ("published", "itransformer", "dlinear", "ridge", "last day")
-    lines = ["| lookback 96 | " + " | ".join(methods) + " | met |", "|---" * (len(methods) + 2) + "|"]
+    lines = ["| horizon | " + " | ".join(methods) + " | met |", "|---" * (len(methods) + 2) + "|"]
     for row in rows:
         shown = []
         for method in methods:
             found = row.get(method)
             pair = found if isinstance(found, tuple | list) else (found["mse"], found["mae"]) if found else None
             text = "–" if pair is None else f"{pair[0]:.3f} / {pair[1]:.3f}"
-            if method == "itransformer" and found["spread"] is not None:
-                text += f" ± {found['spread']:.3f}"
+            runs = found.get("runs", ()) if isinstance(found, dict) else ()
+            text += f" ± {found['mse_spread']:.3f} ({len(runs)} seeds)" if len(runs) > 1 else ""
             shown.append(text)
-        met = {True: "yes", False: "no"}.get(row.get("met"), "–")  # type: ignore[arg-type]
+        met = {True: "yes", False: "no", None: "–"}[row.get("met")]
         lines.append(f"| {row['data']}, {row['horizon']} | " + " | ".join(shown) + f" | {met} |")
-    return "\n".join(lines)
+    return "\n".join([f"Lookback {LOOKBACK}; MSE / MAE on all windows of the test part.", "", *lines])
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------------
@@ -164,28 +215,30 @@ def timed(path: Path, official: Path, turns: int = 3) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", type=Path, help="ETTh1.csv, ETTh2.csv")
-    parser.add_argument("--horizons", nargs="+", type=int, default=list(HORIZONS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--cells", nargs="+", metavar="ETTh1[-96[-2021]]", help="these alone (default: all)")
     parser.add_argument("--official", type=Path, help="a clone of thuml/iTransformer: time an epoch of both")
-    parser.add_argument("--out", type=Path, default=Path("results/series.json"))
+    parser.add_argument("--out", type=Path, default=Path("results/series_table.json"))
     options = parser.parse_args()
     if options.official:
-        print(json.dumps(timed(options.data[0], options.official), indent=2))
+        found = timed(options.data[0], options.official) | {"machine": machine(), "commit": commit()}
+        save_json(found, options.out.with_name("series_epoch.json"))
+        print(json.dumps(found, indent=2))
         return
     sets: dict[str, tuple[Path, Any]] = {path.stem: (path, load_data(path, "series")) for path in options.data}
-    rows, found = [], dict[str, list[dict[str, Any]]]()
-    for name, horizon, system, seed in cells(list(sets), options.horizons, options.seeds):
-        path, data = sets[name]
-        figures = measured(path, data, horizon, system, seed)
-        print(f"{name} {horizon} {system} seed {seed}: {figures['mse']:.4f} / {figures['mae']:.4f}", flush=True)
-        found.setdefault(system, []).append(figures)
-        if (system, seed) == ("dlinear", options.seeds[-1]):
-            rows.append(row_of(data, horizon, found))
-            found = {}
-            told = {"rows": rows, "seeds": options.seeds, "machine": machine(), "commit": commit()}
-            command = f"python benchmarks/series_table.py {' '.join(path.name for path in options.data)}"
-            save_json({**told, "command": command}, options.out)
-    print(table(rows))
+    command = f"python benchmarks/series_table.py {' '.join(path.name for path in options.data)}"
+    for cell in cells(list(sets), options.cells):
+        path, data = sets[cell[0]]
+        for system in SYSTEMS:
+            figures = measured(path, data, cell, system)
+            print(
+                f"{name_of(cell)} {system}: {figures['mse']:.4f} / {figures['mae']:.4f}, {figures['seconds']:.0f} s, "
+                f"{figures['steps']} steps", flush=True,
+            )  # fmt: skip
+        rows = rows_of(sets)
+        save_json(
+            {"rows": rows, "seeds": SEEDS, "machine": machine(), "commit": commit(), "command": command}, options.out
+        )
+    print(table(rows_of(sets)))
 
 
 if __name__ == "__main__":

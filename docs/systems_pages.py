@@ -297,6 +297,25 @@ def image_orders(keys: Sequence[str] | None = None) -> str:
     return table(("key", *COLUMNS), cells)
 
 
+def series() -> str:
+    """Published and measured errors of forecasts, from the last run of benchmarks/series_table.py."""
+    found = json.loads((RESULTS / "series_table.json").read_text(encoding="utf-8"))
+    methods = {"itransformer": 96, "dlinear": 96, "ridge": 96, "last day": 24}
+    rows = []
+    for row in found["rows"]:
+        cells = [f"{row['data']}, {row['horizon']}", "{:.3f} / {:.3f}".format(*row["published"])]
+        for method in methods:
+            one = row.get(method)
+            runs = one.get("runs", []) if one else []
+            spread = f" ± {one['mse_spread']:.3f}" if len(runs) > 1 else " (one seed)" if runs else ""
+            cells.append(f"{one['mse']:.3f} / {one['mae']:.3f}{spread}" if one else "–")
+        rows.append(cells)
+    named = {"itransformer": "iTransformer, here", "dlinear": "DLinear", "ridge": "ridge", "last day": "the last day"}
+    return table(
+        ("set, horizon", "iTransformer, published (96)", *(f"{named[m]} ({n})" for m, n in methods.items())), rows
+    )
+
+
 TABLES = {  # what a page writes where it wants one
     "<!-- table of systems -->": overview,
     "<!-- table of studies -->": questions,
@@ -305,6 +324,7 @@ TABLES = {  # what a page writes where it wants one
     "<!-- table of decoding speed -->": speeds,
     "<!-- table of drafting -->": drafting,
     "<!-- table of assisted generation -->": assisted,
+    "<!-- table of series -->": series,
 }
 WATCHED = {"<!-- table of image orders -->": image_orders}  # the same, where it takes half a minute
 

@@ -1,5 +1,7 @@
 """Series from tables: what is mended is said, what is not is refused with its row; splits, scaling and windows."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -119,6 +121,69 @@ def test_times_are_found_or_named(write):
     assert str(years.frequency) == "1 year" and years.frequency.season == 1
     named = read_series(write([f"{i},{t}" for i, t in enumerate(hours(9))], "a,when"), time="when")
     assert named.columns == ("a",)
+
+
+def test_a_row_is_named_by_its_line_even_behind_empty_lines(write):
+    some = rows(20)
+    some[9] = some[9].replace(",9,", ",nine,")
+    with pytest.raises(ValueError, match=r"row 13 .*'nine'"):
+        read_series(write([*some[:4], "", "", *some[4:]]))
+    with pytest.raises(ValueError, match=r"row 5 .* has 2 cells, and the head 3"):
+        read_series(write([*some[:3], "2020-01-01 03:00:00,1", *some[4:]]))
+    with pytest.raises(ValueError, match=r"row 5 .*'' in column 'date' is no time"):
+        read_series(write([*some[:3], ",,", *some[4:9]]))
+
+
+def test_empty_rows_at_the_end_are_dropped_with_a_note(write):
+    series = read_series(write([*rows(20), ",,", ",,"]))
+    assert len(series) == 20 and "2 rows at the end are empty" in series.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "said"),
+    [
+        ("date,a\n", "x.csv", "no rows below its head"), ("", "x.csv", "no rows"),
+        ("date,a,a\n2020-01-01,1,2\n", "x.csv", "columns of one name: 'a'"), ("a", "x.xlsx", "none of them"),
+        ("date,a\n2020-01-01,1\n2020-01-02,inf\n2020-01-03,2\n", "x.csv", "row 3 .*infinite"),
+        ("date,a\n2020-01-01,1\n2020-01-02,2\n", "x.csv", "at least 3 times"),
+        ("date\n2020-01-01\n2020-01-02\n2020-01-03\n", "x.csv", "no column of numbers"),
+    ],
+)  # fmt: skip
+def test_what_is_no_series_is_refused(tmp_path, text, name, said):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=said):
+        read_series(path)
+    with pytest.raises(ValueError, match="folder"):
+        load_data(tmp_path, "series")
+
+
+def test_a_series_of_a_few_rows_is_refused(write):
+    with pytest.raises(ValueError, match="too few for training, validation and test"):
+        load_data(write(rows(4)), "series")
+
+
+def test_parquet_needs_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match=r"pip install 'seriatim\[datasets\]'"):
+        read_series(tmp_path / "x.parquet")
+
+
+def test_semicolons_slashes_zones_and_tabs(write):
+    series = read_series(write([f"2020/1/{d} 07:00;{d}" for d in range(1, 29)], "when;a"))
+    assert str(series.time[0]) == "2020-01-01T07:00:00.000" and str(series.frequency) == "1 day"
+    zoned = read_series(write([f"2020-01-0{d}T00:00:00+02:00\t{d}" for d in range(1, 9)], "t\tx", "x.tsv"))
+    assert str(zoned.time[0]) == "2019-12-31T22:00:00.000"
+
+
+def test_a_table_kept_at_home_goes_by_its_name(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("seriatim.data.base.HOME", tmp_path)
+    (tmp_path / "data").mkdir()
+    write(rows(40)).rename(tmp_path / "data" / "mine.csv")
+    assert load_data("mine", "series").name == "mine"
+    with pytest.raises(FileNotFoundError, match="'yours'"):
+        load_data("yours", "series")
 
 
 def test_parquet_is_read_as_csv_is(write, tmp_path):

@@ -89,7 +89,7 @@ def test_a_forecast_of_any_length_is_rolled_on(table, tmp_path):
 
 
 def test_compared_with_what_takes_seconds(table, tmp_path, capsys):
-    options = ["--lookback", "48", "--horizon", "8", "--classical", "2", "--minutes", "0.01"]
+    options = ["--lookback", "48", "--horizon", "8", "--classical", "1", "--minutes", "0.01"]
     assert main(["compare", "dlinear", "--data", str(table), "--out", str(tmp_path / "c"), *options]) == 0
     page = (tmp_path / "c" / "report.html").read_text(encoding="utf-8")
     for name in ("dlinear", "ridge 48", "last 24", "last value", "MASE", "data:image/"):
@@ -105,11 +105,27 @@ def test_compared_with_what_takes_seconds(table, tmp_path, capsys):
         (["forecast", "dlinear", "--level", "2"], "between 0 and 1"),
         (["forecast", "dlinear", "--target", "z"], "no column 'z'"),
         (["train", "dlinear", "--tokenizer", "bytes"], "leave out --tokenizer"),
+        (["train", "dlinear", "--horizon", "0"], "at least 1"),
+        (["train", "dlinear", "--lookback", "300", "--horizon", "96"], "too few for a lookback of 300"),
+        (["train", "dlinear", "--epoch", "400", "--steps", "5"], "take a smaller epoch or batch"),
+        (["forecast", "gpht", "--lookback", "50"], "whole number of segments"),
     ],
 )
 def test_mistakes_are_told(table, tmp_path, capsys, words, said):
     assert main([*words, "--data", str(table), "--out", str(tmp_path / "o")]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_how_a_series_was_read_is_remembered(table, tmp_path, capsys):
+    small = {"lookback": 24, "horizon": 8, "steps": 3}
+    trained = train("dlinear", table, out=tmp_path / "run", settings=small, target="b")
+    assert trained.data.series.columns == ("b",)
+    figures = evaluate(tmp_path / "run")
+    want = evaluate(trained.system, trained.data)
+    assert figures["mae"] == pytest.approx(want["mae"], rel=1e-5)
+    assert forecast(tmp_path / "run", out=tmp_path / "f").columns == ("b",)
+    assert main(["generate", str(tmp_path / "run")]) == 2
+    assert "seriatim forecast" in capsys.readouterr().err
 
 
 def test_more_steps_than_it_was_made_for_are_refused():

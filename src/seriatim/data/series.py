@@ -92,7 +92,7 @@ class Windows:
 
     def strided(self, most: int) -> Windows:
         """About so many of them, at one distance from each other."""
-        stride = max(len(self) // most, 1)
+        stride = self.stride * max(len(self) // most, 1)
         kept = self.first + stride * (min(len(self), most) - 1) + self.horizon
         return Windows(self.values, self.marks, self.lookback, self.horizon, self.first, kept, stride)
 

@@ -38,10 +38,9 @@ def read_series(
     path, notes = Path(path), list[str]()
     if duplicates not in (None, "mean", "last"):
         raise ValueError(f"duplicates is mean or last, not {duplicates!r}")
-    cells = _cells(path)
-    name, times = _times(path, cells, time)
-    values, columns = _numbers(path, cells, name, target, notes)
-    row = np.arange(len(times)) + 2  # as an editor counts the lines of a CSV
+    cells, row = _cells(path, notes)
+    name, times = _times(path, cells, row, time)
+    values, columns = _numbers(path, cells, row, name, target, notes)
     times, values, row = _sorted(times, values, row, notes)
     times, values, row = _once(path, times, values, row, duplicates, notes)
     times, values, row = _trimmed(path, times, values, row, columns, notes)
@@ -56,8 +55,9 @@ def read_series(
 
 
 # ---- cells -----------------------------------------------------------------------------------------------------------
-def _cells(path: Path) -> Cells:
-    """The columns of a table by name. Raises ValueError for what is no table or holds none."""
+def _cells(path: Path, notes: list[str]) -> tuple[Cells, NDArray[np.int64]]:
+    """The columns of a table by name, and the number of each row: its line, as an editor counts them, or of Parquet its
+    place from 1. Raises ValueError for what is no table or holds none."""
     kind = suffix(path.name)
     if kind == ".parquet":
         try:
@@ -68,22 +68,35 @@ def _cells(path: Path) -> Cells:
             table = parquet.read_table(path)
         except Exception as error:  # of any kind that the library raises
             raise ValueError(f"{path} cannot be read as Parquet: {error}") from None
-        return {str(name): table.column(i).to_pylist() for i, name in enumerate(table.column_names)}
+        if not table.num_rows:
+            raise ValueError(f"{path} holds no rows")
+        columns = {str(name): table.column(i).to_pylist() for i, name in enumerate(table.column_names)}
+        return columns, np.arange(table.num_rows) + 1
     if kind not in (".csv", ".tsv", ".txt"):
-        raise ValueError(f"a series is read from .csv, .tsv or .parquet, and {path} is neither")
+        raise ValueError(f"a series is read from .csv, .tsv or .parquet, and {path} is none of them")
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = list(csv.reader(file, delimiter="\t" if kind == ".tsv" else _between(path)))
-    rows = [row for row in rows if any(cell.strip() for cell in row)]
+        reader = csv.reader(file, delimiter="\t" if kind == ".tsv" else _between(path))
+        rows, lines = [], []
+        for row in reader:
+            if row:  # not an empty line
+                rows.append(row)
+                lines.append(reader.line_num)
+    empty = 0
+    while rows and not any(cell.strip() for cell in rows[-1]):
+        rows.pop()
+        empty += 1
     if len(rows) < 2:
         raise ValueError(f"{path} holds no rows below its head")
+    if empty:
+        notes.append(f"{empty} rows at the end are empty, and were dropped")
     head = [cell.strip() for cell in rows[0]]
     if len(set(head)) < len(head):
         twice = sorted({name for name in head if head.count(name) > 1})
         raise ValueError(f"{path} has columns of one name: {', '.join(map(repr, twice))}; rename them")
-    for i, row in enumerate(rows[1:], 2):
+    for line, row in zip(lines, rows, strict=False):
         if len(row) != len(head):
-            raise ValueError(f"row {i} of {path} has {len(row)} cells, and the head {len(head)}")
-    return {name: [row[i] for row in rows[1:]] for i, name in enumerate(head)}
+            raise ValueError(f"row {line} of {path} has {len(row)} cells, and the head {len(head)}")
+    return {name: [row[i] for row in rows[1:]] for i, name in enumerate(head)}, np.array(lines[1 : len(rows)])
 
 
 def _between(path: Path) -> str:
@@ -93,21 +106,27 @@ def _between(path: Path) -> str:
     return ";" if ";" in head and "," not in head else ","
 
 
-def _times(path: Path, cells: Cells, asked: str | None) -> tuple[str, Times]:
+def _times(path: Path, cells: Cells, row: NDArray[np.int64], asked: str | None) -> tuple[str, Times]:
     """The column of times. Raises ValueError where there is none, or a cell of it is no time."""
     if asked is not None and asked not in cells:
         raise ValueError(f"{path} has no column {asked!r}; it has {', '.join(cells)}")
+    suspect = None
     for name in [asked] if asked is not None else list(cells):
         times, wrong = read_times(cells[name])
         if times is not None and (asked is not None or not _all_whole(cells[name]) or _is_time(name)):
             return name, times
-        if asked is not None or (wrong > 0 and not _number(cells[name][0])):
-            raise ValueError(
-                f"row {wrong + 2} of {path}: {cells[name][wrong]!r} in column {name!r} is no time; write times as "
-                "2016-07-01 00:00:00"
-            )
-    raise ValueError(f"{path} has no column of times such as 2016-07-01 00:00:00 among {', '.join(cells)}: name it "
-                     "with --time")  # fmt: skip
+        meant = _is_time(name) or (wrong > 0 and not _number(cells[name][0]))
+        if times is None and suspect is None and (asked is not None or meant):
+            suspect = name, wrong
+    if suspect is not None:
+        name, wrong = suspect
+        raise ValueError(
+            f"row {row[wrong]} of {path}: {cells[name][wrong]!r} in column {name!r} is no time; write times as "
+            "2016-07-01 00:00:00"
+        )
+    raise ValueError(
+        f"{path} has no column of times such as 2016-07-01 00:00:00 among {', '.join(cells)}: name it with --time"
+    )
 
 
 def _is_time(name: str) -> bool:
@@ -132,7 +151,7 @@ def _missing(cell: Any) -> bool:
 
 
 def _numbers(
-    path: Path, cells: Cells, time: str, target: str | Sequence[str] | None, notes: list[str]
+    path: Path, cells: Cells, row: NDArray[np.int64], time: str, target: str | Sequence[str] | None, notes: list[str]
 ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
     """The columns of numbers that are wanted, missing cells as NaN. Raises ValueError for text among numbers."""
     rest = [name for name in cells if name != time]
@@ -156,13 +175,15 @@ def _numbers(
             continue
         if len(numeric) < len(there):
             i = next(i for i in there if not _number(cells[name][i]))
-            raise ValueError(f"row {i + 2} of {path}: {cells[name][i]!r} in column {name!r} is no number")
+            raise ValueError(f"row {row[i]} of {path}: {cells[name][i]!r} in column {name!r} is no number")
         column = np.full(len(cells[name]), np.nan)
         column[there] = [float(cells[name][i]) for i in there]
         if np.isinf(column).any():
-            raise ValueError(f"row {int(np.isinf(column).argmax()) + 2} of {path}: column {name!r} is infinite there")
+            raise ValueError(f"row {row[np.isinf(column).argmax()]} of {path}: column {name!r} is infinite there")
         kept.append(name)
         values.append(column)
+    if not wanted:
+        raise ValueError(f"{path} has no column of numbers beside that of times, {time!r}")
     if text and (target is not None or not kept):
         raise ValueError(f"columns of {path} that hold no numbers: {', '.join(text)}; name others with --target")
     if text:

@@ -26,6 +26,7 @@ from seriatim.evaluation.pictures import ACCENT, INK, PALE, write_beside
 Batch = Mapping[str, Tensor]
 Method = Callable[[Batch], Float[Tensor, "b h c"]]  # from windows, whose futures it may not look at
 BATCH = 256
+RESIDUALS = 200_000_000  # that are held at once
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,13 @@ def conformal(data: SeriesData, method: Method, windows: Windows, level: float =
     trained on (the validation part's), which `level` of further residuals stay below if they are of the same law.
 
     Neighbouring windows share most of their values and series drift, so the promise is approximate: coverage on the
-    test part is measured, and told. Raises ValueError for a level outside of 0 to 1.
+    test part is measured, and told. Of very wide or long forecasts, windows at a distance serve, as all would not fit
+    into memory. Raises ValueError for a level outside of 0 to 1.
     """
     if not 0 < level < 1:
         raise ValueError(f"a level of intervals lies between 0 and 1, got {level}")
     method = steady(data, method)
+    windows = windows.strided(max(RESIDUALS // (windows.horizon * len(data.series.columns)), 100))
     gaps = []
     for part in torch.arange(len(windows)).split(BATCH):
         batch = windows.take(part)

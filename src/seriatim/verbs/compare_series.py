@@ -46,7 +46,7 @@ def compare_series(
     steps = horizon or next(iter(horizons.values()), next(iter(systems.values())).config.horizon)
     if set(horizons.values()) - {steps}:
         raise ValueError(f"systems of one horizon compare, these have {horizons}: say --horizon")
-    command = shlex.join(["seriatim", "compare", *keys, "--data", loaded.name, "--horizon", str(steps)])
+    command = shlex.join(["seriatim", "compare", *keys, "--data", str(data or loaded.name), "--horizon", str(steps)])
     methods = {key: (method_of(s), s.config.lookback) for key, s in systems.items()}
     methods |= _simple(loaded, [look for _, look in methods.values()], steps)
     results = []
