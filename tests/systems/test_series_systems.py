@@ -107,7 +107,7 @@ def test_compared_with_what_takes_seconds(table, tmp_path, capsys):
         (["train", "dlinear", "--tokenizer", "bytes"], "leave out --tokenizer"),
         (["train", "dlinear", "--horizon", "0"], "at least 1"),
         (["train", "dlinear", "--lookback", "300", "--horizon", "96"], "too few for a lookback of 300"),
-        (["train", "dlinear", "--epoch", "400", "--steps", "5"], "take a smaller epoch or batch"),
+        (["train", "dlinear", "--halving", "true", "--epoch", "none"], "halved after turns"),
         (["forecast", "gpht", "--lookback", "50"], "whole number of segments"),
     ],
 )

@@ -26,8 +26,9 @@ def run_forecast(options: argparse.Namespace, rest: Sequence[str]) -> int:
     for name, value in made.figures.items():
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
         console.print(f"{name:>20}  {text}", highlight=False, markup=False)
+    first, last = (str(t.astype("datetime64[s]")).replace("T", " ") for t in made.times[[0, -1]])
     console.print(
-        f"\n{len(made.times)} steps, {made.times[0]} to {made.times[-1]}; errors are of the test part, on the scale of "
+        f"\n{len(made.times)} steps, {first} to {last}; errors are of the test part, on the scale of "
         "the training rows.", highlight=False,
     )  # fmt: skip
     console.print(f"[bold]Look at[/] {', '.join(map(str, made.files))}", highlight=False)

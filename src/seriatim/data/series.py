@@ -172,7 +172,7 @@ def as_data(series: Series, split: Split | None = None, options: Mapping[str, st
         )
     notes = list(series.notes)
     if split.test < len(series):
-        notes.append(f"rows from {split.test:,} on are not used, as the field does with this set")
+        notes.append(f"rows from {split.test:,} on are in no part: the field splits this set so")
     data = SeriesData(
         series.name, "series", None, None, notes=tuple(notes), series=series, split=split, options=options or {}
     )

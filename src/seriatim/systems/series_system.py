@@ -28,6 +28,7 @@ from seriatim.view import full, inclusive
 SEGMENTS = (48, 24, 16, 8)
 HORIZONS = (96, 48, 24, 12, 8, 4, 2, 1)  # that are tried on short series, where none is named
 UNSAID = 10**9  # steps of a training and of a pass that follow from the data
+LEAST = 100  # steps between halvings of the learning rate
 PUBLISHED = Recipe(  # the field's protocol
     UNSAID, batch=32, learning_rate=1e-4, weight_decay=0.0, betas=(0.9, 0.999), warm_up=0.0, clip=1e9, epoch=UNSAID,
     halving=True, patience=3,
@@ -90,10 +91,11 @@ class SeriesSystem(System):
 
     def passing(self, recipe: Recipe, examples: Windows) -> Recipe:
         """The recipe with the steps of the system's passes over these windows, one look at held-out data after each;
-        numbers that were said stay."""
-        each = recipe.epoch if recipe.epoch != UNSAID else max(len(examples) // recipe.batch, 1)
-        steps = self.passes * (each or 1) if recipe.steps == UNSAID else recipe.steps
-        return replace(recipe, steps=steps, epoch=each, validate_every=recipe.validate_every or each)
+        numbers that were said stay. Where a pass is short, several count as one: the rate halves after each."""
+        turn = max(len(examples) // recipe.batch, LEAST)
+        steps = self.passes * turn if recipe.steps == UNSAID else recipe.steps
+        epoch = turn if recipe.epoch == UNSAID else recipe.epoch
+        return replace(recipe, steps=steps, epoch=epoch, validate_every=recipe.validate_every or epoch or turn)
 
     # ---- training ---------------------------------------------------------------------------------------------------
 

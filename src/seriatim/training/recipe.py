@@ -19,8 +19,9 @@ class Recipe:
     divided (`NORMS`: token, sequence, batch); compile: compile the layers where a C++ compiler is found;
     validate_every: steps between two looks at held-out data (None: ten looks).
 
-    epoch: steps of a pass over the data, in which no sample comes twice (None: samples are drawn anew at every step);
-    halving: the learning rate is halved after every pass but the first, with neither warm-up nor cosine; patience:
+    epoch: samples are drawn in passes, in none of which a sample comes twice, and so many steps are a turn (None: they
+    are drawn anew at every step); halving: the learning rate is halved after every turn but the first, with neither
+    warm-up nor cosine; patience:
     training ends after so many looks at held-out data without a smaller loss, and the weights of the smallest are kept
     (None: it goes on to the end, and the last are).
     """
@@ -61,7 +62,7 @@ class Recipe:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
         if self.halving and self.epoch is None:
-            raise ValueError("the learning rate is halved after passes over the data: say how many steps are a pass")
+            raise ValueError("the learning rate is halved after turns: say how many steps are one (epoch)")
         if self.patience is not None and self.ema is not None:
             raise ValueError("the best weights are kept, or averaged ones: leave out patience or ema")
         for name in ("warm_up", "floor", "drop"):

@@ -127,11 +127,6 @@ class _Training:
         parts = recipe.accumulate * self.accelerator.num_processes
         if recipe.batch % parts:
             raise ValueError(f"a batch of {recipe.batch} cannot be computed in {parts} equal parts; take a multiple")
-        if recipe.epoch is not None and recipe.epoch * recipe.batch > max(len(examples), recipe.batch):
-            raise ValueError(
-                f"a pass of {recipe.epoch} steps needs {recipe.epoch * recipe.batch} samples, and there are "
-                f"{len(examples)}: take a smaller epoch or batch"
-            )
         learner.train()
         missing = why_not_bfloat16(self.accelerator.device.type) if recipe.bf16 else None
         if missing is not None:
@@ -227,7 +222,7 @@ class _Training:
         r, n = self.recipe, len(self.examples)
         if r.epoch is None:
             return torch.randint(n, (r.batch,), generator=seeded(r.seed, step, "samples"))
-        turn, place = divmod(step, r.epoch)
+        turn, place = divmod(step, max(n // r.batch, 1))
         if self.order is None or self.order[0] != turn:
             self.order = turn, torch.randperm(n, generator=seeded(r.seed, turn, "pass"))
         return self.order[1][place * r.batch : (place + 1) * r.batch]

@@ -46,7 +46,13 @@ def compare_series(
     steps = horizon or next(iter(horizons.values()), next(iter(systems.values())).config.horizon)
     if set(horizons.values()) - {steps}:
         raise ValueError(f"systems of one horizon compare, these have {horizons}: say --horizon")
-    command = shlex.join(["seriatim", "compare", *keys, "--data", str(data or loaded.name), "--horizon", str(steps)])
+    said_too = {"lookback": lookback, "minutes": minutes, "size": size, "seed": seed or None}
+    more = [
+        word for k, v in said_too.items() if v is not None for word in (f"--{k}", f"{v:g}" if k == "minutes" else v)
+    ]
+    command = shlex.join(
+        ["seriatim", "compare", *keys, "--data", str(data or loaded.name), "--horizon", str(steps), *map(str, more)]
+    )
     methods = {key: (method_of(s), s.config.lookback) for key, s in systems.items()}
     methods |= _simple(loaded, [look for _, look in methods.values()], steps)
     results = []
@@ -98,7 +104,7 @@ def _result(
     test = data.test.windows(lookback, horizon)
     place = out / "plots" / f"{name.replace(' ', '-')}.png"
     place.parent.mkdir(parents=True, exist_ok=True)
-    plot = save_window(data, {name: method}, test, len(test) // 2, place, "", intervals)
+    plot = save_window(data, {name: method}, test, len(test) // 2, place, name, intervals)
     title = TITLES.get(name, TITLES.get(name.split()[0], ""))
     shown = {"lookback": lookback, **{k: v for k, v in figures.items() if k != "level"}}
     return Result(name, title, shown, grid=plot, command=command)
