@@ -37,11 +37,11 @@ def table(tmp_path):
 
 
 def test_trained_resumed_and_evaluated(table, tmp_path):
-    out = tmp_path / "run"
-    trained = train("itransformer", table, out=out, settings={**SMALL, "steps": 30, "learning_rate": 3e-3})
+    out, settings = tmp_path / "run", {**SMALL, "steps": 30, "epoch": 10, "learning_rate": 3e-3}
+    trained = train("itransformer", table, out=out, settings=settings)
     looks = [h["held_out_loss"] for h in trained.history if "held_out_loss" in h]
     assert looks[-1] < looks[0]
-    again = train("itransformer", table, out=out, resume=True, settings={**SMALL, "steps": 30, "learning_rate": 3e-3})
+    again = train("itransformer", table, out=out, resume=True, settings=settings)
     batch = trained.data.test.windows(24, 8).take(torch.arange(3))
     given = batch["past"], batch["past_marks"], batch["future_marks"]
     want = trained.system.forecast(*given)
@@ -66,7 +66,7 @@ def test_patience_keeps_the_weights_of_the_smallest_loss(table, tmp_path):
 
 
 def test_a_forecast_is_in_units_of_the_series_with_intervals(table, tmp_path):
-    made = forecast("dlinear", table, 8, out=tmp_path / "f", settings={"lookback": 24})
+    made = forecast("dlinear", table, 8, out=tmp_path / "f", settings={"lookback": 24, "steps": 60})
     rows = list(csv.reader((tmp_path / "f" / "forecast.csv").open()))
     assert rows[0][:4] == ["time", "a", "a low", "a high"] and len(rows) == 9
     assert rows[1][0] == "2020-01-21 20:00:00"
@@ -89,7 +89,7 @@ def test_a_forecast_of_any_length_is_rolled_on(table, tmp_path):
 
 
 def test_compared_with_what_takes_seconds(table, tmp_path, capsys):
-    options = ["--lookback", "48", "--horizon", "8", "--classical", "1", "--minutes", "0.01"]
+    options = ["--lookback", "48", "--horizon", "8", "--classical", "1", "--target", "a", "--minutes", "0.01"]
     assert main(["compare", "dlinear", "--data", str(table), "--out", str(tmp_path / "c"), *options]) == 0
     page = (tmp_path / "c" / "report.html").read_text(encoding="utf-8")
     for name in ("dlinear", "ridge 48", "last 24", "last value", "MASE", "data:image/"):

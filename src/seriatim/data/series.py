@@ -7,7 +7,7 @@ none is left out: a loader that drops the last batch would drop the hardest of t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Windows:
 
     values: Float[Tensor, "n c"]
     marks: Float[Tensor, "n m"]
+    time: Int[Tensor, "n 1"]
     lookback: int
     horizon: int
     first: int
@@ -79,7 +80,8 @@ class Windows:
         return max((self.end - self.horizon - self.first) // self.stride + 1, 0)
 
     def take(self, index: Int[Tensor, " b"], generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """past (b, lookback, c), future (b, horizon, c), the marks of both, and `at`, the first row of the future."""
+        """past (b, lookback, c), future (b, horizon, c), the marks and times (ms) of both, and `at`, the first row of
+        the future."""
         at = self.first + self.stride * index
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self):
             raise IndexError(f"there are {len(self)} windows, asked for {int(index.min())} to {int(index.max())}")
@@ -87,14 +89,15 @@ class Windows:
         future = at[:, None] + torch.arange(self.horizon)
         return {
             "past": self.values[past], "future": self.values[future], "past_marks": self.marks[past],
-            "future_marks": self.marks[future], "at": at,
+            "future_marks": self.marks[future], "past_time": self.time[past], "future_time": self.time[future],
+            "at": at,
         }  # fmt: skip
 
     def strided(self, most: int) -> Windows:
         """About so many of them, at one distance from each other."""
         stride = self.stride * max(len(self) // most, 1)
         kept = self.first + stride * (min(len(self), most) - 1) + self.horizon
-        return Windows(self.values, self.marks, self.lookback, self.horizon, self.first, kept, stride)
+        return replace(self, end=kept, stride=stride)
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Part:
         if horizon < 1 or lookback < 1:
             raise ValueError(f"lookback and horizon are at least 1, got {lookback} and {horizon}")
         first = self.begin if self.begin else lookback
-        out = Windows(self.data.scaled, self.data.marks, lookback, horizon, first, self.end)
+        out = Windows(self.data.scaled, self.data.marks, self.data.time, lookback, horizon, first, self.end)
         if first < lookback or not len(out):
             name = {0: "training", self.data.split.train: "validation"}.get(self.begin, "test")
             raise ValueError(
@@ -157,6 +160,11 @@ class SeriesData(Data):
     @cached_property
     def marks(self) -> Float[Tensor, "n m"]:
         return torch.from_numpy(marks(self.series.time, self.series.frequency))
+
+    @cached_property
+    def time(self) -> Int[Tensor, "n 1"]:
+        """In milliseconds since 1970."""
+        return torch.from_numpy(self.series.time.astype("datetime64[ms]").astype(np.int64))[:, None]
 
     def unscaled(self, x: Float[Tensor, "*rest c"]) -> NDArray[np.float64]:
         """In the units of the series."""

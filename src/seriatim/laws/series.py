@@ -23,7 +23,7 @@ from seriatim.random import Generator
 from seriatim.tokenizers.series import Scale
 from seriatim.training.checkpoint import load_weights, save_weights
 
-STEPS, MARKS = 60, 2
+STEPS, MARKS, HOUR = 60, 2, 3_600_000
 Batch = dict[str, Tensor]
 
 
@@ -60,10 +60,17 @@ class SeriesCase:
         return {
             "past": drawn(c.lookback, self.channels), "future": drawn(horizon, self.channels),
             "past_marks": drawn(c.lookback, MARKS), "future_marks": drawn(horizon, MARKS),
+            **hours(torch.randint(0, 99, (rows, 1, 1), generator=g), c.lookback, horizon),
         }  # fmt: skip
 
     def forecast(self, batch: Batch) -> Tensor:
-        return self.system.forecast(batch["past"], batch["past_marks"], batch["future_marks"])
+        return self.system.forecast(*self.system.given(batch))
+
+
+def hours(begin: Tensor, lookback: int, horizon: int) -> Batch:
+    """Times of windows (b, 1, 1) that begin at some hour."""
+    time = HOUR * (begin + torch.arange(lookback + horizon)[None, :, None])
+    return {"past_time": time[:, :lookback], "future_time": time[:, lookback:]}
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
@@ -77,11 +84,10 @@ def rolling(case: SeriesCase) -> str:
     assert case.segment is not None
     n, c = case.segment, case.system.config
     whole = case.batch(horizon=2 * n)
-    first = {**whole, "future_marks": whole["future_marks"][:, :n]}
-    one = case.forecast(first)
-    past = torch.cat([whole["past"], one], 1)[:, -c.lookback :]
-    marks = torch.cat([whole["past_marks"], first["future_marks"]], 1)[:, -c.lookback :]
-    two = case.forecast({"past": past, "past_marks": marks, "future_marks": whole["future_marks"][:, n:]})
+    past, told, ahead = case.system.given(whole)
+    one = case.system.forecast(past, told, ahead[:, :n])
+    past, told = (torch.cat(both, 1)[:, -c.lookback :] for both in ((past, one), (told, ahead[:, :n])))
+    two = case.system.forecast(past, told, ahead[:, n:])
     gap = _gap(torch.cat([one, two], 1), case.forecast(whole))
     require(gap < 1e-9, f"{2 * n} steps and two times {n} differ by {gap:.1e}")
     return f"{2 * n} steps are two rolls of {n}, to {gap:.0e}"
@@ -168,7 +174,8 @@ def bookkeeping(case: SeriesCase) -> str:
     whole = case.forecast(batch)
     require(whole.shape == batch["future"].shape, f"{tuple(whole.shape)} for {tuple(batch['future'].shape)}")
     require(bool(whole.isfinite().all()), "a forecast is not finite")
-    short = case.forecast({**batch, "future_marks": batch["future_marks"][:, : c.horizon - 1]})
+    past, told, ahead = case.system.given(batch)
+    short = case.system.forecast(past, told, ahead[:, : c.horizon - 1])
     gap = _gap(short, whole[:, :-1])
     require(gap < 1e-9, f"a shorter forecast differs from the beginning of a longer one by {gap:.1e}")
     return f"{c.horizon} and {c.horizon - 1} steps"
@@ -233,7 +240,7 @@ def _learned(case: SeriesCase, shuffled: bool) -> float:
         optimizer.step()
     system.eval()
     batch = _waves(case, 128, g, shuffled)
-    error = (system.forecast(batch["past"], batch["past_marks"], batch["future_marks"]) - batch["future"]).square()
+    error = (system.forecast(*system.given(batch)) - batch["future"]).square()
     return float(error.mean() / batch["future"].var())
 
 
@@ -249,6 +256,7 @@ def _waves(case: SeriesCase, rows: int, g: torch.Generator, shuffled: bool) -> B
     zeros = torch.zeros(rows, c.lookback + c.horizon, MARKS)
     return {
         "past": past, "future": future, "past_marks": zeros[:, : c.lookback], "future_marks": zeros[:, c.lookback :],
+        **hours(torch.zeros(rows, 1, 1, dtype=torch.int64), c.lookback, c.horizon),
     }  # fmt: skip
 
 

@@ -54,17 +54,26 @@ class Forecaster(nn.Module):
 
 class SeriesSystem(System):
     """Series with a config that holds `lookback` and `horizon`. `passes`: over the training windows, at most; `rolls`:
-    whether it forecasts any number of steps; `scales`: whether each window is seen on its own scale."""
+    whether it forecasts any number of steps; `scales`: whether each window is seen on its own scale; `told`: what it
+    hears of rows beside values, their calendar's `marks` or their `time` in milliseconds; `looks`: held-out windows
+    that training looks at (None: all)."""
 
     source = "co2"
     recipes: ClassVar[Mapping[str, Recipe]] = MappingProxyType({"tiny": PUBLISHED})
     passes: ClassVar[int] = 10
     rolls: ClassVar[bool] = False
     scales: ClassVar[bool] = True
+    told: ClassVar[str] = "marks"
+    looks: ClassVar[int | None] = None
     normed = False
     validation_batch = 256
 
     model: Any
+
+    def __init__(self, config: Any, tokenizer: Any = None):
+        if config.lookback < 1 or config.horizon < 1:
+            raise ValueError(f"lookback and horizon are at least 1, got {config.lookback} and {config.horizon}")
+        super().__init__(config, tokenizer)
 
     @staticmethod
     def build(config: Any, tokenizer: Any) -> Any:
@@ -102,8 +111,12 @@ class SeriesSystem(System):
     def predictions(self, batch: Mapping[str, Tensor], scale: Scale | None = None) -> Predictions:
         """What is compared in training: here, the forecast with the future. scale: of the windows (None: their own)."""
         future = batch["future"]
-        value = self.model(batch["past"], batch["past_marks"], batch["future_marks"], scale)
+        value = self.model(*self.given(batch), scale)
         return Predictions(value, future, torch.full((future.shape[1],), batch["past"].shape[1]))
+
+    def given(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of windows what a forecast is made from."""
+        return batch["past"], batch[f"past_{self.told}"], batch[f"future_{self.told}"]
 
     def losses(self, batch: Mapping[str, Tensor], random: Generator, drop: float) -> tuple[Tensor, Tensor]:
         """Squared errors on the scale of the training rows."""
@@ -111,11 +124,11 @@ class SeriesSystem(System):
         return (made.value - made.target).square().sum(), torch.tensor(made.value.numel())
 
     def validate(self, examples: Any) -> dict[str, float]:
-        """The mean squared error of forecasts of all held-out windows."""
+        """The mean squared error of forecasts of held-out windows."""
         total, count = 0.0, 0
-        for part in evenly(len(examples), len(examples)).split(self.validation_batch):
+        for part in evenly(len(examples), self.looks or len(examples)).split(self.validation_batch):
             batch = {k: v.to(self.model.device) for k, v in examples.take(part).items()}
-            gap = self.forecast(batch["past"], batch["past_marks"], batch["future_marks"]) - batch["future"]
+            gap = self.forecast(*self.given(batch)) - batch["future"]
             total, count = total + float(gap.square().sum(dtype=torch.float64)), count + gap.numel()
         return {"loss": total / count}
 
@@ -181,21 +194,24 @@ class RollingSystem(SeriesSystem):
         """The segment behind each, all of the window's."""
         past, n = batch["past"], self.config.segment
         future = batch["future"][:, :n]
-        value = self.behind(past, scale)
+        value = self.behind(past, batch[f"past_{self.told}"], scale)
         length = past.shape[1]
         known = torch.arange(length) // n * n + n
         return Predictions(value, torch.cat([past[:, n:], future], 1), known)
 
-    def behind(self, past: Float[Tensor, "b t c"], scale: Scale | None = None) -> Float[Tensor, "b t c"]:
-        """What comes a segment behind each step, in the units of the lookback."""
+    def behind(
+        self, past: Float[Tensor, "b t c"], told: Tensor | None = None, scale: Scale | None = None
+    ) -> Float[Tensor, "b t c"]:
+        """What comes a segment behind each step, in the units of the lookback. told: of its rows, beside values."""
         scale = scale or Scale.of(past)
         return scale.off(channels_together(self.model(channels_apart(scale.on(past))), past.shape[2]))
 
     def rolled(self, past: Tensor, past_marks: Tensor, future_marks: Tensor) -> Tensor:
         length, n = past.shape[1], self.config.segment
-        made = past
+        made, told = past, torch.cat([past_marks, future_marks], 1)
         while made.shape[1] < length + future_marks.shape[1]:
-            made = torch.cat([made, self.behind(made[:, -length:])[:, -n:]], 1)
+            begin = made.shape[1] - length
+            made = torch.cat([made, self.behind(made[:, begin:], told[:, begin : begin + length])[:, -n:]], 1)
         return made[:, length : length + future_marks.shape[1]]
 
 

@@ -57,3 +57,31 @@ def smoothed(x: Float[Tensor, "n t"], width: int) -> Float[Tensor, "n t"]:
     side = (width - 1) // 2
     ends = x[:, :1].expand(-1, side), x, x[:, -1:].expand(-1, side)
     return torch.cat(ends, 1).unfold(1, width, 1).mean(-1)
+
+
+def overlapping(x: Float[Tensor, "n t"], length: int, stride: int) -> Float[Tensor, "n p length"]:
+    """Patches one every `stride`, the last of which reaches as far beyond the end, where the last value stands."""
+    return patches(torch.cat([x, x[:, -1:].expand(-1, stride)], 1), length, stride)
+
+
+class Parts(NamedTuple):
+    """A series as a sum, (n, t) each."""
+
+    trend: Float[Tensor, "n t"]
+    season: Float[Tensor, "n t"]
+    rest: Float[Tensor, "n t"]
+
+
+def parted(x: Float[Tensor, "n t"], width: int, period: int) -> Parts:
+    """The mean of `width` steps around each, which stays as it is where these would reach beyond an end; the mean over
+    periods of what is left, phase by phase; and the rest. Raises ValueError for fewer steps than `width`."""
+    steps = x.shape[1]
+    if not 1 <= width <= steps or period < 1:
+        raise ValueError(f"a mean of {width} steps and a period of {period} do not fit into {steps} steps")
+    place = (torch.arange(steps, device=x.device) - width // 2).clamp(0, steps - width)
+    trend = x.unfold(1, width, 1).mean(-1)[:, place]
+    phase = torch.arange(steps, device=x.device) % period
+    turns = torch.bincount(phase, minlength=period).clamp(min=1)
+    sums = torch.zeros(len(x), period, dtype=x.dtype, device=x.device).index_add(1, phase, x - trend)
+    season = (sums / turns)[:, phase]
+    return Parts(trend, season, x - trend - season)

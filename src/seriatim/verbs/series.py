@@ -33,8 +33,7 @@ def method_of(system: SeriesSystem) -> Method:
     device = system.model.device
 
     def forecast(batch: Batch) -> Tensor:
-        known = (batch[name].to(device) for name in ("past", "past_marks", "future_marks"))
-        return system.forecast(*known).cpu()
+        return system.forecast(*(x.to(device) for x in system.given(batch))).cpu()
 
     return forecast
 
