@@ -21,6 +21,7 @@ from seriatim.cli.progress import Bar
 from seriatim.home import HOME
 from seriatim.training.checkpoint import save_json
 from seriatim.verbs.claim import commit, machine
+from seriatim.verbs.show import show
 from seriatim.verbs.train import train
 
 ARMS = "before", "converted", "fresh"
@@ -48,7 +49,7 @@ def arm(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             settings |= UNTOUCHED
         else:
             same["minutes"] = options.minutes
-        train("sdar", **same, settings=settings, bar=Bar)
+        show(train("sdar", **same, settings=settings, bar=Bar))
     said = json.loads(summary.read_text())
     return {k: said[k] for k in ("bits_per_byte", "continuation")}
 

@@ -204,6 +204,8 @@ def _number(value: Any) -> str:
 
 def _pictures(key: str) -> Iterator[str]:
     names = sorted(p.name for end in ("png", "gif") for p in IMAGES.glob(f"{key}-*.{end}"))
+    longer = tuple(f"{k}-" for k in catalogue() if k.startswith(f"{key}-"))  # d3pm-pixels is not d3pm
+    names = [name for name in names if not (longer and name.startswith(longer))]
     if names:
         yield "## Pictures"
     for name in names:

@@ -30,9 +30,9 @@ def test_problems_have_one_right_answer_and_fit(name):
     ids = trials.as_ids(task, ByteTokenizer(), train + test)
     assert ids.shape == (600, task.prompt + task.answer) and bool((ids[:, -1] == eos).all())
     for prompt, answer in train:
-        if name == "sums":
-            assert all(eval(line.split("=")[0]) % 10 == int(line.split("=")[1]) for line in answer.split())
-            assert eval(prompt) % 10 == int(answer.split("=")[-1])
+        if name == "lines":
+            said = zip(prompt[::2], prompt[1::2], answer.splitlines(), strict=True)
+            assert all(line == letter * int(n) for letter, n, line in said)
         elif prompt[0] == "*":
             assert answer == "".join(a * int(n) for a, n in zip(prompt[1::2], prompt[2::2], strict=True))
         else:
@@ -92,7 +92,7 @@ def test_answers_are_right_up_to_their_end(monkeypatch):
 @pytest.mark.parametrize("key", KEYS[:2])
 def test_every_arm_of_a_claim_of_answers_is_measured(key, home, monkeypatch):
     recipe = replace(trials.RECIPE, steps=2, batch=4, bf16=False)
-    task = {"adablock-dllm": "sums", "eoser-ass": "lists"}[key]
+    task = {"adablock-dllm": "lines", "eoser-ass": "lists"}[key]
     model = trials.taught(task, recipe, TINY, count=20)
     monkeypatch.setattr(trials, "taught", lambda name: {task: model}[name])
     claim, forwards = load_module(key).CLAIM, {}

@@ -53,17 +53,13 @@ def _list(rng: random.Random) -> tuple[str, str]:
     return kind + letters, letters if kind == "=" else letters[::-1]
 
 
-def _sum(rng: random.Random) -> tuple[str, str]:
-    """Digits, added one after another, of each sum the last digit, a line each: answers of 2 to 4 lines of 6 letters."""
-    first, *rest = (rng.randint(1, 9) for _ in range(rng.randint(3, 5)))
-    prompt, lines, total = "+".join(map(str, (first, *rest))), [], first
-    for number in rest:
-        lines.append(f"{total}+{number}={(total + number) % 10}\n")
-        total = (total + number) % 10
-    return prompt, "".join(lines)
+def _written_out(rng: random.Random) -> tuple[str, str]:
+    """Letters, each as often as is said, a line each: answers of 2 to 4 lines of 2 to 7 letters."""
+    pairs = [(rng.choice("abcdefgh"), rng.randint(1, 6)) for _ in range(rng.randint(2, 4))]
+    return "".join(f"{letter}{n}" for letter, n in pairs), "".join(letter * n + "\n" for letter, n in pairs)
 
 
-TASKS = {"lists": Task(_list, 16, 24), "sums": Task(_sum, 9, 25)}
+TASKS = {"lists": Task(_list, 16, 24), "lines": Task(_written_out, 8, 29)}
 
 
 def problems(task: Task, count: int, seed: int, test: bool = False) -> list[tuple[str, str]]:
