@@ -88,9 +88,10 @@ def behind_the_end(system: SeriesSystem, data: SeriesData, horizon: int, level: 
     intervals, figures, notes = _intervals(system, data, horizon, level)
     times = series.after(horizon)
     ahead = torch.from_numpy(marks(times, series.frequency))[None]
+    later = torch.from_numpy(times.astype(np.int64))[None, :, None]
     batch = {
         "past": data.scaled[None, -lookback:], "past_marks": data.marks[None, -lookback:], "future_marks": ahead,
-        "past_time": data.time[None, -lookback:], "future_time": torch.from_numpy(times.astype(np.int64))[None, :, None],
+        "past_time": data.time[None, -lookback:], "future_time": later,
     }  # fmt: skip
     values = data.unscaled(steady(data, method)(batch)[0])
     low = high = None
