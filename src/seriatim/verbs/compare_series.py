@@ -33,6 +33,8 @@ def compare_series(
     gone on with. Raises ValueError where horizons differ.
     """
     loaded: Any = load_data(data, "series", **data_options)
+    if not isinstance(loaded, SeriesData):
+        raise ValueError(f"systems are compared on one series, and {loaded.name} are several")
     said_of = {k: v for k, v in (("lookback", lookback), ("horizon", horizon)) if v is not None}
     trained = {}
     for key in dict.fromkeys([*keys, BASELINE]):

@@ -64,6 +64,8 @@ def forecast(
         known = RunFolder(Path(source)).read_card()
         data, data_options = known["data"], known.get("read", {}) | data_options
     loaded: Any = load_data(data, "series", **data_options)
+    if not isinstance(loaded, SeriesData):
+        raise ValueError(f"one series is forecast at a time, and {loaded.name} are several")
     system, folder = _system(source, (data, loaded, data_options), horizon, out, dict(settings or {}), bar, said)
     steps = horizon or system.config.horizon
     system.check(system.config.lookback, steps)
@@ -88,9 +90,10 @@ def behind_the_end(system: SeriesSystem, data: SeriesData, horizon: int, level: 
     intervals, figures, notes = _intervals(system, data, horizon, level)
     times = series.after(horizon)
     ahead = torch.from_numpy(marks(times, series.frequency))[None]
+    later = torch.from_numpy(times.astype(np.int64))[None, :, None]
     batch = {
         "past": data.scaled[None, -lookback:], "past_marks": data.marks[None, -lookback:], "future_marks": ahead,
-        "past_time": data.time[None, -lookback:], "future_time": torch.from_numpy(times.astype(np.int64))[None, :, None],
+        "past_time": data.time[None, -lookback:], "future_time": later,
     }  # fmt: skip
     values = data.unscaled(steady(data, method)(batch)[0])
     low = high = None

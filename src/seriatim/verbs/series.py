@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seriatim.data.series import SeriesData, Windows
+from seriatim.data.series_mixture import Mixture
 from seriatim.evaluation.series import (
     Batch,
     Drawn,
@@ -47,11 +48,21 @@ def judged(
     return figures_of(errors, found), intervals
 
 
-def series_figures(system: SeriesSystem, data: SeriesData, horizon: int | None = None) -> dict[str, Any]:
+def series_figures(system: SeriesSystem, data: SeriesData | Mixture, horizon: int | None = None) -> dict[str, Any]:
     """Errors of a system, and beside them those of what takes seconds: a ridge regression of the same lookback, the
-    last season, the last value."""
+    last season, the last value. Of several series, those of each that is long enough. Raises ValueError for a horizon
+    that it cannot forecast, and where the test part is too short."""
     c = system.config
     horizon = horizon or c.horizon
+    system.check(c.lookback, horizon)
+    if isinstance(data, Mixture):
+        several: dict[str, Any] = {}
+        for one in data.of:
+            try:
+                several |= {f"{one.name}, {k}": v for k, v in series_figures(system, one, horizon).items()}
+            except ValueError as error:
+                several[f"{one.name}, not judged"] = str(error)
+        return several
     figures, _ = judged(data, method_of(system), c.lookback, horizon)
     told: dict[str, Any] = {"lookback": c.lookback, "horizon": horizon, **figures}
     windows = data.test.windows(c.lookback, horizon)
@@ -81,11 +92,14 @@ def save_window(
     return save_forecast(drawn, data.series.columns, path, title)
 
 
-def show_series(system: SeriesSystem, data: SeriesData, folder: Path) -> dict[str, Any]:
-    """The figures of a finished training, and a plot of forecasts of a window in the middle of the test part."""
+def show_series(system: SeriesSystem, data: SeriesData | Mixture, folder: Path) -> dict[str, Any]:
+    """The figures of a finished training, and a plot of forecasts of a window in the middle of the test part; of
+    several series, of the first."""
     c = system.config
     method = method_of(system)
     figures = series_figures(system, data)
+    if isinstance(data, Mixture):
+        data = data.of[0]
     intervals = conformal(data, method, data.validation.windows(c.lookback, c.horizon), LEVEL)
     windows = data.test.windows(c.lookback, c.horizon)
     methods = {system.meta.key: method, "ridge": simple(data, c.lookback, c.horizon)["ridge"]}
