@@ -115,7 +115,8 @@ def load_data(source: str | Path | None, modality: str, **options: Any) -> Data:
     if modality == "series" and not path.exists():
         path = HOME / "data" / f"{source}.csv"
     if not path.exists():
-        raise FileNotFoundError(_unknown(source))
+        kept = f"; tables of numbers over time go by their names in {HOME / 'data'}" if modality == "series" else ""
+        raise FileNotFoundError(_unknown(source) + kept)
     if modality == "series":
         loader = _loader("series", "series_table")
     elif modality == "image":

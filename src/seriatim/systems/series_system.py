@@ -56,7 +56,8 @@ class SeriesSystem(System):
     """Series with a config that holds `lookback` and `horizon`. `passes`: over the training windows, at most; `rolls`:
     whether it forecasts any number of steps; `mixes`: whether it is trained on several series at once; `scales`:
     whether each window is seen on its own scale; `told`: what it hears of rows beside values, their calendar's `marks`
-    or their `time` in milliseconds; `looks`: held-out windows that training looks at (None: all)."""
+    or their `time` in milliseconds. Of slow systems, `looks`: held-out windows that training looks at, and `few`: about
+    how many it is judged on, at one distance (None: all)."""
 
     source = "co2"
     recipes: ClassVar[Mapping[str, Recipe]] = MappingProxyType({"tiny": PUBLISHED})
@@ -66,6 +67,7 @@ class SeriesSystem(System):
     scales: ClassVar[bool] = True
     told: ClassVar[str] = "marks"
     looks: ClassVar[int | None] = None
+    few: ClassVar[int | None] = None
     normed = False
     validation_batch = 256
 

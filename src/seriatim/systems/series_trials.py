@@ -11,7 +11,7 @@ from seriatim.data.base import load_data
 from seriatim.data.series import SeriesData
 from seriatim.evaluation.series import Method, over
 from seriatim.evaluation.series_baselines import ridge
-from seriatim.systems.claim import Arm, Trial
+from seriatim.systems.claim import Arm, Claim, Trial
 from seriatim.systems.frozen_text import WEIGHTS
 
 FEW = 200  # windows
@@ -46,18 +46,25 @@ def ridge_errors(
     return _plain(ridge_at(_, seed, lookback, (horizon,), data, most))
 
 
-def ablation(
-    key: str, lookback: int, minutes: float, horizons: Sequence[int] = (96, 720), **settings: Any
-) -> dict[str, Arm | Trial]:
-    """What a language model has to do with it: pretrained, with random matrices, none; and a ridge regression of the
-    same lookback. A training for each horizon."""
+def of_text(
+    key: str, lookback: int, minutes: float, paper: str, horizons: tuple[int, int] = (96, 720), data: str = "ETTh1"
+) -> Claim:
+    """The claim of a system with a language model, of which the field asks what text has to do with it. A training for
+    each horizon and each kind of weights; the longer horizon decides."""
     arms: dict[str, Arm | Trial] = {}
-    for horizon in horizons:
+    for horizon in reversed(horizons):
         for weights in WEIGHTS:
-            said = {**settings, "weights": weights, "horizon": horizon}
+            said = {"weights": weights, "horizon": horizon}
             arms[f"{weights} {horizon}"] = Arm(key, said, minutes=minutes, measure=partial(judged_at, most=FEW))
         arms[f"ridge {horizon}"] = Trial(None, partial(ridge_errors, lookback=lookback, horizon=horizon, most=FEW))
-    return arms
+    short, long = horizons
+    return Claim(
+        text=f"Forecasts of {data} at {long} steps are better through a language model that was trained on text than "
+        "through the same model with random matrices; no model at all and a ridge regression of the same lookback are "
+        f"further arms, {short} steps a further horizon.",
+        paper=paper, metric="mse", arms=arms, ours=f"pretrained {long}", baseline=f"random {long}", seeds=(0, 1, 2),
+        spread_seeds=(0, 1, 2), other_seeds=(0,), data=data,
+    )  # fmt: skip
 
 
 def _plain(errors: Mapping[str, float]) -> Mapping[str, float]:

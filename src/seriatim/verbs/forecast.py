@@ -109,7 +109,7 @@ def _intervals(
     """Intervals, what they and the system are worth on the test part, and what is to be said of them."""
     lookback, method = system.config.lookback, method_of(system)
     try:
-        before, test = (part.windows(lookback, horizon) for part in (data.validation, data.test))
+        before, test = (part.windows(lookback, horizon).strided(system.few) for part in (data.validation, data.test))
     except ValueError as error:
         return None, {}, (f"no intervals, and no errors on held-out rows: {error}",)
     intervals = conformal(data, method, before, level)

@@ -111,6 +111,7 @@ class AutoTimes(RollingSystem):
     meta, Config = META, Config
     told = "time"
     looks = 128
+    few = 200
     sizes = MappingProxyType({"tiny": {}, "gpt2": {"hidden": 512}})
     recipes = MappingProxyType({
         "tiny": replace(PUBLISHED, learning_rate=1e-3, halving=False, warm_up=0.05),

@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from seriatim.laws.case import Limit
 from seriatim.laws.series import SeriesCase, shifted
 from seriatim.random import Generator
-from seriatim.systems.claim import Claim
 from seriatim.systems.frozen_text import TINY, FrozenText
 from seriatim.systems.meta import Meta
 from seriatim.systems.series_system import PUBLISHED, Forecaster, SeriesSystem
-from seriatim.systems.series_trials import ablation
-from seriatim.tokenizers.series import Scale, channels_apart, channels_together, overlapping, parted
+from seriatim.systems.series_trials import of_text
+from seriatim.tokenizers.series import Scale, channels_apart, channels_together, overlapping, parted, patch_count
 
 META = Meta(
     key="s2ip-llm",
@@ -67,13 +66,10 @@ class Config:
     @property
     def tokens(self) -> int:
         """Patches of a lookback."""
-        return (self.lookback - self.patch) // self.stride + 2
+        return patch_count(self.lookback, self.patch, self.stride)
 
     def __post_init__(self) -> None:
-        if self.lookback < self.patch or (self.lookback - self.patch) % self.stride:
-            raise ValueError(
-                f"a lookback of {self.lookback} is no whole number of patches of {self.patch}, one every {self.stride}"
-            )
+        _ = self.tokens  # which says what does not fit
         if not 0 <= self.prompt <= self.anchors:
             raise ValueError(f"of {self.anchors} anchors {self.prompt} cannot be chosen")
 
@@ -127,6 +123,7 @@ class S2IP(SeriesSystem):
 
     meta, Config = META, Config
     looks = 32
+    few = 200
     validation_batch = 16
     sizes = MappingProxyType({
         "tiny": {},
@@ -148,19 +145,8 @@ class S2IP(SeriesSystem):
         return (value - batch["future"]).square().sum() - self.config.pull * alike.mean() * count, count
 
 
-CLAIM = Claim(
-    text="Forecasts of ETTh1 at 720 steps are better through a language model that was trained on text, norms and "
-    "places trained further, than through the same model with random matrices; no model at all and a ridge regression "
-    "of the same lookback are further arms, 96 steps a further horizon.",
-    paper="mean squared error on ETTh1 .366 at 96 and .440 at 720 steps",
-    metric="mse",
-    arms=ablation("s2ip-llm", lookback=512, minutes=5.0),
-    ours="pretrained 720",
-    baseline="random 720",
-    seeds=(0, 1, 2),
-    spread_seeds=(0, 1, 2),
-    other_seeds=(0,),
-    data="ETTh1",
+CLAIM = of_text(
+    "s2ip-llm", lookback=512, minutes=5.0, paper="mean squared error on ETTh1 .366 at 96 and .440 at 720 steps"
 )
 
 # ---- what the laws run -----------------------------------------------------------------------------------------------

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 
 from seriatim.laws.case import Limit
 from seriatim.laws.series import SeriesCase, shifted
-from seriatim.systems.claim import Claim
 from seriatim.systems.frozen_text import TINY, FrozenText
 from seriatim.systems.meta import Meta
 from seriatim.systems.series_system import PUBLISHED, Forecaster, SeriesSystem
-from seriatim.systems.series_trials import ablation
-from seriatim.tokenizers.series import Scale, channels_apart, channels_together, overlapping
+from seriatim.systems.series_trials import of_text
+from seriatim.tokenizers.series import Scale, channels_apart, channels_together, overlapping, patch_count
 
 META = Meta(
     key="time-llm",
@@ -67,13 +66,10 @@ class Config:
     @property
     def tokens(self) -> int:
         """Patches of a lookback."""
-        return (self.lookback - self.patch) // self.stride + 2
+        return patch_count(self.lookback, self.patch, self.stride)
 
     def __post_init__(self) -> None:
-        if self.lookback < self.patch or (self.lookback - self.patch) % self.stride:
-            raise ValueError(
-                f"a lookback of {self.lookback} is no whole number of patches of {self.patch}, one every {self.stride}"
-            )
+        _ = self.tokens  # which says what does not fit
 
 
 class Reprogrammed(Forecaster):
@@ -149,6 +145,7 @@ class TimeLLM(SeriesSystem):
 
     meta, Config = META, Config
     looks = 32
+    few = 200
     validation_batch = 16
     sizes = MappingProxyType({
         "tiny": {},
@@ -164,19 +161,11 @@ class TimeLLM(SeriesSystem):
         return Reprogrammed(config)
 
 
-CLAIM = Claim(
-    text="Forecasts of ETTh1 at 720 steps are better through a frozen language model that was trained on text than "
-    "through the same model with random matrices; no model at all and a ridge regression of the same lookback are "
-    "further arms, 96 steps a further horizon.",
-    paper="mean squared error on ETTh1 .362 at 96 and .442 at 720 steps; without the language model it rises",
-    metric="mse",
-    arms=ablation("time-llm", lookback=512, minutes=5.0),
-    ours="pretrained 720",
-    baseline="random 720",
-    seeds=(0, 1, 2),
-    spread_seeds=(0, 1, 2),
-    other_seeds=(0,),
-    data="ETTh1",
+CLAIM = of_text(
+    "time-llm",
+    lookback=512,
+    minutes=5.0,
+    paper="mean squared error on ETTh1 .362 at 96 and .442 at 720 steps",
 )
 
 # ---- what the laws run -----------------------------------------------------------------------------------------------
