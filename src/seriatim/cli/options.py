@@ -27,6 +27,7 @@ def add_commands(commands: Any) -> None:
     _data(evaluate)
     evaluate.add_argument("--samples", type=positive, default=1000, help="pictures to generate (default: 1000)")
     evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--horizon", type=positive, help="of series: steps to forecast (default: as it was trained)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=_later("evaluating", "run_evaluate"))
 

@@ -90,9 +90,9 @@ def load_data(source: str | Path | None, modality: str, **options: Any) -> Data:
 
     A path is a folder of pictures for "image"; a text file, a folder of them, tables (CSV, JSONL, Parquet), or
     conversations (JSONL) for "text"; a table of numbers over time for "series", which goes by its bare name where it
-    stands in SERIATIM_HOME/data (`ETTh1` for ETTh1.csv). Options go to the loader. Raises FileNotFoundError where there
-    is nothing of that name, ValueError where it is of another modality or holds too little, TypeError for an option
-    that the loader does not have.
+    stands in SERIATIM_HOME/data (`ETTh1` for ETTh1.csv), or several, with commas, to train on together. Options go to
+    the loader. Raises FileNotFoundError where there is nothing of that name, ValueError where it is of another modality
+    or holds too little, TypeError for an option that the loader does not have.
     """
     if modality not in DEFAULT:
         raise ValueError(f"modality is one of {', '.join(DEFAULT)}, got {modality!r}")
@@ -110,10 +110,13 @@ def load_data(source: str | Path | None, modality: str, **options: Any) -> Data:
         name = source.replace("-", "_")
         return _call(source, _loader(name, name), options)
     path = Path(source).expanduser()
+    if modality == "series" and "," in str(source) and not path.exists():
+        return importlib.import_module("seriatim.data.series_mixture").mixture(str(source).split(","), **options)
     if modality == "series" and not path.exists():
         path = HOME / "data" / f"{source}.csv"
     if not path.exists():
-        raise FileNotFoundError(_unknown(source))
+        kept = f"; tables of numbers over time go by their names in {HOME / 'data'}" if modality == "series" else ""
+        raise FileNotFoundError(_unknown(source) + kept)
     if modality == "series":
         loader = _loader("series", "series_table")
     elif modality == "image":

@@ -93,8 +93,10 @@ class Windows:
             "at": at,
         }  # fmt: skip
 
-    def strided(self, most: int) -> Windows:
-        """About so many of them, at one distance from each other."""
+    def strided(self, most: int | None) -> Windows:
+        """About so many of them (None: all), at one distance from each other."""
+        if most is None:
+            return self
         stride = self.stride * max(len(self) // most, 1)
         kept = self.first + stride * (min(len(self), most) - 1) + self.horizon
         return replace(self, end=kept, stride=stride)

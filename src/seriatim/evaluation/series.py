@@ -178,7 +178,7 @@ def save_forecast(
         for (name, values), colour in zip(drawn.forecasts.items(), COLOURS * 3, strict=False):
             axes.plot(drawn.future, values[:, i], color=colour, linewidth=1.4, label=name)
         axes.set_title(columns[i], fontsize=10, loc="left")
-        locator = AutoDateLocator(maxticks=7)
+        locator = AutoDateLocator(minticks=2, maxticks=7)
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
         axes.grid(color=PALE)

@@ -8,6 +8,9 @@ is saved: a run holds what was trained, and loads the model from where it was.
 from __future__ import annotations
 
 import hashlib
+import time
+import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from seriatim.backbones.transformer import Transformer
+from seriatim.evaluation.report import seconds_text
 from seriatim.home import HOME
 from seriatim.plan import Plan, plan_of
 from seriatim.posttraining.drafting import Base
@@ -25,13 +29,13 @@ from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.series_system import in_line
 from seriatim.systems.text.next_token import Config as TextConfig
 from seriatim.systems.text.next_token import NextToken
-from seriatim.tokenizers.text import ByteTokenizer
 from seriatim.training.state import read_safely, write_safely
 from seriatim.view import inclusive
 
-TINY = "tiny"  # in place of a model's name: one of a few random weights, over bytes, for trials
+TINY = "tiny"  # in place of a model's name: one of a few random weights, over words, for trials
 WEIGHTS = ("pretrained", "random", "none")
 BATCH = 128
+PATIENCE = 20.0  # seconds, after which a user is told what is waited for
 
 
 class FrozenText(nn.Module):
@@ -137,6 +141,14 @@ class FrozenText(nn.Module):
         if path.is_file():
             states = read_safely(path)[0]["states"].to(self.system.model.device)
         else:
+            start = time.perf_counter()
+            self.states(missing[:BATCH])
+            left = (time.perf_counter() - start) * (len(missing) / BATCH - 1)
+            if left > PATIENCE:
+                warnings.warn(
+                    f"the language model reads {len(missing):,} texts, which takes about {seconds_text(left)}; their "
+                    f"states are kept in {path.parent}", stacklevel=2,
+                )  # fmt: skip
             states = self.states(missing)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_safely(path, {"states": states}, {"texts": len(missing)})
@@ -166,9 +178,17 @@ def _loaded(source: str) -> Any:
         from seriatim.verbs.load import load  # which knows this file
 
         return load(source, "float32")
+    words: Any = _Words()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return NextToken(TextConfig(length=128, width=16, depth=1, heads=2, hidden=32), ByteTokenizer())
+        return NextToken(TextConfig(length=128, width=16, depth=1, heads=2, hidden=32), words)
+
+
+class _Words:
+    """Every word a token, by a checksum of it."""
+
+    def encode(self, text: str) -> list[int]:
+        return [zlib.crc32(word.encode()) % 256 for word in text.split()]
 
 
 def _cut(backbone: Any, layers: int, source: str) -> None:

@@ -54,17 +54,20 @@ class Forecaster(nn.Module):
 
 class SeriesSystem(System):
     """Series with a config that holds `lookback` and `horizon`. `passes`: over the training windows, at most; `rolls`:
-    whether it forecasts any number of steps; `scales`: whether each window is seen on its own scale; `told`: what it
-    hears of rows beside values, their calendar's `marks` or their `time` in milliseconds; `looks`: held-out windows
-    that training looks at (None: all)."""
+    whether it forecasts any number of steps; `mixes`: whether it is trained on several series at once; `scales`:
+    whether each window is seen on its own scale; `told`: what it hears of rows beside values, their calendar's `marks`
+    or their `time` in milliseconds. Of slow systems, `looks`: held-out windows that training looks at, and `few`: about
+    how many it is judged on, at one distance (None: all)."""
 
     source = "co2"
     recipes: ClassVar[Mapping[str, Recipe]] = MappingProxyType({"tiny": PUBLISHED})
     passes: ClassVar[int] = 10
     rolls: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
     scales: ClassVar[bool] = True
     told: ClassVar[str] = "marks"
     looks: ClassVar[int | None] = None
+    few: ClassVar[int | None] = None
     normed = False
     validation_batch = 256
 
@@ -84,7 +87,10 @@ class SeriesSystem(System):
     @classmethod
     def fitting(cls, data: SeriesData, settings: Mapping[str, Any], size: str | None) -> dict[str, int]:
         """The lookback and horizon that are not named: the system's own, or on short series the largest of a few of
-        which the validation part holds two, with a lookback of twice that."""
+        which the validation part holds two, with a lookback of twice that. Raises ValueError for several series, where
+        variates are not read one by one."""
+        if not hasattr(data, "series"):
+            raise ValueError(f"{cls.meta.key} reads the variates of one series together, and {data.name} are several")
         chosen = {**cls.sizes.get(size or next(iter(cls.sizes)), {}), **settings}
         default = cls.Config(**{k: v for k, v in chosen.items() if k in ("lookback", "horizon")})
         room = min(len(p) // len(data.series.columns) for p in (data.validation, data.test))
@@ -172,12 +178,12 @@ class RollingSystem(SeriesSystem):
     forecast is rolled on by one after another, each on the scale of the lookback that it is behind. The model takes
     series on that scale (n, t), and says what comes a segment behind each step."""
 
-    rolls = True
+    rolls = mixes = True
 
     @classmethod
     def fitting(cls, data: SeriesData, settings: Mapping[str, Any], size: str | None) -> dict[str, int]:
         """On short series, the longest segment of a few that leaves windows in all parts, with seven for a lookback."""
-        if {"lookback", "segment"} & set(settings):
+        if {"lookback", "segment"} & set(settings) or not hasattr(data, "series"):
             return {}
         room = min(len(p) // len(data.series.columns) for p in (data.validation, data.test))
         default = cls.Config()

@@ -59,6 +59,13 @@ def smoothed(x: Float[Tensor, "n t"], width: int) -> Float[Tensor, "n t"]:
     return torch.cat(ends, 1).unfold(1, width, 1).mean(-1)
 
 
+def patch_count(steps: int, length: int, stride: int) -> int:
+    """Of `overlapping`. Raises ValueError where they do not come out even."""
+    if steps < length or (steps - length) % stride:
+        raise ValueError(f"a lookback of {steps} is no whole number of patches of {length}, one every {stride}")
+    return (steps - length) // stride + 2
+
+
 def overlapping(x: Float[Tensor, "n t"], length: int, stride: int) -> Float[Tensor, "n p length"]:
     """Patches one every `stride`, the last of which reaches as far beyond the end, where the last value stands."""
     return patches(torch.cat([x, x[:, -1:].expand(-1, stride)], 1), length, stride)

@@ -33,6 +33,8 @@ def compare_series(
     gone on with. Raises ValueError where horizons differ.
     """
     loaded: Any = load_data(data, "series", **data_options)
+    if not isinstance(loaded, SeriesData):
+        raise ValueError(f"systems are compared on one series, and {loaded.name} are several")
     said_of = {k: v for k, v in (("lookback", lookback), ("horizon", horizon)) if v is not None}
     trained = {}
     for key in dict.fromkeys([*keys, BASELINE]):
@@ -46,39 +48,41 @@ def compare_series(
     steps = horizon or next(iter(horizons.values()), next(iter(systems.values())).config.horizon)
     if set(horizons.values()) - {steps}:
         raise ValueError(f"systems of one horizon compare, these have {horizons}: say --horizon")
-    said_too = {"lookback": lookback, "minutes": minutes, "size": size, "seed": seed or None}
-    more = [
-        word for k, v in said_too.items() if v is not None for word in (f"--{k}", f"{v:g}" if k == "minutes" else v)
-    ]
-    command = shlex.join(
-        ["seriatim", "compare", *keys, "--data", str(data or loaded.name), "--horizon", str(steps), *map(str, more)]
-    )
+    said_too = {"horizon": steps, "lookback": lookback, "minutes": minutes, "size": size, "seed": seed or None}
+    more = [str(word) for k, v in said_too.items() if v is not None for word in (f"--{k}", v)]
+    command = shlex.join(["seriatim", "compare", *keys, "--data", str(data or loaded.name), *more])
     methods = {key: (method_of(s), s.config.lookback) for key, s in systems.items()}
     methods |= _simple(loaded, [look for _, look in methods.values()], steps)
-    results = []
+    few, results = min((s.few for s in systems.values() if s.few), default=None), []
     for name, (method, look) in methods.items():
         said(f"judging {name}")
-        result = _result(loaded, name, method, look, steps, Path(out), command)
+        result = _result(loaded, name, method, (look, steps, few), Path(out), command)
         if name in trained:
             result = _with_training(result, trained[name])
         results.append(result)
     sections = {}
     if windows:
         sections[f"With ETS and ARIMA, on {windows} windows"] = _classical(loaded, methods, steps, windows, said)
-    rows = " / ".join(f"{part.end - part.begin:,}" for part in (loaded.train, loaded.validation, loaded.test))
-    notes = [
-        f"{loaded.name}: {rows} rows for training / validation / test, {len(loaded.series.columns)} variates, "
-        f"every {loaded.series.frequency}.",
-        f"A horizon of {steps} steps, every window of the test part. MSE and MAE are on the scale of training, "
-        "and a longer lookback alone lowers both, so figures of different lookbacks are not to be compared.",
+    notes = _notes(loaded, steps, few, command)
+    title = f"{' · '.join(keys)} on {loaded.name}"
+    return write_report(Path(out) / "report.html", title, results, notes, "MSE", sections)
+
+
+def _notes(data: SeriesData, horizon: int, few: int | None, command: str) -> list[str]:
+    """What is to be known of the figures."""
+    rows = " / ".join(f"{part.end - part.begin:,}" for part in (data.train, data.validation, data.test))
+    return [
+        f"{data.name}: {rows} rows for training / validation / test, {len(data.series.columns)} variates, every "
+        f"{data.series.frequency}.",
+        f"A horizon of {horizon} steps, {f'about {few} windows at one distance' if few else 'every window'} of the "
+        "test part. MSE and MAE are on the scale of training, and a longer lookback alone lowers both, so figures of "
+        "different lookbacks are not to be compared.",
         f"Intervals of {100 * LEVEL:g}% by residuals on the validation part; windows overlap and series drift, so "
         "their coverage on the test part is measured.",
         "One seed: small differences mean nothing.",
-        *loaded.notes,
+        *data.notes,
         f"Made by {command} (version {seriatim.__version__}).",
     ]
-    title = f"{' · '.join(keys)} on {loaded.name}"
-    return write_report(Path(out) / "report.html", title, results, notes, "MSE", sections)
 
 
 def _simple(data: SeriesData, lookbacks: Sequence[int], horizon: int) -> dict[str, tuple[Method, int]]:
@@ -97,10 +101,11 @@ TITLES = {"ridge": "ridge regression", "last": "the last season, repeated", "las
 
 
 def _result(
-    data: SeriesData, name: str, method: Method, lookback: int, horizon: int, out: Path, command: str
+    data: SeriesData, name: str, method: Method, sizes: tuple[int, int, int | None], out: Path, command: str
 ) -> Result:
-    """A row of the report, with a plot of one window."""
-    figures, intervals = judged(data, method, lookback, horizon)
+    """A row of the report, with a plot of one window. sizes: lookback, horizon, and windows (None: all)."""
+    lookback, horizon, few = sizes
+    figures, intervals = judged(data, method, lookback, horizon, most=few)
     test = data.test.windows(lookback, horizon)
     place = out / "plots" / f"{name.replace(' ', '-')}.png"
     place.parent.mkdir(parents=True, exist_ok=True)

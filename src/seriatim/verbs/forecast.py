@@ -64,6 +64,8 @@ def forecast(
         known = RunFolder(Path(source)).read_card()
         data, data_options = known["data"], known.get("read", {}) | data_options
     loaded: Any = load_data(data, "series", **data_options)
+    if not isinstance(loaded, SeriesData):
+        raise ValueError(f"one series is forecast at a time, and {loaded.name} are several")
     system, folder = _system(source, (data, loaded, data_options), horizon, out, dict(settings or {}), bar, said)
     steps = horizon or system.config.horizon
     system.check(system.config.lookback, steps)
@@ -107,7 +109,7 @@ def _intervals(
     """Intervals, what they and the system are worth on the test part, and what is to be said of them."""
     lookback, method = system.config.lookback, method_of(system)
     try:
-        before, test = (part.windows(lookback, horizon) for part in (data.validation, data.test))
+        before, test = (part.windows(lookback, horizon).strided(system.few) for part in (data.validation, data.test))
     except ValueError as error:
         return None, {}, (f"no intervals, and no errors on held-out rows: {error}",)
     intervals = conformal(data, method, before, level)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seriatim.data.series import SeriesData, Windows
+from seriatim.data.series_mixture import Mixture
 from seriatim.evaluation.series import (
     Batch,
     Drawn,
@@ -39,26 +40,41 @@ def method_of(system: SeriesSystem) -> Method:
 
 
 def judged(
-    data: SeriesData, method: Method, lookback: int, horizon: int, level: float = LEVEL
+    data: SeriesData, method: Method, lookback: int, horizon: int, level: float = LEVEL, most: int | None = None
 ) -> tuple[dict[str, Any], Intervals]:
-    """Figures of a method on all windows of the test part, with intervals by its residuals on the validation part."""
-    intervals = conformal(data, method, data.validation.windows(lookback, horizon), level)
-    errors, found = over(data, method, data.test.windows(lookback, horizon), intervals)
+    """Figures of a method on all windows of the test part, or about `most`, with intervals by its residuals on the
+    validation part."""
+    before, test = (part.windows(lookback, horizon).strided(most) for part in (data.validation, data.test))
+    intervals = conformal(data, method, before, level)
+    errors, found = over(data, method, test, intervals)
     return figures_of(errors, found), intervals
 
 
-def series_figures(system: SeriesSystem, data: SeriesData, horizon: int | None = None) -> dict[str, Any]:
-    """Errors of a system, and beside them those of what takes seconds: a ridge regression of the same lookback, the
-    last season, the last value."""
-    c = system.config
-    horizon = horizon or c.horizon
-    figures, _ = judged(data, method_of(system), c.lookback, horizon)
-    told: dict[str, Any] = {"lookback": c.lookback, "horizon": horizon, **figures}
-    windows = data.test.windows(c.lookback, horizon)
-    for name, method in simple(data, c.lookback, horizon).items():
+def series_figures(system: SeriesSystem, data: SeriesData | Mixture, horizon: int | None = None) -> dict[str, Any]:
+    """Errors of a system, and beside them, on the same windows, those of what takes seconds: a ridge regression of the
+    same lookback, the last season, the last value. Of several series, those of each that is long enough. Raises
+    ValueError for a horizon that it cannot forecast, and where the test part is too short."""
+    if isinstance(data, SeriesData):
+        return _figures(system, data, horizon or system.config.horizon)[0]
+    told: dict[str, Any] = {}
+    for one in data.of:
+        try:
+            told |= {f"{one.name}, {k}": v for k, v in series_figures(system, one, horizon).items()}
+        except ValueError as error:
+            told[f"{one.name}, not judged"] = str(error)
+    return told
+
+
+def _figures(system: SeriesSystem, data: SeriesData, horizon: int) -> tuple[dict[str, Any], Intervals]:
+    lookback, most = system.config.lookback, system.few
+    system.check(lookback, horizon)
+    figures, intervals = judged(data, method_of(system), lookback, horizon, most=most)
+    told: dict[str, Any] = {"lookback": lookback, "horizon": horizon, **figures}
+    windows = data.test.windows(lookback, horizon).strided(most)
+    for name, method in simple(data, lookback, horizon).items():
         errors, _ = over(data, method, windows)
         told |= {f"{name}, mse": errors.mse, f"{name}, mae": errors.mae}
-    return told
+    return told, intervals
 
 
 def save_window(
@@ -81,17 +97,16 @@ def save_window(
     return save_forecast(drawn, data.series.columns, path, title)
 
 
-def show_series(system: SeriesSystem, data: SeriesData, folder: Path) -> dict[str, Any]:
-    """The figures of a finished training, and a plot of forecasts of a window in the middle of the test part."""
-    c = system.config
-    method = method_of(system)
-    figures = series_figures(system, data)
-    intervals = conformal(data, method, data.validation.windows(c.lookback, c.horizon), LEVEL)
-    windows = data.test.windows(c.lookback, c.horizon)
-    methods = {system.meta.key: method, "ridge": simple(data, c.lookback, c.horizon)["ridge"]}
-    title = f"{system.meta.title} on {data.name}: {c.horizon} steps from {c.lookback}"
-    save_window(data, methods, windows, len(windows) // 2, folder / "forecast.png", title, intervals)
-    return figures
+def show_series(system: SeriesSystem, data: SeriesData | Mixture, folder: Path) -> dict[str, Any]:
+    """The figures of a finished training, and a plot of forecasts of a window in the middle of the test part; of
+    several series, of the first."""
+    c, one = system.config, data if isinstance(data, SeriesData) else data.of[0]
+    figures, intervals = _figures(system, one, c.horizon)
+    windows = one.test.windows(c.lookback, c.horizon)
+    methods = {system.meta.key: method_of(system), "ridge": simple(one, c.lookback, c.horizon)["ridge"]}
+    title = f"{system.meta.title} on {one.name}: {c.horizon} steps from {c.lookback}"
+    save_window(one, methods, windows, len(windows) // 2, folder / "forecast.png", title, intervals)
+    return figures if one is data else series_figures(system, data)
 
 
 def write_csv(path: Path, times: Any, columns: tuple[str, ...], values: Mapping[str, np.ndarray[Any, Any]]) -> Path:

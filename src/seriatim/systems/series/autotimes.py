@@ -111,9 +111,10 @@ class AutoTimes(RollingSystem):
     meta, Config = META, Config
     told = "time"
     looks = 128
+    few = 200
     sizes = MappingProxyType({"tiny": {}, "gpt2": {"hidden": 512}})
     recipes = MappingProxyType({
-        "tiny": replace(PUBLISHED, learning_rate=5e-4, halving=False),
+        "tiny": replace(PUBLISHED, learning_rate=1e-3, halving=False, warm_up=0.05),
         "gpt2": replace(PUBLISHED, batch=256, learning_rate=2e-3, halving=False),
     })  # fmt: skip
 
@@ -123,7 +124,7 @@ class AutoTimes(RollingSystem):
 
     def examples(self, part: Part) -> Windows:
         """Windows, whose times have been read once."""
-        if self.model.mix is not None:
+        if self.model.mix is not None and hasattr(part, "data"):
             time, n = part.data.time[:, 0].tolist(), self.config.segment
             begin = max(part.begin - self.config.lookback, 0)
             self.model.text.learn([in_words(time[i], time[i + n - 1]) for i in range(begin, part.end - n + 1)])
