@@ -17,7 +17,7 @@ class Recipe:
     condition is replaced by the null; bf16: autocast of the forward, where the machine has instructions for it; ema:
     decay of the averaged weights that generation uses (None: the last weights); norm: by what the losses of a batch are
     divided (`NORMS`: token, sequence, batch); compile: compile the layers where a C++ compiler is found;
-    validate_every: steps between two looks at held-out data (None: ten looks).
+    validate_every: steps between two looks at held-out data (None: ten looks, or fewer where steps are few).
 
     epoch: samples are drawn in passes, in none of which a sample comes twice, and so many steps are a turn (None: they
     are drawn anew at every step); halving: the learning rate is halved after every turn but the first, with neither

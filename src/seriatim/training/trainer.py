@@ -32,6 +32,7 @@ from seriatim.training.run import RunFolder
 from seriatim.training.state import frozen_names, gather, read_safely, restore, write_safely
 
 SAVE_EVERY = 120.0  # seconds
+LOOKS_APART = 20  # steps, at least, between two looks at held-out data where nothing else is said
 CALIBRATION = 20  # steps that tell how many fit a budget of time
 
 
@@ -266,7 +267,7 @@ class _Training:
                 yield
 
     def _due(self, step: int) -> bool:
-        every = self.recipe.validate_every or max(self.recipe.steps // 10, 1)
+        every = self.recipe.validate_every or max(self.recipe.steps // 10, LOOKS_APART)
         return self.held_out is not None and (step % every == 0 or step == self.recipe.steps)
 
     @torch.no_grad()
