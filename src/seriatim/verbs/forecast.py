@@ -24,6 +24,7 @@ from seriatim.verbs.load import load, system_class
 from seriatim.verbs.series import LEVEL, method_of, write_csv
 from seriatim.verbs.train import Bar, train
 
+ROLLED = 500  # windows that tell the intervals of what is rolled on, which takes long
 Said = Callable[[str], None]
 
 
@@ -109,7 +110,8 @@ def _intervals(
     """Intervals, what they and the system are worth on the test part, and what is to be said of them."""
     lookback, method = system.config.lookback, method_of(system)
     try:
-        before, test = (part.windows(lookback, horizon).strided(system.few) for part in (data.validation, data.test))
+        most = system.few or (ROLLED if system.rolls else None)
+        before, test = (part.windows(lookback, horizon).strided(most) for part in (data.validation, data.test))
     except ValueError as error:
         return None, {}, (f"no intervals, and no errors on held-out rows: {error}",)
     intervals = conformal(data, method, before, level)
