@@ -56,6 +56,7 @@ def add_commands(commands: Any) -> None:
 
     laws = commands.add_parser("laws", help="hold systems to the laws, and the laws to their mutants")
     laws.add_argument("keys", nargs="*", metavar="KEY", help="systems (default: all)")
+    laws.add_argument("--workers", type=positive, default=1, help="processes (default: 1)")
     laws.add_argument("--json", action="store_true", help="print findings as JSON lines")
     laws.add_argument("--verbose", "-v", action="store_true", help="also print what each law found")
     laws.set_defaults(run=_later("laws", "run_laws"))
