@@ -16,7 +16,7 @@ from seriatim.data.base import load_data
 from seriatim.data.calendar import Times, marks
 from seriatim.data.series import SeriesData
 from seriatim.evaluation.report import seconds_text
-from seriatim.evaluation.series import Drawn, Intervals, conformal, figures_of, over, save_forecast, steady
+from seriatim.evaluation.series import Drawn, Intervals, conformal, drawn_of, figures_of, over, save_forecast, steady
 from seriatim.systems.meta import catalogue
 from seriatim.systems.series_system import SeriesSystem
 from seriatim.training.run import RunFolder
@@ -73,7 +73,7 @@ def forecast(
     made = behind_the_end(system, loaded, steps, level)
     values = {"": made.values} | ({} if made.low is None else {"low": made.low, "high": made.high})
     table = write_csv(folder / "forecast.csv", made.times, made.columns, values)  # type: ignore[arg-type]
-    keep = max(system.config.lookback, 2 * steps)
+    keep = drawn_of(system.config.lookback, steps)
     drawn = Drawn(
         loaded.series.time[-keep:], loaded.series.values[-keep:], made.times, {system.meta.key: made.values},
         low=made.low, high=made.high, level=level,
