@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from seriatim.cli.main import main
+from seriatim.data.base import load_data
 from seriatim.systems.series.dlinear import Config as DLinearConfig
 from seriatim.systems.series.dlinear import DLinear
 from seriatim.systems.series.gpht import GPHT
@@ -126,6 +127,14 @@ def test_how_a_series_was_read_is_remembered(table, tmp_path, capsys):
     assert forecast(tmp_path / "run", out=tmp_path / "f").columns == ("b",)
     assert main(["generate", str(tmp_path / "run")]) == 2
     assert "seriatim forecast" in capsys.readouterr().err
+
+
+def test_a_lookback_that_is_not_named_suits_a_short_series(table):
+    """350 rows of training hold no four of 96 and 8."""
+    data = load_data(table, "series")
+    assert DLinear.fitting(data, {"horizon": 8}, None) == {"lookback": 16, "horizon": 8}
+    assert DLinear.fitting(data, {}, None) == {"lookback": 48, "horizon": 24}
+    assert DLinear.fitting(data, {"lookback": 96}, None) == {}
 
 
 def test_more_steps_than_it_was_made_for_are_refused():

@@ -86,18 +86,19 @@ class SeriesSystem(System):
 
     @classmethod
     def fitting(cls, data: SeriesData, settings: Mapping[str, Any], size: str | None) -> dict[str, int]:
-        """The lookback and horizon that are not named: the system's own, or on short series the largest of a few of
-        which the validation part holds two, with a lookback of twice that. Raises ValueError for several series, where
-        variates are not read one by one."""
+        """The lookback and horizon that are not named: the system's own, or, on series of which training does not hold
+        four of both in a row or the other parts two horizons, the largest horizon of a few of which they do, with a
+        lookback of twice that: a longer one is learned by heart. Raises ValueError for several series, where variates
+        are not read one by one."""
         if not hasattr(data, "series"):
             raise ValueError(f"{cls.meta.key} reads the variates of one series together, and {data.name} are several")
         chosen = {**cls.sizes.get(size or next(iter(cls.sizes)), {}), **settings}
         default = cls.Config(**{k: v for k, v in chosen.items() if k in ("lookback", "horizon")})
         room = min(len(p) // len(data.series.columns) for p in (data.validation, data.test))
-        enough = room >= 2 * default.horizon and data.split.train >= 2 * (default.lookback + default.horizon)
-        if {"lookback", "horizon"} & set(settings) or enough:
+        enough = room >= 2 * default.horizon and data.split.train >= 4 * (default.lookback + default.horizon)
+        if "lookback" in settings or enough:
             return {}
-        horizon = next((h for h in HORIZONS if 2 * h <= room), 1)
+        horizon = settings.get("horizon") or next((h for h in HORIZONS if 2 * h <= room), 1)
         return {"lookback": 2 * horizon, "horizon": horizon}
 
     def examples(self, part: Part) -> Windows:
