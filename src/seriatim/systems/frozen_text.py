@@ -74,7 +74,7 @@ class FrozenText(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self.system.model._apply(fn)
-        self.known.clear()
+        self.known.update({text: fn(state) for text, state in self.known.items()})
         return self
 
     def _places(self) -> list[nn.Parameter]:
