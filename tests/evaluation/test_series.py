@@ -6,8 +6,9 @@ import torch
 
 from seriatim.data.calendar import Frequency
 from seriatim.data.series import Series, SeriesData, as_data
-from seriatim.evaluation.series import Drawn, Intervals, conformal, over, save_forecast, season_of
+from seriatim.evaluation.series import Drawn, Intervals, conformal, drawn_of, over, save_forecast, season_of
 from seriatim.evaluation.series_baselines import classical, last_value, ridge, seasonal_naive
+from seriatim.verbs.series import judged
 
 
 def data_of(values: np.ndarray, name: str = "x") -> SeriesData:
@@ -110,3 +111,20 @@ def test_a_plot_is_a_picture(tmp_path):
     path = save_forecast(drawn, data.series.columns, tmp_path / "x.png", "title")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert Intervals(torch.zeros(1, 1), 0.9).coverage is None
+
+
+def test_slow_systems_are_judged_on_windows_at_one_distance():
+    data = waves(noise=0.3)
+    figures, intervals = judged(data, seasonal_naive(24), 48, 12, 0.8, most=20)
+    windows = data.test.windows(48, 12)
+    assert figures["windows"] == len(windows.strided(20)) == 20 and intervals.half.shape == (12, 2)
+    few = windows.strided(20)
+    assert torch.equal(few.take(torch.tensor([3]))["at"], windows.take(torch.tensor([3 * (len(windows) // 20)]))["at"])
+    assert windows.strided(None) is windows and len(windows.strided(10**6)) == len(windows)
+
+
+@pytest.mark.parametrize(
+    ("lookback", "horizon", "drawn"), [(96, 96, 192), (512, 96, 288), (512, 720, 1440), (336, 8, 48)]
+)
+def test_a_forecast_is_not_lost_beside_its_history(lookback, horizon, drawn):
+    assert drawn_of(lookback, horizon) == drawn

@@ -113,6 +113,7 @@ def test_texts_are_read_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(other.system, "states", None)  # nothing is read again
     other.learn(texts)
     assert torch.equal(other.states(texts), model.states(texts)) and file.is_file()
+    assert other.double().states(["a b"]).dtype == torch.float64, "what was read stays read, wherever the model goes"
     ids = torch.tensor([model.ids("d e f")])
     assert torch.allclose(model.states(["d e f"])[0], model.system.states(ids)[0, -1])
 

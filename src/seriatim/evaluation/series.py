@@ -190,9 +190,14 @@ def save_forecast(
     return write_beside(path, lambda file: figure.savefig(file, format="png", dpi=130))
 
 
+def drawn_of(lookback: int, horizon: int) -> int:
+    """Steps of history beside a forecast: the lookback, where the forecast is not lost beside it."""
+    return min(max(lookback, 2 * horizon), max(3 * horizon, 48))
+
+
 def behind(data: SeriesData, lookback: int, at: int, horizon: int) -> tuple[NDArray[Any], NDArray[np.float64], Any]:
-    """Times and values before a row, twice the horizon at most of them beyond the lookback, and the times behind it."""
+    """Times and values before a row, as many as are drawn, and the times behind it."""
     series: Series = data.series
-    start = max(0, at - max(lookback, 2 * horizon))
+    start = max(0, at - drawn_of(lookback, horizon))
     ahead = series.frequency.from_(series.time[0], horizon, at)
     return series.time[start:at], series.values[start:at], ahead

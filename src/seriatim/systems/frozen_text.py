@@ -74,7 +74,7 @@ class FrozenText(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self.system.model._apply(fn)
-        self.known.clear()
+        self.known.update({text: fn(state) for text, state in self.known.items()})
         return self
 
     def _places(self) -> list[nn.Parameter]:
@@ -185,10 +185,11 @@ def _loaded(source: str) -> Any:
 
 
 class _Words:
-    """Every word a token, by a checksum of it."""
+    """Every four words a token, by a checksum of them."""
 
     def encode(self, text: str) -> list[int]:
-        return [zlib.crc32(word.encode()) % 256 for word in text.split()]
+        words = text.split()
+        return [zlib.crc32(" ".join(words[i : i + 4]).encode()) % 256 for i in range(0, len(words), 4)]
 
 
 def _cut(backbone: Any, layers: int, source: str) -> None:

@@ -16,7 +16,7 @@ from seriatim.data.base import load_data
 from seriatim.data.calendar import Times, marks
 from seriatim.data.series import SeriesData
 from seriatim.evaluation.report import seconds_text
-from seriatim.evaluation.series import Drawn, Intervals, conformal, figures_of, over, save_forecast, steady
+from seriatim.evaluation.series import Drawn, Intervals, conformal, drawn_of, figures_of, over, save_forecast, steady
 from seriatim.systems.meta import catalogue
 from seriatim.systems.series_system import SeriesSystem
 from seriatim.training.run import RunFolder
@@ -24,6 +24,7 @@ from seriatim.verbs.load import load, system_class
 from seriatim.verbs.series import LEVEL, method_of, write_csv
 from seriatim.verbs.train import Bar, train
 
+ROLLED = 500  # windows that tell the intervals of what is rolled on, which takes long
 Said = Callable[[str], None]
 
 
@@ -72,7 +73,7 @@ def forecast(
     made = behind_the_end(system, loaded, steps, level)
     values = {"": made.values} | ({} if made.low is None else {"low": made.low, "high": made.high})
     table = write_csv(folder / "forecast.csv", made.times, made.columns, values)  # type: ignore[arg-type]
-    keep = max(system.config.lookback, 2 * steps)
+    keep = drawn_of(system.config.lookback, steps)
     drawn = Drawn(
         loaded.series.time[-keep:], loaded.series.values[-keep:], made.times, {system.meta.key: made.values},
         low=made.low, high=made.high, level=level,
@@ -109,7 +110,8 @@ def _intervals(
     """Intervals, what they and the system are worth on the test part, and what is to be said of them."""
     lookback, method = system.config.lookback, method_of(system)
     try:
-        before, test = (part.windows(lookback, horizon).strided(system.few) for part in (data.validation, data.test))
+        most = system.few or (ROLLED if system.rolls else None)
+        before, test = (part.windows(lookback, horizon).strided(most) for part in (data.validation, data.test))
     except ValueError as error:
         return None, {}, (f"no intervals, and no errors on held-out rows: {error}",)
     intervals = conformal(data, method, before, level)

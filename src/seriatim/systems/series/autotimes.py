@@ -114,7 +114,7 @@ class AutoTimes(RollingSystem):
     few = 200
     sizes = MappingProxyType({"tiny": {}, "gpt2": {"hidden": 512}})
     recipes = MappingProxyType({
-        "tiny": replace(PUBLISHED, learning_rate=1e-3, halving=False, warm_up=0.05),
+        "tiny": replace(PUBLISHED, batch=8, learning_rate=1e-3, halving=False, warm_up=0.05),
         "gpt2": replace(PUBLISHED, batch=256, learning_rate=2e-3, halving=False),
     })  # fmt: skip
 
@@ -157,7 +157,7 @@ CLAIM = Claim(
     paper="mean squared error at 96 and 720 steps: .360 and .406 with Llama-7B, .365 and .450 without it",
     metric="mse_720",
     arms={
-        **_arms(("pretrained", "random", "none"), 4.0),
+        **_arms(("pretrained", "random", "none"), 5.0),
         "ridge": Trial(None, partial(ridge_at, lookback=672, horizons=HORIZONS)),
     },
     ours="pretrained",

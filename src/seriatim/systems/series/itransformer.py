@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seriatim.backbones.transformer import Transformer, TransformerConfig
+from seriatim.laws.case import Limit
 from seriatim.laws.series import SeriesCase, shifted
 from seriatim.systems.claim import Arm, Claim, Trial
 from seriatim.systems.meta import Meta
@@ -112,9 +113,32 @@ CLAIM = Claim(
 )
 
 
+def _tiny() -> SeriesCase:
+    return SeriesCase(ITransformer(Config(lookback=6, horizon=3, width=16, hidden=16, depth=1, heads=2)), rate=2e-2)
+
+
 def case() -> SeriesCase:
     """A tiny instance for the laws."""
-    return SeriesCase(ITransformer(Config(lookback=6, horizon=3, width=16, hidden=16, depth=1, heads=2)), rate=2e-2)
+    made = _tiny()
+    made.limits = (_alone,)
+    return made
+
+
+def _alone() -> Limit:
+    """One variate, and no marks: attention has no choice, and its values pass through two linear maps."""
+    model = _tiny().system.model
+    past = torch.randn(2, 6, 1, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        scale, b = Scale.of(past), model.backbone
+        x = model.embed(scale.on(past).transpose(1, 2))
+        for w in b.layers:
+            d = x.shape[-1]
+            told = F.linear(F.linear(x, w.qkv[-d:], w.qkv_bias[-d:]), w.out, w.out_bias)
+            x = F.layer_norm(x + told, (d,), w.norm1, w.norm1_bias)
+            h = F.linear(F.gelu(F.linear(x, w.up, w.up_bias)), w.down, w.down_bias)
+            x = F.layer_norm(x + h, (d,), w.norm2, w.norm2_bias)
+        want = scale.off(model.head(F.layer_norm(x, (d,), b.norm, b.norm_bias)).transpose(1, 2))
+        return Limit("one variate = a network of its past alone", model(past, past[..., :0], past[..., :0]), want)
 
 
 def mutant() -> SeriesCase:

@@ -130,7 +130,7 @@ class S2IP(SeriesSystem):
         "published": {"anchors": 1000, "prompt": 4, "layers": 6},
     })  # fmt: skip
     recipes = MappingProxyType({
-        "tiny": replace(PUBLISHED, batch=8, learning_rate=3e-4, halving=False, warm_up=0.1),
+        "tiny": replace(PUBLISHED, batch=4, learning_rate=3e-4, halving=False, warm_up=0.1),
         "published": replace(PUBLISHED, batch=128, halving=False),
     })  # fmt: skip
 
