@@ -1,10 +1,12 @@
-"""The released binary autoencoders of ELM (Liu et al. 2024; Hub xuantonglll/ELM, bae/bae_*/binaryae_ema.th) in our
-parts.
+"""The released binary autoencoders and generators of ELM (Liu et al. 2024; Hub xuantonglll/ELM,
+bae/bae_*/binaryae_ema.th, gpt/{L,XL,XXL,2B}-*.pth) in our parts.
 
 Facts of the code: pixels go from 0 to 1; no activation stands behind the last norms; the decoder has no more blocks
 than the encoder, and reads the sum of the embeddings of set bits, so our table is the identity and the embeddings are
 the convolution behind it; the first bit is the most significant; shortcuts of blocks that change no width are stored,
-but never used. Their encoders draw bits where they were trained so (all but "deter"); ours takes the likelier ones.
+but never used. Their encoders draw bits where they were trained so (all but "deter"); ours takes the likelier ones. The generator is
+LlamaGen's, but each sub-code of a place has a table of its own, and one matrix maps them side by side into the model:
+tables and matrix are multiplied out here.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from seriatim.interop import llamagen
 from seriatim.tokenizers.vq import VQConfig, VQTokenizer
 
 UNUSED = "generator.logsigma."  # for a likelihood that was measured after training
+SIDE = 16  # ids in a row of all released models
+GUIDANCE, TOP_K = 3.0, 1000  # of the released command for figures
 SIDES = {"encoder": "encoder", "generator": "decoder"}
 
 
@@ -74,7 +79,7 @@ def _ours(weights: Mapping[str, Tensor], tokenizer: VQTokenizer) -> dict[str, Te
     for name in [n for n in out if n.endswith((".q.weight", ".q.bias"))]:
         base, kind = name.rsplit(".", 2)[0], name.rsplit(".", 1)[1]
         out[f"{base}.qkv.{kind}"] = torch.cat([out.pop(f"{base}.{part}.{kind}") for part in "qkv"])
-    last = max((n for n in out if n.startswith("decoder.layers.") and n.endswith(".weight")), key=_number)
+    last = max((n for n in out if n.startswith("decoder.layers.") and n.endswith(".weight")), key=_place)
     out[last] = 2 * out[last]  # pixels from -1 to 1
     bias = last.replace(".weight", ".bias")
     out[bias] = 2 * out[bias] - 1
@@ -96,3 +101,53 @@ def _part(part: str, layer: nn.Module) -> str:
 
 def _number(name: str) -> int:
     return int(name.split(".")[2])
+
+
+# ---- the generator ---------------------------------------------------------------------------------------------------
+
+
+def is_elm(weights: Mapping[str, Tensor]) -> bool:
+    return "layers.0.attention.wqkv.weight" in weights and any(name.startswith("tok_embedder.") for name in weights)
+
+
+def is_bae(weights: Mapping[str, Tensor]) -> bool:
+    return {"ae.quantize.proj.0.weight", "ae.quantize.embed.weight"} <= weights.keys()
+
+
+def _tables(weights: Mapping[str, Tensor]) -> list[Tensor]:
+    """Those of the sub-codes, in their order."""
+    if "tok_embedder.weight" in weights:
+        return [weights["tok_embedder.weight"]]
+    return [weights[f"tok_embedder.{i}.weight"] for i in range(sum(n.startswith("tok_embedder.") for n in weights))]
+
+
+def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """bits, parts, classes, width, depth, heads and hidden of a released generator. Raises ValueError for one that
+    fills masks."""
+    tables = _tables(weights)
+    vocab = len(tables[0])
+    if vocab & (vocab - 1):
+        raise ValueError("this generator of ELM fills masks; those that write row by row are read (gpt/L-2-10.pth)")
+    sizes = llamagen.sizes_of(_as_llamagen(weights))
+    del sizes["vocab"]
+    return sizes | {"bits": len(tables) * (vocab.bit_length() - 1), "parts": len(tables)}
+
+
+def named_elm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The generator's weights by our names. Unknown ones keep theirs, and are refused by who loads them."""
+    return llamagen.named_llamagen(_as_llamagen(weights))
+
+
+def _as_llamagen(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with one table and one matrix behind the last norm, those of the sub-codes below each other."""
+    out = {n: x for n, x in weights.items() if not n.startswith(("tok_embedder.", "output.")) and n != "proj.weight"}
+    tables, names = _tables(weights), sorted((n for n in weights if n.startswith("output.")), key=_place)
+    if len(tables) > 1:
+        each = weights["proj.weight"].chunk(len(tables), 1)
+        tables = [table @ part.T for table, part in zip(tables, each, strict=True)]
+    return out | {"tok_embeddings.weight": torch.cat(tables), "output.weight": torch.cat([weights[n] for n in names])}
+
+
+def _place(name: str) -> int:
+    middle = name.split(".")[1]
+    return int(middle) if middle.isdigit() else 0
