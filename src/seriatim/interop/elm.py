@@ -4,9 +4,9 @@ bae/bae_*/binaryae_ema.th, gpt/{L,XL,XXL,2B}-*.pth) in our parts.
 Facts of the code: pixels go from 0 to 1; no activation stands behind the last norms; the decoder has no more blocks
 than the encoder, and reads the sum of the embeddings of set bits, so our table is the identity and the embeddings are
 the convolution behind it; the first bit is the most significant; shortcuts of blocks that change no width are stored,
-but never used. Their encoders draw bits where they were trained so (all but "deter"); ours takes the likelier ones. The generator is
-LlamaGen's, but each sub-code of a place has a table of its own, and one matrix maps them side by side into the model:
-tables and matrix are multiplied out here.
+but never used. Their encoders draw bits where they were trained so (all but "deter"); ours takes the likelier ones.
+The generator is LlamaGen's, but each sub-code of a place has a table of its own, and one matrix maps them side by side
+into the model: tables and matrix are multiplied out here.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _ours(weights: Mapping[str, Tensor], tokenizer: VQTokenizer) -> dict[str, Te
     for name in [n for n in out if n.endswith((".q.weight", ".q.bias"))]:
         base, kind = name.rsplit(".", 2)[0], name.rsplit(".", 1)[1]
         out[f"{base}.qkv.{kind}"] = torch.cat([out.pop(f"{base}.{part}.{kind}") for part in "qkv"])
-    last = max((n for n in out if n.startswith("decoder.layers.") and n.endswith(".weight")), key=_place)
+    last = max((n for n in out if n.startswith("decoder.layers.") and n.endswith(".weight")), key=_number)
     out[last] = 2 * out[last]  # pixels from -1 to 1
     bias = last.replace(".weight", ".bias")
     out[bias] = 2 * out[bias] - 1
