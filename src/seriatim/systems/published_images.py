@@ -219,7 +219,7 @@ def _himar(weights: Mapping[str, Tensor], path: Path) -> System:
     first, then, steps = himar_files.SAMPLED.get(sizes["width"], himar_files.SAMPLED[768])
     config = hi_mar.Config(
         dropout=0.0, head_steps=100, map_steps=250, head_clip=None, form="released",
-        pivot_guidance=(first - 1) / (then - 1), **sizes,
+        pivot_guidance=(first - 1) / (then - 1), **sizes,  # type: ignore[arg-type]
     )  # fmt: skip
     system = hi_mar.HiMAR(config, _kl16(path, sizes["side"]))
     _fill(system.model, himar_files.named_himar(weights), path)

@@ -267,9 +267,9 @@ class HiMAR(VectorSystem):
         if c.form == "single" or not w:
             return super().guidance(sampling)
         phases = zip((c.pivots**2, c.side**2), (c.pivot_guidance * w, w), self.turns(sampling), strict=True)
-        return ByPhase(
-            w, "linear", tuple(Ahead(scale, "linear", n, schedule(n, steps, "cosine")) for n, scale, steps in phases)
-        )
+        return ByPhase(w, "linear", phases=tuple(
+            Ahead(scale, "linear", total=n, left=schedule(n, steps, "cosine")) for n, scale, steps in phases
+        ))  # fmt: skip
 
     def picture(self, codes: Tensor) -> Float[Tensor, "n c h w"]:
         return super().picture(codes[:, -(self.config.side**2) :])
