@@ -13,68 +13,17 @@ import torch
 
 import seriatim.tokenizers.conv as conv
 from seriatim.interop.elm import bae_of, read_bae
+from support.released_elm import autoencoder_shapes
 from support.released_var import released
 
-CH, BITS, INNER, MULTIPLIERS = 32, 6, 24, (1, 2, 4)
+BITS, INNER = 6, 24
 LOGITS, LARGEST = (1.02320, 1.60227, 1.42404, -0.12944), 1.74299
 IDS = [57, 57, 49, 16, 25, 29, 51, 19, 57, 29, 57, 1, 17, 9, 17, 17]
 DRAWN, MOST = (-0.32704, -0.53055, -0.68807, -0.88695), 2.07341
 
 
 def shapes():
-    """Names and shapes of the tensors of a file, at this size."""
-    out = {}
-
-    def part(name, *shape):
-        out[f"{name}.weight"], out[f"{name}.bias"] = shape, shape[:1]
-
-    def block(name, before, after):
-        part(f"{name}.norm1", before)
-        part(f"{name}.conv1", after, before, 3, 3)
-        part(f"{name}.norm2", after)
-        part(f"{name}.conv2", after, after, 3, 3)
-        part(f"{name}.conv_out", after, before, 1, 1)
-
-    def attention(name, width):
-        part(f"{name}.norm", width)
-        for one in ("q", "k", "v", "proj_out"):
-            part(f"{name}.{one}", width, width, 1, 1)
-
-    def middle(side, n, width):
-        block(f"{side}.blocks.{n}", width, width)
-        attention(f"{side}.blocks.{n + 1}", width)
-        block(f"{side}.blocks.{n + 2}", width, width)
-        return n + 3
-
-    def levels(side, n, before, widths):
-        for width in widths:
-            for _ in range(2):
-                block(f"{side}.blocks.{n}", before, width)
-                n, before = n + 1, width
-                if width == max(widths):
-                    attention(f"{side}.blocks.{n}", width)
-                    n += 1
-            if width != widths[-1]:
-                part(f"{side}.blocks.{n}.conv", width, width, 3, 3)
-                n += 1
-        return n
-
-    widths = [CH * m for m in MULTIPLIERS]
-    side = "ae.encoder"
-    part(f"{side}.blocks.0", CH, 3, 3, 3)
-    n = middle(side, levels(side, 1, CH, widths), widths[-1])
-    part(f"{side}.blocks.{n}", widths[-1])
-    part(f"{side}.blocks.{n + 1}", INNER, widths[-1], 3, 3)
-    part("ae.quantize.proj.0", BITS, INNER, 1, 1)
-    out["ae.quantize.embed.weight"] = (BITS, INNER)
-    side = "ae.generator"
-    part(f"{side}.blocks.0", widths[-1], INNER, 3, 3)
-    n = levels(side, middle(side, 1, widths[-1]), widths[-1], widths[::-1])
-    part(f"{side}.blocks.{n}", CH)
-    part(f"{side}.blocks.{n + 1}", 3, CH, 3, 3)
-    part(f"{side}.logsigma.0", CH, CH, 3, 3)
-    part(f"{side}.logsigma.2", 3, CH, 1, 1)
-    return out
+    return autoencoder_shapes(BITS, INNER, normed=False)
 
 
 def pictures():

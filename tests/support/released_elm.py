@@ -6,7 +6,6 @@ from support.released_var import released
 
 PARTS, BITS, CH, INNER = 2, 4, 32, 32  # BITS: of a sub-code
 MULTIPLIERS = (1, 2, 4)
-NORM, RESIDUAL, ATTENTION, CONV, SAMPLE = range(5)
 
 
 def generator_shapes(parts=PARTS):
@@ -23,61 +22,70 @@ def generator_weights(parts=PARTS):
     return {n: 2 * x if n.startswith("output") else x for n, x in weights.items()}
 
 
-def blocks(up):
-    """Kind and widths of each block of the encoder, or of the decoder."""
-    widths = [CH * m for m in MULTIPLIERS]
-    last, now = widths[-1], widths[-1] if up else CH
-    middle = [(RESIDUAL, last, last), (ATTENTION, last, last), (RESIDUAL, last, last)]
-    out = [(NORM, INNER, INNER), (CONV, INNER, last), *middle] if up else [(CONV, 3, CH)]
-    for i, width in enumerate(reversed(widths) if up else widths):
-        for _ in range(2):
-            out.append((RESIDUAL, now, width))
-            now = width
-            if width == last:
-                out.append((ATTENTION, now, now))
-        if i < len(widths) - 1:
-            out.append((SAMPLE, now, now))
-    return [*out, *([] if up else middle), (NORM, now, now), (CONV, now, 3 if up else INNER)]
-
-
-def autoencoder_shapes(bits=PARTS * BITS):
-    out = {"ae.quantize.embed.weight": (bits, INNER)}
+def autoencoder_shapes(bits=PARTS * BITS, inner=INNER, normed=True):
+    """normed: whether a norm begins the decoder."""
+    out = {}
 
     def part(name, *shape):
         out[f"{name}.weight"], out[f"{name}.bias"] = shape, shape[:1]
 
-    part("ae.quantize.proj.0", bits, INNER, 1, 1)
-    for side in ("encoder", "generator"):
-        for i, (kind, before, after) in enumerate(blocks(side == "generator")):
-            name = f"ae.{side}.blocks.{i}"
-            if kind == NORM:
-                part(name, before)
-            elif kind == CONV:
-                part(name, after, before, 3, 3)
-            elif kind == SAMPLE:
-                part(f"{name}.conv", after, before, 3, 3)
-            elif kind == ATTENTION:
-                part(f"{name}.norm", before)
-                for one in ("q", "k", "v", "proj_out"):
-                    part(f"{name}.{one}", before, before, 1, 1)
-            else:
-                part(f"{name}.norm1", before)
-                part(f"{name}.conv1", after, before, 3, 3)
-                part(f"{name}.norm2", after)
-                part(f"{name}.conv2", after, after, 3, 3)
-                part(f"{name}.conv_out", after, before, 1, 1)
+    def block(name, before, after):
+        part(f"{name}.norm1", before)
+        part(f"{name}.conv1", after, before, 3, 3)
+        part(f"{name}.norm2", after)
+        part(f"{name}.conv2", after, after, 3, 3)
+        part(f"{name}.conv_out", after, before, 1, 1)
+
+    def attention(name, width):
+        part(f"{name}.norm", width)
+        for one in ("q", "k", "v", "proj_out"):
+            part(f"{name}.{one}", width, width, 1, 1)
+
+    def middle(side, n, width):
+        block(f"{side}.blocks.{n}", width, width)
+        attention(f"{side}.blocks.{n + 1}", width)
+        block(f"{side}.blocks.{n + 2}", width, width)
+        return n + 3
+
+    def levels(side, n, before, widths):
+        for width in widths:
+            for _ in range(2):
+                block(f"{side}.blocks.{n}", before, width)
+                n, before = n + 1, width
+                if width == max(widths):
+                    attention(f"{side}.blocks.{n}", width)
+                    n += 1
+            if width != widths[-1]:
+                part(f"{side}.blocks.{n}.conv", width, width, 3, 3)
+                n += 1
+        return n
+
+    widths = [CH * m for m in MULTIPLIERS]
+    side = "ae.encoder"
+    part(f"{side}.blocks.0", CH, 3, 3, 3)
+    n = middle(side, levels(side, 1, CH, widths), widths[-1])
+    part(f"{side}.blocks.{n}", widths[-1])
+    part(f"{side}.blocks.{n + 1}", inner, widths[-1], 3, 3)
+    part("ae.quantize.proj.0", bits, inner, 1, 1)
+    out["ae.quantize.embed.weight"] = (bits, inner)
+    side = "ae.generator"
+    if normed:
+        part(f"{side}.blocks.0", inner)
+    part(f"{side}.blocks.{int(normed)}", widths[-1], inner, 3, 3)
+    n = levels(side, middle(side, 1 + normed, widths[-1]), widths[-1], widths[::-1])
+    part(f"{side}.blocks.{n}", CH)
+    part(f"{side}.blocks.{n + 1}", 3, CH, 3, 3)
+    part(f"{side}.logsigma.0", CH, CH, 3, 3)
+    part(f"{side}.logsigma.2", 3, CH, 1, 1)
     return out
 
 
-def autoencoder_weights():
+def autoencoder_weights(bits=PARTS * BITS):
     """With what only training needs."""
-    made = released(autoencoder_shapes())
-    for name in ("weight", "bias"):
-        made |= released({f"ae.generator.logsigma.0.{name}": (CH,), f"disc.main.0.{name}": (4,)})
-    return made
+    return released(autoencoder_shapes(bits) | {"disc.main.0.weight": (4, 3, 4, 4), "disc.main.0.bias": (4,)})
 
 
 __all__ = [
-    "BITS", "CH", "CLASSES", "DEPTH", "HIDDEN", "INNER", "MULTIPLIERS", "PARTS", "WIDTH", "autoencoder_weights",
-    "generator_weights",
+    "BITS", "CH", "CLASSES", "DEPTH", "HIDDEN", "INNER", "MULTIPLIERS", "PARTS", "WIDTH", "autoencoder_shapes",
+    "autoencoder_weights", "generator_shapes", "generator_weights",
 ]  # fmt: skip

@@ -2,11 +2,12 @@
 bae/bae_*/binaryae_ema.th, gpt/{L,XL,XXL,2B}-*.pth) in our parts.
 
 Facts of the code: pixels go from 0 to 1; no activation stands behind the last norms; the decoder has no more blocks
-than the encoder, and reads the sum of the embeddings of set bits, so our table is the identity and the embeddings are
-the convolution behind it; the first bit is the most significant; shortcuts of blocks that change no width are stored,
-but never used. Their encoders draw bits where they were trained so (all but "deter"); ours takes the likelier ones.
-The generator is LlamaGen's, but each sub-code of a place has a table of its own, and one matrix maps them side by side
-into the model: tables and matrix are multiplied out here.
+than the encoder, begins with a norm where it was trained so (the commands of all released generators say so), and reads
+the sum of the embeddings of set bits, so our table is the identity and the embeddings are the convolution behind it;
+the first bit is the most significant; shortcuts of blocks that change no width are stored, but never used. Their
+encoders draw bits where they were trained so (all but "deter"); ours takes the likelier ones. The generator is
+LlamaGen's, but each sub-code of a place has a table of its own, and one matrix maps them side by side into the model:
+tables and matrix are multiplied out here.
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ def bae_of(weights: Mapping[str, Tensor], side: int = 256) -> VQTokenizer:
     """The tokenizer of released weights, in evaluation mode. side: pixels, which weights do not tell. Raises ValueError
     where these are no weights of ELM's autoencoder."""
     own = {name.removeprefix("ae."): x for name, x in weights.items() if name.startswith("ae.")} or dict(weights)
-    if not {"quantize.proj.0.weight", "quantize.embed.weight", "encoder.blocks.0.weight"} <= own.keys():
+    first = {f"{name}.blocks.0.weight" for name in SIDES}
+    if not first | {"quantize.proj.0.weight", "quantize.embed.weight"} <= own.keys():
         raise ValueError("these are no weights of ELM's autoencoder: quantize.proj.0.weight or others are missing")
     bits, inner = own["quantize.embed.weight"].shape
     width, channels = own["encoder.blocks.0.weight"].shape[:2]
     halvings = sum(name.startswith("encoder.") and name.endswith(".conv.weight") for name in own)
     config = VQConfig(
-        side=side, channels=channels, vocab=2**bits, quantizer="bernoulli", body="elm", width=width,
-        halvings=halvings, inner=inner,
+        side=side, channels=channels, vocab=2**bits, quantizer="bernoulli", width=width, halvings=halvings, inner=inner,
+        body="elm-normed" if own["generator.blocks.0.weight"].dim() == 1 else "elm",
     )  # fmt: skip
     tokenizer = VQTokenizer(config)
     named = _ours(own, tokenizer)
