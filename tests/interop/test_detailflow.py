@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from seriatim.interop.detailflow import detail_of, is_detailflow
 from seriatim.maps import area_down
 from seriatim.systems.image.detailflow import DetailFlow
+from seriatim.tokenizers.files import load_tokenizer, save_tokenizer
 from seriatim.tokenizers.queries import query_plan
 from seriatim.verbs.load import load
 from support.llama_checks import class_is_turned, gap, greedy, larger_eps, logits, other_null, other_pairs, places
@@ -202,6 +203,13 @@ def test_it_is_sampled_as_published_and_has_its_sizes(system):
     assert (t.side, t.patch, t.vocab, t.dim, t.width, t.encoder_width) == (SIDE, PATCH, VOCAB, DIM, DECODER, ENCODER)
     assert (t.encoder_hidden, t.depth, t.draw_depth, t.form) == (INNER, DEPTH, DEPTH, "released")
     assert (s.temperature, s.top_k, s.top_p, s.guidance) == (1.0, None, None, 0.5)
+
+
+def test_a_tokenizer_of_the_form_is_kept_in_files_of_ours(system, tmp_path):
+    save_tokenizer(system.tokenizer, tmp_path)
+    kept = load_tokenizer(tmp_path)
+    assert kept.config == system.tokenizer.config
+    assert torch.equal(said(kept, "decoded"), said(system.tokenizer, "decoded"))
 
 
 def test_tokenizers_alone_and_weights_of_something_else_are_refused(files, tmp_path):

@@ -58,6 +58,9 @@ def generator_weights():
     weights = balanced(released(generator_shapes()))
     for name in ("cond_proj.weight", "cond_z_proj.weight", "cond_tokens"):
         weights[name] = 2 * weights[name]
+    for i in range(LAYERS):  # else the map's attention is all but hard, and magnifies what is rounded
+        for name in (f"cond_diffloss.net.blocks.{i}.{inner}.weight" for inner in ("attn.qkv", "adaLN_modulation.1")):
+            weights[name] = weights[name] / 2
     return weights
 
 

@@ -100,7 +100,7 @@ class MapDenoiser(nn.Module):
     ) -> Float[Tensor, "b m d"]:  # fmt: skip
         """t: from 0 (noise) to 1, the same in all positions of a map."""
         weight = self.value.weight
-        clock = CLOCK * torch.as_tensor(t, dtype=weight.dtype, device=weight.device)
+        clock = torch.as_tensor(CLOCK * t, dtype=weight.dtype, device=weight.device)  # a step's number stays one
         driven = self.time(time_features(clock)).expand(*x.shape[:2], -1)
         norms, beside = told
         x = self.value(x.to(weight.dtype))

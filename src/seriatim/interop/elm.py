@@ -27,14 +27,14 @@ GUIDANCE, TOP_K = 3.0, 1000  # of the released command for figures
 SIDES = {"encoder": "encoder", "generator": "decoder"}
 
 
-def read_bae(path: str | Path, side: int = 256) -> VQTokenizer:
+def read_bae(path: str | Path, side: int | None = None) -> VQTokenizer:
     """The tokenizer of a released file. Raises ValueError where its weights are not those of ELM's autoencoder."""
     return bae_of(torch.load(path, map_location="cpu", weights_only=True), side)
 
 
-def bae_of(weights: Mapping[str, Tensor], side: int = 256) -> VQTokenizer:
-    """The tokenizer of released weights, in evaluation mode. side: pixels, which weights do not tell. Raises ValueError
-    where these are no weights of ELM's autoencoder."""
+def bae_of(weights: Mapping[str, Tensor], side: int | None = None) -> VQTokenizer:
+    """The tokenizer of released weights, in evaluation mode. side: pixels, which weights do not tell (None: those that
+    become 16 ids a side, 256 as released). Raises ValueError where these are no weights of ELM's autoencoder."""
     own = {name.removeprefix("ae."): x for name, x in weights.items() if name.startswith("ae.")} or dict(weights)
     first = {f"{name}.blocks.0.weight" for name in SIDES}
     if not first | {"quantize.proj.0.weight", "quantize.embed.weight"} <= own.keys():
@@ -43,8 +43,8 @@ def bae_of(weights: Mapping[str, Tensor], side: int = 256) -> VQTokenizer:
     width, channels = own["encoder.blocks.0.weight"].shape[:2]
     halvings = sum(name.startswith("encoder.") and name.endswith(".conv.weight") for name in own)
     config = VQConfig(
-        side=side, channels=channels, vocab=2**bits, quantizer="bernoulli", width=width, halvings=halvings, inner=inner,
-        body="elm-normed" if own["generator.blocks.0.weight"].dim() == 1 else "elm",
+        side=side or SIDE * 2**halvings, channels=channels, vocab=2**bits, quantizer="bernoulli", width=width,
+        halvings=halvings, inner=inner, body="elm-normed" if own["generator.blocks.0.weight"].dim() == 1 else "elm",
     )  # fmt: skip
     tokenizer = VQTokenizer(config)
     named = _ours(own, tokenizer)

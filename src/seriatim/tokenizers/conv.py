@@ -251,6 +251,8 @@ def conv_body(
         return ConvEncoder(channels, width, moments * dim, halvings), ConvDecoder(channels, width, dim, halvings)
     shape, sizes = multipliers or MULTIPLIERS[halvings], {"kernel": kernel, "attends": attends != "middle"}
     elm = body in ("elm", "elm-normed")
+    if body == "elm-normed" and inner % 32:
+        raise ValueError(f"the norm in front of the decoder has 32 groups, which do not divide {inner} channels")
     sizes["activation"] = not elm
     encoder = ResidualEncoder(channels, width, moments * dim, shape, inner=moments * inner, from_zero=elm, **sizes)  # type: ignore[arg-type]
     sizes |= {"attends": attends == "lowest", "blocks": 2 if elm else 3, "normed": body == "elm-normed"}
