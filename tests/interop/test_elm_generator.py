@@ -101,7 +101,7 @@ def constant(system):
     system.guidance = lambda sampling: Guidance(sampling.guidance)
 
 
-@pytest.mark.parametrize("wrong", [constant, lambda system: other_null(system.model)])
+@pytest.mark.parametrize("wrong", [constant, lambda system: other_null(system.model)], ids=["constant", "null"])
 def test_other_guidance_draws_something_else(system, monkeypatch, wrong):
     wrong(system)
     assert greedy(system, monkeypatch, 3.0)[0][1, : len(DRAWN)].tolist() != DRAWN

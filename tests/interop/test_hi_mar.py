@@ -3,9 +3,10 @@ them.
 
 The golden numbers were computed once by the released code (HiDream-ai/himar, in float32; `timm`'s layers written out)
 with the weights that `generator_weights` makes from names and shapes alone: states of both phases with some elements
-known (the first four, the last four, the largest), what both heads say of noisy values, and vectors of pivots and of
-fine latents drawn under guidance in 16 and 3 steps, of four steps of diffusion each, from the noise and in the order
-that `Keyed(0)` gives here.
+known (the first four, the last four, the largest), what both heads say of noisy values, and a vector of pivots and one
+of fine latents drawn under guidance in 16 and 3 steps, of four steps of diffusion each, at temperature 1,000, from the
+noise and in the order that `Keyed(0)` gives here. (With such weights a diffusion enlarges its first noise some 30,000
+times; the temperature lets the noise of the steps count, too.)
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ SAID = (
     (-0.0127, 0.30789, 1.1516, -1.61032, 0.60221, 0.75674, -1.47143, -0.75124),
 )
 SAID_MOST = 8.16854
-DRAWN = ((), ())  # pivot 2 and fine vector 61 of the second picture
+DRAWN = ((), ())  # pivot 2 and fine vector 61
 DRAWN_MOST = 1.0, 1.0
 
 
@@ -113,19 +114,19 @@ def gap(system, phase):
 
 
 def drawn(system):
-    heads = system.model.heads["token"]
+    """Latents of a picture of the second class, and how many of them were known after each step."""
+    heads, known = system.model.heads["token"], []
     for head in (heads.coarse, heads.fine):
         head.config = replace(head.config, steps=4)
-    noise, sampling = Keyed(0), Sampling(guidance=1.5, steps=3)
-    canvas, target = system.model.blank(2, noise), system.target({"class": LABEL}, sampling)
+    noise, sampling = Keyed(0), Sampling(temperature=1e3, guidance=1.5, steps=3)
+    canvas, target = system.model.blank(1, noise), system.target({"class": LABEL[1:]}, sampling)
     with torch.inference_mode():
         for _ in decode(target, canvas, system.decider(sampling), None, noise):
-            pass
-    return canvas.value["token"]
+            known.append(int(canvas.known.sum()))
+    return canvas.value["token"][0], known
 
 
-def gap_drawn(system):
-    x = drawn(system)[1]
+def gap_drawn(x):
     return max(
         float((x[at] - torch.tensor(numbers)).abs().max() / most)
         for at, numbers, most in zip((2, 77), DRAWN, DRAWN_MOST, strict=True)
@@ -138,7 +139,9 @@ def test_states_and_heads_are_those_of_the_released_code(system, phase):
 
 
 def test_latents_under_guidance_are_those_of_the_released_code(system):
-    assert gap_drawn(system) < 2e-5
+    x, known = drawn(system)
+    assert gap_drawn(x) < 2e-5
+    assert known == [*range(1, FIRST + 1), FIRST + 35, FIRST + 128, FIRST + FINE]
 
 
 def phases_swapped(system):
@@ -235,28 +238,13 @@ def other_null(system):
     table.data = torch.cat([table.data[:-1], table.data[:1]])
 
 
-def bounded(system):
-    for head in (system.model.heads["token"].coarse, system.model.heads["token"].fine):
-        head.config = replace(head.config, clip=1.0)
-
-
-def evenly_revealed(system):
-    decider = system.decider
-
-    def other(sampling):
-        one = decider(sampling)
-        return replace(one, decider=replace(one.decider, schedule="linear"))
-
-    system.decider = other
-
-
-DRAWING = [guided_by_what_was_known_before, guided_alike, known_drawn_along, other_null, bounded, evenly_revealed]
+DRAWING = [guided_by_what_was_known_before, guided_alike, known_drawn_along, other_null]
 
 
 @pytest.mark.parametrize("wrong", DRAWING)
 def test_each_trap_of_sampling_draws_something_else(system, wrong):
     wrong(system)
-    assert gap_drawn(system) > 1e-4
+    assert gap_drawn(drawn(system)[0]) > 1e-3
 
 
 def test_it_is_sampled_as_published_and_has_its_sizes(system):
@@ -265,7 +253,7 @@ def test_it_is_sampled_as_published_and_has_its_sizes(system):
     assert (c.width, c.depth, c.heads, c.classes, c.side, c.pivots, c.dim) == (
         WIDTH, DEPTH, 2, CLASSES, SIDE, PIVOTS, DIM,
     )  # fmt: skip
-    assert (c.buffer, c.head_width, c.head_depth, c.head_steps) == (BUFFER, HIDDEN, BLOCKS, 100)
+    assert (c.buffer, c.head_width, c.head_depth, c.head_steps, c.head_clip) == (BUFFER, HIDDEN, BLOCKS, 100, None)
     assert (c.map_width, c.map_depth, c.map_heads, c.map_steps) == (WIDE, 2, 2, 250)
     assert (s.temperature, s.guidance, s.steps, c.pivot_steps) == (1.0, 1.5, 4, 4 * PIVOTS)
     guidance = system.guidance(s)
