@@ -122,5 +122,5 @@ def test_files_are_told_by_their_names_and_tokenizers_alone_refused(files, tmp_p
     torch.save(generator_weights(), tmp_path / "c2i_L_256.pt")
     assert isinstance(load(tmp_path / "c2i_L_256.pt"), RasterAR)
     torch.save(generator_weights(), tmp_path / "D-AR-L-360K.pt")
-    with pytest.raises(ValueError, match=r"D-AR-tokenizer_v1\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"D-AR-tokenizer_v1\.pt"):
         load(tmp_path / "D-AR-L-360K.pt")

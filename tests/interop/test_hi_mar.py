@@ -114,12 +114,12 @@ def gap(system, phase):
 
 
 def drawn(system):
-    """Latents of a picture of the second class, and how many of them were known after each step."""
+    """Latents of a picture of the first class, and how many of them were known after each step."""
     heads, known = system.model.heads["token"], []
     for head in (heads.coarse, heads.fine):
         head.config = replace(head.config, steps=4)
     noise, sampling = Keyed(0), Sampling(temperature=1e3, guidance=1.5, steps=3)
-    canvas, target = system.model.blank(1, noise), system.target({"class": LABEL[1:]}, sampling)
+    canvas, target = system.model.blank(1, noise), system.target({"class": LABEL[:1]}, sampling)
     with torch.inference_mode():
         for _ in decode(target, canvas, system.decider(sampling), None, noise):
             known.append(int(canvas.known.sum()))
