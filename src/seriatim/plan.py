@@ -159,6 +159,7 @@ class Plan:
     run = None  # (start, None or offsets): the slots stand at start + 0, 1, ... (or + offsets) of a line
     readers = None  # `Reads`: where conditions of single elements stand; None: where the elements are read now
     fork = False  # is this a forward of the second end of a backbone that has two (`backbones.forked`)?
+    phase = 0  # of an order that has several (`factorization.pivots`)
     guided = True  # may guidance change what is said here?
     grids = None  # (channels, rows, columns), where the slots are whole channels (`factorization.axes`)
     fixed = None  # (b, m): slots that stay as they are while the step is repeated (denoising); None: it is not known

@@ -16,8 +16,10 @@ import seriatim.tokenizers.sequential as sequential
 from seriatim.backbones.rope import RotaryTable
 from seriatim.interop import d_ar
 from seriatim.interop.d_ar import d_ar_of, read_d_ar
+from support.released_d_ar import WIDTH
+from support.released_d_ar import tokenizer_weights as released
 
-WIDTH, SIDE, QUERIES, GROUPS = 128, 16, 8, 4
+SIDE, QUERIES, GROUPS = 16, 8, 4
 IDS = [17, 4, 4, 9]  # the first four of the first picture
 GOLDEN = {
     "latents": ((-1.47138, 0.19964, -0.51581, 0.25203), 4.08284),
@@ -25,54 +27,6 @@ GOLDEN = {
     "velocity": ((1.42956, 0.08736, 2.39693, -2.18775), 5.1505),
     "picture": ((1.82603, 4.916, 1.20958, -3.60988), 10.82758),
 }
-
-
-def shapes():
-    """Names and shapes of the tensors of a file, at this size, but for those that only training needs."""
-    w = WIDTH
-    out = {
-        "patchify.weight": (w, 3, 4, 4), "patchify.bias": (w,), "quant_in_conv.weight": (8, w, 1, 1),
-        "quant_out_conv.weight": (w, 8, 1, 1), "quantize.embedding.weight": (32, 8),
-        "query_embedding.weight": (1024, 8), "query_linear.weight": (w, 8), "query_linear.bias": (w,),
-        "decoder_embedding.weight": (1024, w),
-    }  # fmt: skip
-    flow = "diff_decoder.net."
-    for name, out_size, in_size in (
-        ("cond_mlp", (w,), (w,)),
-        ("conv_in", (w,), (48, 1, 1)),
-        ("conv_out", (48,), (w, 1, 1)),
-    ):
-        out |= {f"{flow}{name}.weight": (*out_size, *in_size), f"{flow}{name}.bias": out_size}
-    for stack in ("encoder_layers.0.", "decoder_layers.0.", flow + "blocks.0."):
-        linear = {
-            "mlp.fc1": (4 * w, w),
-            "mlp.fc2": (w, 4 * w),
-            **{f"attention.{x}": (w, w) for x in ("q", "k", "v", "proj")},
-        }
-        norms = {"attention.q_norm": 64, "attention.k_norm": 64}
-        if "blocks" in stack:
-            linear |= {f"cross_attn.{x}": (w, w) for x in ("q", "k", "v", "proj")}
-            linear |= {f"{x}.{i}": (w, w) for x in ("time_embed.mlp", "cond_embed") for i in (0, 2)}
-            linear["adaLN_modulation.1"] = (6 * w, w)
-            norms |= {"cross_attn.q_norm": 64, "cross_attn.k_norm": 64}
-        else:
-            out |= {stack + "gate1": (w,), stack + "gate2": (w,)}
-            norms |= {"norm1": w, "norm2": w}
-        for name, shape in (linear | {n: (size,) for n, size in norms.items()}).items():
-            out |= {f"{stack}{name}.weight": shape, f"{stack}{name}.bias": shape[:1]}
-    return out
-
-
-def released():
-    """Weights as large as those that were trained, gates among them."""
-    g, out = torch.Generator().manual_seed(0), {}
-    for name, shape in sorted(shapes().items()):
-        x = torch.randn(shape, generator=g)
-        if "embedding" not in name:
-            norm = ("norm" in name and name.endswith("weight")) or "gate" in name
-            x = 1.6 * x / x[0].numel() ** 0.5 if len(shape) > 1 else 0.4 * x + float(norm)
-        out[name] = x
-    return out
 
 
 def inputs():

@@ -3,7 +3,8 @@ would break them.
 
 The golden numbers were computed once by the released code (BinaryAutoEncoder of Pepper-lll/LMforImageGeneration, in
 float32, with the weights that `released` makes from names and shapes alone): logits of the bits of two pictures, the
-ids of the second one, and what random ids decode to (the first four numbers, the largest), pixels from 0 to 1.
+ids of the second one, and what random ids decode to (the first four numbers, the largest), pixels from 0 to 1; the
+last also of a decoder that begins with a norm (`NORMED`).
 """
 
 from __future__ import annotations
@@ -13,68 +14,18 @@ import torch
 
 import seriatim.tokenizers.conv as conv
 from seriatim.interop.elm import bae_of, read_bae
+from support.released_elm import autoencoder_shapes
 from support.released_var import released
 
-CH, BITS, INNER, MULTIPLIERS = 32, 6, 24, (1, 2, 4)
+BITS, INNER = 6, 24
 LOGITS, LARGEST = (1.02320, 1.60227, 1.42404, -0.12944), 1.74299
 IDS = [57, 57, 49, 16, 25, 29, 51, 19, 57, 29, 57, 1, 17, 9, 17, 17]
+NORMED, NORMED_MOST = (), 1.0
 DRAWN, MOST = (-0.32704, -0.53055, -0.68807, -0.88695), 2.07341
 
 
 def shapes():
-    """Names and shapes of the tensors of a file, at this size."""
-    out = {}
-
-    def part(name, *shape):
-        out[f"{name}.weight"], out[f"{name}.bias"] = shape, shape[:1]
-
-    def block(name, before, after):
-        part(f"{name}.norm1", before)
-        part(f"{name}.conv1", after, before, 3, 3)
-        part(f"{name}.norm2", after)
-        part(f"{name}.conv2", after, after, 3, 3)
-        part(f"{name}.conv_out", after, before, 1, 1)
-
-    def attention(name, width):
-        part(f"{name}.norm", width)
-        for one in ("q", "k", "v", "proj_out"):
-            part(f"{name}.{one}", width, width, 1, 1)
-
-    def middle(side, n, width):
-        block(f"{side}.blocks.{n}", width, width)
-        attention(f"{side}.blocks.{n + 1}", width)
-        block(f"{side}.blocks.{n + 2}", width, width)
-        return n + 3
-
-    def levels(side, n, before, widths):
-        for width in widths:
-            for _ in range(2):
-                block(f"{side}.blocks.{n}", before, width)
-                n, before = n + 1, width
-                if width == max(widths):
-                    attention(f"{side}.blocks.{n}", width)
-                    n += 1
-            if width != widths[-1]:
-                part(f"{side}.blocks.{n}.conv", width, width, 3, 3)
-                n += 1
-        return n
-
-    widths = [CH * m for m in MULTIPLIERS]
-    side = "ae.encoder"
-    part(f"{side}.blocks.0", CH, 3, 3, 3)
-    n = middle(side, levels(side, 1, CH, widths), widths[-1])
-    part(f"{side}.blocks.{n}", widths[-1])
-    part(f"{side}.blocks.{n + 1}", INNER, widths[-1], 3, 3)
-    part("ae.quantize.proj.0", BITS, INNER, 1, 1)
-    out["ae.quantize.embed.weight"] = (BITS, INNER)
-    side = "ae.generator"
-    part(f"{side}.blocks.0", widths[-1], INNER, 3, 3)
-    n = levels(side, middle(side, 1, widths[-1]), widths[-1], widths[::-1])
-    part(f"{side}.blocks.{n}", CH)
-    part(f"{side}.blocks.{n + 1}", 3, CH, 3, 3)
-    part(f"{side}.logsigma.0", CH, CH, 3, 3)
-    part(f"{side}.logsigma.2", 3, CH, 1, 1)
-    return out
+    return autoencoder_shapes(BITS, INNER, normed=False)
 
 
 def pictures():
@@ -111,6 +62,20 @@ def test_pixels_from_minus_one_would_break_what_is_read(monkeypatch):
     monkeypatch.setattr(conv.FromZero, "forward", lambda self, x: x)
     read, drawn = gap(bae_of(released(shapes()), 16))
     assert read > 1e-2 and drawn < 1e-5
+
+
+def test_a_decoder_may_begin_with_a_norm():
+    weights = released(autoencoder_shapes(BITS, 32))
+    tokenizer, ids = bae_of(weights, 16), torch.randint(2**BITS, (2, 16), generator=torch.Generator().manual_seed(7))
+
+    def wrong():
+        drawn = (tokenizer.draw(tokenizer.quantizer.decode_ids(ids)) + 1) / 2
+        found = torch.cat([drawn.flatten()[:4], drawn.abs().max()[None]])
+        return float((found - torch.tensor([*NORMED, NORMED_MOST])).abs().max()) / NORMED_MOST
+
+    assert wrong() < 1e-5
+    tokenizer.decoder.layers[0] = torch.nn.Identity()
+    assert wrong() > 1e-2
 
 
 @pytest.mark.parametrize("change", ["ae.quantize.embed.weight", "ae.encoder.blocks.3.conv.weight", "ae.more.weight"])

@@ -36,11 +36,11 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("body", ["plain", "residual", "elm"])
+@pytest.mark.parametrize("body", ["plain", "residual", "elm", "elm-normed"])
 @pytest.mark.parametrize("halvings", [0, 2, 4])
 def test_bodies_halve_and_double_sides(body, halvings: int) -> None:
     torch.manual_seed(0)
-    encoder, decoder = conv_body(body, 3, 32, 5, halvings, inner=6, kernel=1, moments=2)
+    encoder, decoder = conv_body(body, 3, 32, 5, halvings, inner=32, kernel=1, moments=2)
     images = torch.randn(2, 3, 32, 32)
     latent = encoder(images)
     assert latent.shape == (2, 10, 32 >> halvings, 32 >> halvings)

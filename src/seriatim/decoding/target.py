@@ -308,7 +308,7 @@ class Target:
         done = plan.progress
         if done is None:
             done = progress(canvas, None if guess is None else plan.reads.element)
-        weights = [_weight(branch.guidance, done, h) if plan.guided else 0.0 for branch in self.branches]
+        weights = [_weight(branch.guidance.of(plan.phase), done, h) if plan.guided else 0.0 for branch in self.branches]
         dist = full.mix([other[0] for other in others], [1 + sum(weights), *(-w for w in weights)])
         return dist, element, h, slot
 

@@ -31,10 +31,11 @@ def opened_turns(count: int, group: int) -> Int[Tensor, "count"]:
 class OpenedGroups(Factorization):
     """As many slots as elements, and slot i reads element i. Slot 0 is learned (a class) and those up to `group` carry
     the element before, as along a line. The second group is read there and at `group` - 1 learned slots; each later one
-    at the slots that carry the group before it. A slot's coordinates are group and place of what it reads."""
+    at the slots that carry the group before it. A slot's coordinates are group and place of what it reads; line: its
+    number, alone."""
 
-    def __init__(self, count: int, group: int):
-        self.turn, self.group = opened_turns(count, group), group
+    def __init__(self, count: int, group: int, line: bool = False):
+        self.turn, self.group, self.line = opened_turns(count, group), group, line
 
     def order(self, layout: Layout, random: Random | None = None) -> Int[Tensor, "1 E"]:
         if layout.size != len(self.turn):
@@ -47,7 +48,7 @@ class OpenedGroups(Factorization):
         carried = torch.where(place <= g, place - 1, torch.where(place < 2 * g, -1, place - g))
         needs = torch.where(carried >= 0, rank[:, carried.clamp(min=0)], -1)
         source = torch.where(carried >= 0, VALUE, LEARNED)
-        coord = torch.stack([place // g, place % g], 1)
+        coord = place[:, None] if self.line else torch.stack([place // g, place % g], 1)
         slots = Slots(carried[None, :, None], source[None], coord[None], needs)
         reads = Reads(place[None], torch.where(rank >= 0, place, -1))
         return Plan(slots, {"all": inclusive(self.turn)}, reads, rank, layout=canvas.layout)

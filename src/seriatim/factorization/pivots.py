@@ -16,9 +16,9 @@ from torch import Tensor
 
 from seriatim.canvas import DECIDED, Canvas
 from seriatim.decoding.guess import Guess
-from seriatim.factorization.static import AnyOrder
+from seriatim.factorization.static import AnyOrder, behind
 from seriatim.layout import Layout
-from seriatim.plan import DERIVED, MASK, VALUE, OrderError, Plan, Reads, Slots
+from seriatim.plan import DERIVED, LEARNED, MASK, VALUE, OrderError, Plan, Reads, Slots
 from seriatim.random import Random
 from seriatim.view import full
 
@@ -36,13 +36,17 @@ class Pivots(AnyOrder):
     told: what stands in the slot of a pivot in fine forwards, the "states" from which pivots were drawn, or their
     "values". A pivot of which there is neither (given beforehand, where states are told; unknown) is a mask. `whole`:
     states of all fine slots are handed to the head, for one that draws the map as a whole; known ones are not read.
+    prefix: so many slots in front carry no element (a class). masked: as in the released code, fine elements stand as
+    masks behind the pivots while these are drawn, and of what is not told a learned vector stands in place of a mask.
     """
 
-    def __init__(self, told: Literal["states", "values"] = "states", whole: bool = True):
-        super().__init__()
+    def __init__(
+        self, told: Literal["states", "values"] = "states", whole: bool = True, prefix: int = 0, masked: bool = False
+    ):
+        super().__init__(prefix=prefix)
         if told not in ("states", "values"):
             raise ValueError(f"of pivots either 'states' or 'values' are told, not {told!r}")
-        self.told, self.whole = told, whole
+        self.told, self.whole, self.masked = told, whole, masked
         self.likelihood = "none"  # type: ignore[assignment]  # states from which pivots are drawn are seen, too
 
     def order(self, layout: Layout, random: Random | None = None) -> Tensor:
@@ -58,15 +62,17 @@ class Pivots(AnyOrder):
     def coarse(self, canvas: Canvas) -> PhasePlan:
         """The forward of the pivots; what is known of finer elements is left aside."""
         pivot = coarse(canvas.layout)
-        open_ = canvas.open[:, pivot]
-        return self._plan(canvas, pivot, torch.where(open_, MASK, VALUE), pivot, 0)
+        source = torch.where(canvas.open | ~pivot, MASK, VALUE)
+        shown = torch.ones_like(pivot) if self.masked else pivot
+        return self._plan(canvas, shown, source[:, shown], pivot, 0)
 
     def fine(self, canvas: Canvas) -> PhasePlan:
         """The forward of the fine elements, whatever is known of the pivots."""
         layout, known = canvas.layout, canvas.known
         told = known if self.told == "values" else (canvas.status == DECIDED) & (canvas.memo is not None)
         source = torch.where(known, VALUE, MASK)
-        pivot = torch.where(told, VALUE if self.told == "values" else DERIVED, MASK)
+        untold = LEARNED if self.masked else MASK
+        pivot = torch.where(told, VALUE if self.told == "values" else DERIVED, untold)
         source = torch.where(coarse(layout), pivot, source)
         every = torch.ones(layout.size, dtype=torch.bool)
         return self._plan(canvas, every, source, ~coarse(layout), 1)
@@ -81,9 +87,11 @@ class Pivots(AnyOrder):
         at = torch.searchsorted(element[0], reads[0])[None]
         unknown = open_[:, reads[0]]
         at = at.clone() if self.whole and phase else torch.where(unknown, at, -1)
-        nothing = torch.zeros(1, 0, dtype=torch.long)
+        nothing, view = torch.zeros(1, 0, dtype=torch.long), full(element.shape[1])
+        if self.prefix:
+            slots, view, at = behind(self.prefix, slots, torch.zeros_like(source, dtype=torch.bool), at)
         return PhasePlan(
-            slots, {"all": full(element.shape[1])}, Reads(at, torch.where(unknown, reads, -1)),
+            slots, {"all": view}, Reads(at, torch.where(unknown, reads, -1)),
             torch.where(open_, layout.coord[:, 0].clamp(max=1), -1), layout=layout, kept=nothing,
             progress=share(canvas, read), phase=phase,
         )  # fmt: skip

@@ -246,11 +246,11 @@ class AnyOrder(Factorization):
         slot = torch.where(unknown, (e - int(self.shift)).clamp(min=0), -1)
         rank, nothing = torch.where(canvas.open, 0, -1), torch.zeros(1, 0, dtype=torch.long)
         if self.prefix:
-            slots, view, slot = _behind(self.prefix, slots, gone, slot)
+            slots, view, slot = behind(self.prefix, slots, gone, slot)
         return Plan(slots, {"all": view}, Reads(slot, read), rank, layout=layout, kept=nothing)
 
 
-def _behind(
+def behind(
     n: int, slots: Slots, gone: Bool[Tensor, "b s"], slot: Int[Tensor, "b m"]
 ) -> tuple[Slots, View, Int[Tensor, "b m"]]:
     """The same behind n learned slots, whose first coordinate counts them: slots, whom all of them see, and where they

@@ -100,10 +100,12 @@ class Diffusion(Continuous):
         c: DiffusionConfig = head.config
         p = process(c.train_steps, c.steps)
         x, predicted = self.noise(random, key, 0, head.dim), self.predictions(p)
+        first = x
         for i in reversed(range(c.steps)):
+            signal, before, beta = float(p.signal[i]), float(p.before[i]), float(p.beta[i])
+            x = self.held(x, first, signal)
             said = predicted(x, i)
             eps = self.combine(said[..., : head.dim])
-            signal, before, beta = float(p.signal[i]), float(p.before[i]), float(p.beta[i])
             if c.clip is not None:
                 value = (x - math.sqrt(1 - signal) * eps) / math.sqrt(signal)
                 eps = (x - math.sqrt(signal) * value.clamp(-c.clip, c.clip)) / math.sqrt(1 - signal)
@@ -115,6 +117,10 @@ class Diffusion(Continuous):
             if i > 0:
                 noise = self.noise(random, key, c.steps - i, head.dim)
                 x = x + temperature * self._deviation(p, i, said[0, ..., head.dim :]) * noise
+        return x
+
+    def held(self, x: Float[Tensor, "b m d"], first: Float[Tensor, "b m d"], signal: float) -> Float[Tensor, "b m d"]:
+        """What the network looks at in a step of this signal, in place of x; first: the noise that it began as."""
         return x
 
     def predictions(self, p: Process) -> Callable[[Tensor, int], Float[Tensor, "k b m out"]]:

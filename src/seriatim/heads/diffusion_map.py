@@ -7,12 +7,13 @@ do not know of each other. Here all of the map is denoised together, each place 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from seriatim.canvas import DECIDED, Canvas
@@ -30,7 +31,10 @@ from seriatim.view import full
 @dataclass(frozen=True)
 class MapDiffusionConfig(DiffusionConfig):
     """Sizes and choices of a diffusion over a map, beside those of a diffusion; hidden, blocks, heads, inject: of the
-    transformer, as in `MapFlowConfig`."""
+    transformer, as in `MapFlowConfig`. placed: it is plain, as published (layer norms and biases), with a learned
+    vector for each place in place of rotary positions. anchored: known places stand in each step as what they are and
+    their first noise, as in the released code; else they are drawn along.
+    """
 
     hidden: int = 512
     blocks: int = 6
@@ -39,6 +43,8 @@ class MapDiffusionConfig(DiffusionConfig):
     steps: int = 250
     draws: int = 1
     learned_variance: bool = False
+    placed: bool = False
+    anchored: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,23 +56,24 @@ class MapDiffusionConfig(DiffusionConfig):
 
 class MapDiffusion(Diffusion):
     """The joint law of a map, and of any part of it that is taken (`picks`; None: all). `turn` (b, 1): how much of it
-    is decided, so that each step draws noise of its own."""
+    is decided, so that each step draws noise of its own. `known`: which places are, and what (None: all are drawn)."""
 
-    __slots__ = ("picks", "turn")
+    __slots__ = ("known", "picks", "turn")
 
     def __init__(
         self, head: Any, states: Float[Tensor, "k b m d"], weights: Sequence[float | Tensor] = (1.0,),
         warper: Any = None, turn: Int[Tensor, "b 1"] | int = 0, picks: Int[Tensor, "b n"] | None = None,
+        known: tuple[Bool[Tensor, "b m 1"], Float[Tensor, "b m d"]] | None = None,
     ):  # fmt: skip
         super().__init__(head, states, weights, warper)
-        self.turn, self.picks = turn, picks
+        self.turn, self.picks, self.known = turn, picks, known
 
     def _with(self, states: Float[Tensor, "k b m d"], weights: Sequence[float | Tensor], warper: Any) -> Self:
-        return type(self)(self.head, states, weights, warper, self.turn, self.picks)
+        return type(self)(self.head, states, weights, warper, self.turn, self.picks, self.known)
 
     def take(self, index: Int[Tensor, "b m"]) -> Self:
         picks = index.clamp(min=0) if self.picks is None else self.picks.gather(1, index.clamp(min=0))
-        return type(self)(self.head, self.states, self.weights, self.warper, self.turn, picks)
+        return type(self)(self.head, self.states, self.weights, self.warper, self.turn, picks, self.known)
 
     def sample(self, random: Random, key: Key) -> Float[Tensor, "b m d"]:
         whole = super().sample(
@@ -76,6 +83,12 @@ class MapDiffusion(Diffusion):
             return whole
         picks = self.picks.to(whole.device).expand(len(whole), -1)
         return whole.gather(1, picks[..., None].expand(-1, -1, whole.shape[2]))
+
+    def held(self, x: Float[Tensor, "b m d"], first: Float[Tensor, "b m d"], signal: float) -> Float[Tensor, "b m d"]:
+        if self.known is None:
+            return x
+        there, value = self.known
+        return torch.where(there, math.sqrt(signal) * value.to(x) + math.sqrt(1 - signal) * first, x)
 
     def predictions(self, p: Process) -> Callable[[Tensor, int], Float[Tensor, "k b m out"]]:
         net, k = self.head.net, len(self.weights)
@@ -105,7 +118,7 @@ class MapDiffusionHead(nn.Module):
     ):
         super().__init__()
         self.config = config or MapDiffusionConfig()
-        self.net = MapDenoiser(width, dim, self.config)
+        self.net = MapDenoiser(width, dim, self.config, len(elements) if self.config.placed else 0)
         self.width, self.dim, self.value_shape, self.elements = width, dim, (dim,), elements
         m = len(elements)
         nobody, nothing = torch.full((1, m), -1), torch.zeros(1, 0, dtype=torch.long)
@@ -121,8 +134,11 @@ class MapDiffusionHead(nn.Module):
 
     def dist(self, h: Float[Tensor, "b m w"], reads: Reads, canvas: Canvas) -> MapDiffusion:
         self._check(h)
-        turn = (canvas.status[:, self.elements] == DECIDED).sum(1, keepdim=True)
-        return MapDiffusion(self, h[None], turn=turn)
+        turn, known = (canvas.status[:, self.elements] == DECIDED).sum(1, keepdim=True), None
+        if self.config.anchored:
+            (kind,) = canvas.layout.kinds
+            known = canvas.known[:, self.elements, None].to(h.device), canvas.value[kind][:, self.elements].to(h.device)
+        return MapDiffusion(self, h[None], turn=turn, known=known)
 
     def loss(
         self,

@@ -21,6 +21,7 @@ from seriatim.canvas import Canvas
 from seriatim.heads.denoiser import FREQUENCIES, precise, time_features
 from seriatim.heads.dist import drawn
 from seriatim.heads.flow import CLOCK, Flow, FlowConfig
+from seriatim.initial import drawn as initial
 from seriatim.layout import Layout
 from seriatim.plan import DERIVED, Plan, Reads, Slots
 from seriatim.random import Key, Random
@@ -67,17 +68,18 @@ class MapSizes(Protocol):
 
 class MapDenoiser(nn.Module):
     """From noisy maps to velocities (or the noise in them), given time and a hidden state at each position. Gates and
-    output start at zero."""
+    output start at zero. places: how many a map has, for a plain transformer with learned positions (0: rotary)."""
 
-    def __init__(self, width: int, dim: int, c: MapSizes):
+    def __init__(self, width: int, dim: int, c: MapSizes, places: int = 0):
         super().__init__()
         half = c.hidden // c.heads // 2
         self.inject = c.inject
         self.value, self.state = nn.Linear(dim, c.hidden), nn.Linear(width, c.hidden)
         self.time = nn.Sequential(nn.Linear(2 * FREQUENCIES, c.hidden), nn.SiLU(), nn.Linear(c.hidden, c.hidden))
-        config = TransformerConfig(
-            c.hidden, c.blocks, c.heads, rope=RoPE(axes=(half, half)), qk_norm="rms", vector=c.hidden
-        )
+        self.position = nn.Parameter(initial(places, c.hidden)) if places else None
+        rotary: dict[str, Any] = {"rope": RoPE(axes=(half, half)), "qk_norm": "rms"}
+        plain: dict[str, Any] = {"norm": "layer", "activation": "gelu_tanh", "bias": True, "eps": 1e-6}
+        config = TransformerConfig(c.hidden, c.blocks, c.heads, vector=c.hidden, **(plain if places else rotary))
         self.transformer, self.out = Transformer(config), nn.Linear(c.hidden, dim)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -98,10 +100,11 @@ class MapDenoiser(nn.Module):
     ) -> Float[Tensor, "b m d"]:  # fmt: skip
         """t: from 0 (noise) to 1, the same in all positions of a map."""
         weight = self.value.weight
-        clock = CLOCK * torch.as_tensor(t, dtype=weight.dtype, device=weight.device)
+        clock = torch.as_tensor(CLOCK * t, dtype=weight.dtype, device=weight.device)  # a step's number stays one
         driven = self.time(time_features(clock)).expand(*x.shape[:2], -1)
         norms, beside = told
         x = self.value(x.to(weight.dtype))
+        x = x if self.position is None else x + self.position
         x = x if beside is None else x + beside
         driven = driven if norms is None else driven + norms
         return self.out(self.transformer(x, plan, None, driven))

@@ -3,7 +3,8 @@
 Its code turns neighbouring dimensions of a head against each other, and gates the branches of encoder and reader by
 learned vectors; weights are put into our order here, and gates multiplied into the matrices behind which they stand.
 The projection onto features of another network, which only training needs, is left out. The generators of the release
-are of another form than ours (rotary positions, no adaptive norms), and are not read.
+(D-AR-L-360K.pt, D-AR-XL-360K.pt) have the names of LlamaGen's, and are told from these by those of their files; their
+rotary positions count along the line.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ STACKS = {
     "encoder_layers": "encoder.net.layers", "decoder_layers": "reader.layers",
     "diff_decoder.net.blocks": "decoder.net.layers",
 }  # fmt: skip
+
+GUIDANCE = 0.2, 7.0  # at the first id and at the last: those of the released figures
+
+
+def is_d_ar_tokenizer(weights: Mapping[str, Tensor]) -> bool:
+    return {"patchify.weight", "quantize.embedding.weight", "query_embedding.weight"} <= weights.keys()
 
 
 def read_d_ar(path: str | Path) -> SequentialTokenizer:

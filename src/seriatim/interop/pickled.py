@@ -16,6 +16,8 @@ from torch import Tensor
 
 WITHIN = ("model_ema", "ema", "model", "state_dict", "trainer", "var_wo_ddp")  # what weights are kept under
 
+COMPILED = "_orig_mod."  # in front of the names of a compiled module
+
 
 def read_pickled(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a file, by name: the averaged weights where it has them. An `argparse.Namespace` beside them (what
@@ -46,7 +48,7 @@ def weights_within(file: Any, path: str | Path) -> dict[str, Tensor]:
         file = inner
     if not isinstance(file, Mapping) or not any(isinstance(x, Tensor) for x in file.values()):
         raise ValueError(f"{path} holds no weights by name")
-    return {str(name): x for name, x in file.items() if isinstance(x, Tensor)}
+    return {str(name).removeprefix(COMPILED): x for name, x in file.items() if isinstance(x, Tensor)}
 
 
 def read_safe(path: str | Path) -> dict[str, Tensor]:

@@ -73,7 +73,8 @@ class TwoPhases(Masked):
         first = showing(self, canvas, ~canvas.open | (pivot & ~hidden))
         plan = order.coarse(first)
         h = self.hidden(plan, first, None, encoded)
-        second = self.second(canvas, hidden, h.detach(), random)
+        states = h.detach()[:, order.prefix : order.prefix + int(pivot.sum())]
+        second = self.second(canvas, hidden, states, random)
         then = order.fine(second)
         if self._sound is not order:  # an order that peeks is refused before it is trained
             plan.check(self.mixers, first.open & pivot)

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from seriatim.interop import acdit as acdit_files
 from seriatim.interop import arflow as arflow_files
+from seriatim.interop import d_ar as dar_files
+from seriatim.interop import detailflow as detail_files
+from seriatim.interop import elm as elm_files
 from seriatim.interop import flexvar as flex_files
+from seriatim.interop import hi_mar as himar_files
 from seriatim.interop import hmar as hmar_files
 from seriatim.interop import llamagen, sd_vae
 from seriatim.interop import m_var as mvar_files
@@ -21,15 +25,31 @@ from seriatim.interop import nar as nar_files
 from seriatim.interop import var as var_files
 from seriatim.interop import xar as xar_files
 from seriatim.interop.pickled import read_pickled, read_safe
-from seriatim.systems.image import acdit, arflow, flexvar, hmar, m_var, mar, nar, raster_ar, sar, xar
+from seriatim.systems.image import (
+    acdit,
+    arflow,
+    d_ar,
+    detailflow,
+    elm,
+    flexvar,
+    hi_mar,
+    hmar,
+    m_var,
+    mar,
+    nar,
+    raster_ar,
+    sar,
+    xar,
+)
 from seriatim.systems.image.var import VAR, Config
 from seriatim.systems.system import Sampling, System
+from seriatim.tokenizers.detail import DetailTokenizer
 from seriatim.tokenizers.flexible import FlexTokenizer
 from seriatim.tokenizers.kl import KLTokenizer
 from seriatim.tokenizers.multiscale import MultiScaleTokenizer
 from seriatim.tokenizers.vq import VQTokenizer
 
-SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".th")
 
 
 def load_published_images(path: Path) -> System:
@@ -43,7 +63,9 @@ def load_published_images(path: Path) -> System:
         raise ValueError(f"{path} is the tokenizer of VAR: load the generator beside it, such as var_d16.pth")
     if llamagen.is_llamagen_tokenizer(weights):
         raise ValueError(f"{path} is a tokenizer of LlamaGen: load the generator beside it, such as c2i_B_256.pt")
-    if mar_files.is_kl(weights) or sd_vae.is_sd_vae(weights):
+    if dar_files.is_d_ar_tokenizer(weights) or detail_files.is_detail_tokenizer(weights):
+        raise ValueError(f"{path} is a tokenizer of D-AR or DetailFlow: load the generator beside it")
+    if elm_files.is_bae(weights) or mar_files.is_kl(weights) or sd_vae.is_sd_vae(weights):
         raise ValueError(f"{path} is an autoencoder: load the generator beside it, such as checkpoint-last.pth of MAR")
     names = ", ".join(sorted(weights)[:3])
     raise ValueError(f"{path} holds weights of something that is not read here ({names}, ...)")
@@ -106,13 +128,60 @@ def _flexvar(weights: Mapping[str, Tensor], path: Path) -> System:
 
 def _llamagen(weights: Mapping[str, Tensor], path: Path) -> System:
     """LlamaGen B to 3B by class, for 24 ids a side where the name of the file says 384, else 16; all ids may be drawn,
-    as for the released figures."""
+    as for the released figures. D-AR's where the file is named so: weights tell no difference."""
+    if path.stem.lower().startswith("d-ar"):
+        return _d_ar(weights, path)
     sizes, grid = llamagen.sizes_of(weights), 24 if "384" in path.stem else 16
     shape = raster_ar.Config(side=grid, form="llama", dropout=0.0, **sizes)  # type: ignore[arg-type]
     system = raster_ar.RasterAR(shape, _vq(path, grid))
     _fill(system.model, llamagen.named_llamagen(weights), path)
     guidance = llamagen.GUIDANCE.get(sizes["width"], 1.75) - 1
     system.sampling = Sampling(top_p=None, guidance=guidance)  # type: ignore[misc]
+    return system
+
+
+def _d_ar(weights: Mapping[str, Tensor], path: Path) -> System:
+    """D-AR-L and XL, for pictures of 16 patches a side; guidance grows along the line."""
+    found = _beside(path, dar_files.is_d_ar_tokenizer, "D-AR-tokenizer_v1.pt")
+    tokenizer = dar_files.d_ar_of(found, 16 * found["patchify.weight"].shape[-1])
+    (groups, size), (begin, guidance) = tokenizer.grid, dar_files.GUIDANCE
+    shape = d_ar.Config(
+        groups, size, dropout=0.0, form="llama", guided_from=begin, **llamagen.sizes_of(weights)  # type: ignore[arg-type]
+    )  # fmt: skip
+    system = d_ar.DAR(shape, tokenizer)
+    _fill(system.model, llamagen.named_llamagen(weights), path)
+    system.sampling = Sampling(guidance=guidance)  # type: ignore[misc]
+    return system
+
+
+def _detailflow(weights: Mapping[str, Tensor], path: Path) -> System:
+    """DetailFlow's GPT-L, for as many ids as its tokenizer makes."""
+    group = detail_files.group_of(weights)
+    config, named = detail_files.detail_of(_beside(path, detail_files.is_detail_tokenizer, "tokenizer.pt"), group)
+    tokenizer = DetailTokenizer(config)
+    _fill(tokenizer, named, path, ("picture_loss", "uses"))
+    shape = detailflow.Config(
+        config.queries // group, group, dropout=0.0, form="llama", **llamagen.sizes_of(weights)  # type: ignore[arg-type]
+    )  # fmt: skip
+    system = detailflow.DetailFlow(shape, tokenizer.eval())
+    _fill(system.model, detail_files.named_detailflow(weights), path)
+    system.sampling = Sampling(guidance=detail_files.GUIDANCE.get(config.queries, 0.5))  # type: ignore[misc]
+    return system
+
+
+def _elm(weights: Mapping[str, Tensor], path: Path) -> System:
+    """ELM's L to 2B that write row by row, for 16 ids a side."""
+    found, sizes = _beside(path, elm_files.is_bae, "binaryae_ema.th"), elm_files.sizes_of(weights)
+    tokenizer = elm_files.bae_of(found)
+    shape = elm.Config(side=elm_files.SIDE, dropout=0.0, form="llama", **sizes)  # type: ignore[arg-type]
+    if 2**shape.bits != tokenizer.vocab:
+        raise ValueError(
+            f"{path} writes ids of {shape.bits} bits, and the autoencoder beside it has {tokenizer.vocab:,} ids"
+        )
+    system = elm.ELM(shape, tokenizer)
+    _fill(system.model, elm_files.named_elm(weights), path)
+    top_k = min(elm_files.TOP_K, shape.vocab)
+    system.sampling = Sampling(top_k=top_k, guidance=elm_files.GUIDANCE)  # type: ignore[misc]
     return system
 
 
@@ -141,6 +210,20 @@ def _mar(weights: Mapping[str, Tensor], path: Path) -> System:
     _fill(system.model, mar_files.named_mar(weights), path)
     guidance = mar_files.GUIDANCE.get(sizes["width"], 3.0) - 1
     system.sampling = Sampling(guidance=guidance, steps=sizes["side"] ** 2)  # type: ignore[misc]
+    return system
+
+
+def _himar(weights: Mapping[str, Tensor], path: Path) -> System:
+    """Hi-MAR-B, L and H: 32 steps of pivots, 100 steps of diffusion each, then 4 or 12 of the map, 250 each."""
+    sizes = himar_files.sizes_of(weights)
+    first, then, steps = himar_files.SAMPLED.get(sizes["width"], himar_files.SAMPLED[768])
+    config = hi_mar.Config(
+        dropout=0.0, head_steps=100, map_steps=250, head_clip=None, form="released",
+        pivot_guidance=(first - 1) / (then - 1), **sizes,  # type: ignore[arg-type]
+    )  # fmt: skip
+    system = hi_mar.HiMAR(config, _kl16(path, sizes["side"]))
+    _fill(system.model, himar_files.named_himar(weights), path)
+    system.sampling = Sampling(guidance=then - 1, steps=steps)  # type: ignore[misc]
     return system
 
 
@@ -203,7 +286,10 @@ READERS: tuple[Reader, ...] = (
     (var_files.is_var, _var),
     (flex_files.is_flexvar, _flexvar),
     (nar_files.is_nar, _nar),
+    (detail_files.is_detailflow, _detailflow),
     (llamagen.is_llamagen, _llamagen),
+    (elm_files.is_elm, _elm),
+    (himar_files.is_himar, _himar),
     (mar_files.is_mar, _mar),
     (xar_files.is_xar, _xar),
     (acdit_files.is_acdit, _acdit),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from seriatim.data.base import Data
+from seriatim.systems.image.raster_ar import Form
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.raster_system import RasterSystem
 from seriatim.tokenizers.files import KINDS
@@ -15,7 +16,7 @@ from seriatim.tokenizers.files import KINDS
 
 @dataclass(frozen=True)
 class QueryConfig:
-    """Sizes of a generator over `groups` groups of `group_size` ids."""
+    """Sizes of a generator over `groups` groups of `group_size` ids. form, hidden: as of raster-ar."""
 
     groups: int = 8
     group_size: int = 4
@@ -25,10 +26,14 @@ class QueryConfig:
     depth: int = 4
     heads: int = 4
     dropout: float = 0.1
+    form: Form = "driven"
+    hidden: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.groups, self.group_size) < 1:
             raise ValueError(f"there is at least 1 group of at least 1 id, got {self.groups} of {self.group_size}")
+        if self.form not in get_args(Form):
+            raise ValueError(f"form is one of {', '.join(get_args(Form))}, got {self.form!r}")
 
 
 class QuerySystem(ImageSystem):

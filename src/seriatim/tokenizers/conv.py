@@ -3,8 +3,8 @@
 Three bodies behind one interface. *Plain*: convolutions without normalisation, small enough for pictures of 8 to 64
 pixels on a CPU. *Residual*: the shape that VQGAN published and everybody kept (LlamaGen, VAR, latent diffusion), for
 photographs. *Elm*: the same as ELM released it, with as many blocks in the decoder as in the encoder, no activation
-behind the last norms, and an encoder that reads pixels from 0 to 1. `conv_body` makes a pair of any. Quantizing what
-lies between the two is somebody else's business.
+behind the last norms, and an encoder that reads pixels from 0 to 1; *elm-normed*: its decoder begins with a norm.
+`conv_body` makes a pair of any. Quantizing what lies between the two is somebody else's business.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Body = Literal["plain", "residual", "elm"]
+Body = Literal["plain", "residual", "elm", "elm-normed"]
 Attends = Literal["lowest", "encoder", "middle"]  # blocks of the lowest resolution, those of the encoder, or neither
 
 MULTIPLIERS = {0: (1,), 1: (1, 2), 2: (1, 2, 4), 3: (1, 2, 2, 4), 4: (1, 1, 2, 2, 4), 5: (1, 1, 2, 2, 4, 4)}
@@ -176,7 +176,7 @@ class ResidualEncoder(nn.Module):
 
 class ResidualDecoder(nn.Module):
     """The mirror of `ResidualEncoder`, with one more block a resolution, as published. attends: whether blocks of the
-    lowest resolution do; activation: whether one stands behind the last norm."""
+    lowest resolution do; activation: whether one stands behind the last norm; normed: whether one begins it."""
 
     def __init__(
         self,
@@ -189,11 +189,13 @@ class ResidualDecoder(nn.Module):
         kernel: int = 1,
         attends: bool = True,
         activation: bool = True,
+        normed: bool = False,
     ) -> None:
         super().__init__()
         self.from_code = nn.Conv2d(dim, inner, kernel, padding=kernel // 2)
         now = width * multipliers[-1]
-        layers: list[nn.Module] = [nn.Conv2d(inner, now, 3, padding=1), *_middle(now)]
+        layers: list[nn.Module] = [_norm(inner)] if normed else []
+        layers += [nn.Conv2d(inner, now, 3, padding=1), *_middle(now)]
         for i, multiplier in reversed(list(enumerate(multipliers))):
             layers += _level(now, width * multiplier, blocks, attention=attends and i == len(multipliers) - 1)
             now = width * multiplier
@@ -248,10 +250,12 @@ def conv_body(
     if body == "plain":
         return ConvEncoder(channels, width, moments * dim, halvings), ConvDecoder(channels, width, dim, halvings)
     shape, sizes = multipliers or MULTIPLIERS[halvings], {"kernel": kernel, "attends": attends != "middle"}
-    elm = body == "elm"
+    elm = body in ("elm", "elm-normed")
+    if body == "elm-normed" and inner % 32:
+        raise ValueError(f"the norm in front of the decoder has 32 groups, which do not divide {inner} channels")
     sizes["activation"] = not elm
     encoder = ResidualEncoder(channels, width, moments * dim, shape, inner=moments * inner, from_zero=elm, **sizes)  # type: ignore[arg-type]
-    sizes |= {"attends": attends == "lowest", "blocks": 2 if elm else 3}
+    sizes |= {"attends": attends == "lowest", "blocks": 2 if elm else 3, "normed": body == "elm-normed"}
     return encoder, ResidualDecoder(channels, width, dim, shape, inner=inner, **sizes)  # type: ignore[arg-type]
 
 

@@ -11,7 +11,7 @@ later ids then hold what repairs the earlier ones (`corrupted`).
 
 Ours: the encoder is a small vision transformer trained from scratch with rotary positions (there SigLIP2's weights),
 the first id's code is not matched to features of that network, and the codebook is filled and revived as elsewhere
-here.
+here. In the form "released" encoder and decoder are as published, and released weights load.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, NamedTuple
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seriatim.backbones.transformer import Transformer
+from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.factorization.opened import opened_turns
 from seriatim.maps import area_down, bicubic_up
 from seriatim.plan import Plan
@@ -39,6 +40,8 @@ from seriatim.tokenizers.queries import LookingAtAll, QueryEncoder, axial, from_
 from seriatim.tokenizers.vq import CodedTokenizer
 from seriatim.view import full
 
+SIGLIP: MappingProxyType[str, Any] = MappingProxyType({"activation": "gelu_tanh", "qk_norm": None})  # its layers
+
 
 @dataclass(frozen=True, kw_only=True)
 class DetailConfig(LossConfig, CodebookConfig):
@@ -48,6 +51,9 @@ class DetailConfig(LossConfig, CodebookConfig):
     of the decoder; power: how slowly sides grow along the line; shorter: share of the steps that draw a prefix;
     corrupt: share of those that train self-correction, once there are codes; near: among how many nearest codes the
     wrong ones are (published: 50 of 8,192).
+
+    form: "own", or "released" for the layers that were published, those of SigLIP2 with learned positions; the encoder
+    may there be of another width, with other heads and feed-forward layers (encoder_...; 0: as the decoder).
     """
 
     side: int = 32
@@ -66,6 +72,10 @@ class DetailConfig(LossConfig, CodebookConfig):
     shorter: float = 0.2
     corrupt: float = 1.0
     near: int = 8
+    form: Literal["own", "released"] = "own"
+    encoder_width: int = 0
+    encoder_heads: int = 0
+    encoder_hidden: int = 0
 
     def __post_init__(self) -> None:
         self.check_codebook()
@@ -82,6 +92,12 @@ class DetailConfig(LossConfig, CodebookConfig):
             raise ValueError("power is positive, shorter and corrupt are shares from 0 to 1")
         if not 1 <= self.near <= self.vocab:
             raise ValueError(f"wrong ids are among 1 to {self.vocab} nearest ones, not {self.near}")
+        if self.form not in ("own", "released"):
+            raise ValueError(f"form is own or released, got {self.form!r}")
+        if self.form == "released":
+            return
+        if max(self.encoder_width, self.encoder_heads, self.encoder_hidden) > 0:
+            raise ValueError("an encoder of another width is of form released: leave encoder_... out")
         axial(self.width, self.heads)
 
     @classmethod
@@ -97,6 +113,19 @@ class DetailConfig(LossConfig, CodebookConfig):
         elif side % 8 and side > 8:
             raise ValueError(f"pictures of {side} pixels are not cut into 8x8 patches: resize them to a multiple of 8")
         return cls(**{"side": side, "channels": channels, **shape, **changes})  # type: ignore[arg-type]
+
+    @property
+    def encoding(self) -> TransformerConfig:
+        """Layers of the encoder."""
+        if self.form == "own":
+            return vit(self.width, self.depth, self.heads, rope=axial(self.width, self.heads))
+        width, heads = self.encoder_width or self.width, self.encoder_heads or self.heads
+        return vit(width, self.depth, heads, hidden=self.encoder_hidden or None, **SIGLIP)
+
+    @property
+    def drawing(self) -> TransformerConfig:
+        """Layers of the decoder."""
+        return vit(self.width, self.draw_depth, self.heads, **(SIGLIP if self.form == "released" else {}))
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -133,7 +162,8 @@ class DetailDecoder(nn.Module):
         grid = c.side // c.patch
         self.grid = nn.Parameter(torch.randn(c.width, grid, grid) * 0.02)
         self.from_code, self.place = nn.Linear(c.dim, c.width), nn.Parameter(torch.randn(c.queries, c.width) * 0.02)
-        self.net = Transformer(vit(c.width, c.draw_depth, c.heads))
+        self.net = Transformer(c.drawing)
+        self.released = c.form == "released"
         self.to_patch = nn.Linear(c.width, c.channels * c.patch**2)
 
     @property
@@ -144,7 +174,11 @@ class DetailDecoder(nn.Module):
     def forward(self, codes: Float[Tensor, "b t d"], side: int) -> Float[Tensor, "b c side side"]:
         """The picture of a prefix at this many pixels a side, whole patches."""
         rows, t = side // self.patch, codes.shape[1]
-        places = map_to_rows(area_down(self.grid[None], (rows, rows)))
+        if self.released:
+            smaller = F.interpolate(self.grid[None], (rows, rows), mode="bilinear", antialias=True)
+        else:
+            smaller = area_down(self.grid[None], (rows, rows))
+        places = map_to_rows(smaller)
         x = torch.cat([(places + self.mask).expand(len(codes), -1, -1), self.from_code(codes) + self.place[:t]], 1)
         h = self.net(x, _everybody(rows * rows + t))
         return from_patches(self.to_patch(h[:, : rows * rows]), self.patch, rows)
@@ -165,8 +199,8 @@ class DetailTokenizer(CodedTokenizer):
     def __init__(self, config: DetailConfig) -> None:
         super().__init__()
         self.config = c = config
-        net, turn = vit(c.width, c.depth, c.heads, rope=axial(c.width, c.heads)), opened_turns(c.queries, c.group)
-        self.encoder = QueryEncoder(c.channels, c.side, c.patch, net, turn, c.dim, again=True)
+        turn, placed = opened_turns(c.queries, c.group), c.form == "released"
+        self.encoder = QueryEncoder(c.channels, c.side, c.patch, c.encoding, turn, c.dim, again=True, placed=placed)
         self.quantizer = NormalizedVQ(c.vocab, c.dim, c.beta)
         self.decoder = DetailDecoder(c)
         self.picture_loss = PictureLoss(c, c.channels, c.side)

@@ -80,12 +80,12 @@ class QueryEncoder(nn.Module):
 
     turn: of each query, from 0; rank: the queries are `rank` numbers each behind a linear map (None: vectors of full
     width); again: it can also say what is to follow a prefix that has been changed (`forward`'s `prefix`), by other
-    queries.
+    queries. placed: patches have learned positions in place of a norm, and codes a bias (as SigLIP2 has them).
     """
 
     def __init__(
         self, channels: int, side: int, patch: int, config: TransformerConfig, turn: Int[Tensor, "n"], dim: int,
-        rank: int | None = None, again: bool = False,
+        rank: int | None = None, again: bool = False, placed: bool = False,
     ):  # fmt: skip
         super().__init__()
         if side % patch:
@@ -96,7 +96,8 @@ class QueryEncoder(nn.Module):
         self.widen = nn.Linear(rank, width) if rank else nn.Identity()
         self.follow = Follow(n, width, dim) if again else None
         self.net = Transformer(config)
-        self.to_code = nn.Linear(width, dim, bias=False)
+        self.places = nn.Parameter(torch.randn(self.patches, width) * 0.02) if placed else None
+        self.to_code = nn.Linear(width, dim, bias=placed)
         nn.init.normal_(self.to_code.weight, std=1 / math.sqrt(width))
         self.plan = query_plan(side // patch, turn)
 
@@ -106,7 +107,7 @@ class QueryEncoder(nn.Module):
         """The latents of all queries. With a prefix of codes these stand in the places of the first queries, and the
         latents of the others say what a picture needs behind them (those of the first are of no use)."""
         x = self.from_patch(to_patches(images, self.patch))
-        x = F.layer_norm(x, x.shape[-1:], eps=EPS)
+        x = F.layer_norm(x, x.shape[-1:], eps=EPS) if self.places is None else x + self.places
         queries = self.widen(self.queries).expand(len(x), -1, -1)
         if prefix is not None:
             if self.follow is None:

@@ -9,7 +9,7 @@ What is new is in the tokenizer (tokenizers/sequential.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seriatim.canvas import Canvas
+from seriatim.decoding.guidance import Guidance
 from seriatim.decoding.loop import decode
+from seriatim.decoding.target import Branch
 from seriatim.laws.case import Case, Limit, randomise
 from seriatim.layout import Layout
 from seriatim.model import Model
@@ -65,9 +67,11 @@ CLAIM = Claim(
 @dataclass(frozen=True)
 class Config(QueryConfig):
     """Sizes; the defaults suit 32x32 glyphs (8 groups of 4 ids). shuffled: groups are generated in another order,
-    always the same one, to see what theirs is worth."""
+    always the same one, to see what theirs is worth. guided_from: where guidance begins, which grows along the line.
+    form llama: rotary positions along the line, the class in front alone, as released."""
 
     shuffled: bool = False
+    guided_from: float = 0.0
 
     @property
     def order(self) -> Int[Tensor, "N"]:
@@ -80,8 +84,8 @@ class Config(QueryConfig):
 def build(config: Config | None = None) -> Model:
     """The model, with fresh weights: that of raster-ar over a line of ids."""
     c = config or Config()
-    same = raster_ar.Config(c.groups, c.vocab, c.classes, c.width, c.depth, c.heads, c.dropout)
-    return raster_ar.build(same, c.groups, c.group_size)
+    same = raster_ar.Config(c.groups, c.vocab, c.classes, c.width, c.depth, c.heads, c.dropout, c.form, c.hidden)
+    return raster_ar.build(same, c.groups, c.group_size, along=True)
 
 
 class DAR(QuerySystem):
@@ -94,6 +98,11 @@ class DAR(QuerySystem):
     @staticmethod
     def build(config: Any, tokenizer: Any) -> Model:
         return build(config)
+
+    def guidance(self, sampling: Sampling) -> Guidance | Sequence[Branch] | None:
+        if not self.config.guided_from or not sampling.guidance:
+            return super().guidance(sampling)
+        return Guidance(sampling.guidance, "linear", self.config.guided_from)
 
     def elements(self, images: Float[Tensor, "n c h w"], layout: Layout) -> Int[Tensor, "n N"]:
         return super().elements(images, layout)[:, self.config.order]

@@ -5,8 +5,9 @@ a pyramid; behind a first group, generated id by id, each group of ids is genera
 ids of a group do not know of each other, the generator also learns from lines with wrong ids in a group, to say behind
 them the ids that repair them.
 
-A class also drives adaptive norms and positions (group, place in it) are learned, as in raster-ar; the paper's
-transformer has rotary ones. The tokenizer makes wrong and repairing ids (tokenizers/detail.py).
+A class also drives adaptive norms and positions (group, place in it) are learned, as in raster-ar; in the form "llama"
+the class stands in front alone and positions are rotary, as released. The tokenizer makes wrong and repairing ids
+(tokenizers/detail.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.canvas import Canvas
 from seriatim.conditions.condition import ClassCondition
@@ -108,14 +110,43 @@ class PaddedEmbed(TokenEmbed):
         return torch.where(padded[..., None], x + self.pads[(place - 1).clamp(min=0)], x)
 
 
+class PaddedLine(TokenEmbed):
+    """The same without positions, slots numbered along the line."""
+
+    def __init__(self, vocab: int, width: int, size: int):
+        super().__init__(vocab, width, start=False, std=0.4)
+        self.size, self.pads = size, nn.Parameter(torch.randn(size - 1, width) * 0.4)
+
+    def forward(
+        self, canvas: Canvas, plan: Plan, guess: Guess | None = None, prefix: Tensor | None = None
+    ) -> Float[Tensor, "b s d"]:
+        assert prefix is not None
+        pads = self.pads.expand(len(prefix), -1, -1)
+        return super().forward(canvas, plan, guess, torch.cat([F.pad(prefix, (0, 0, 0, self.size)), pads], 1))
+
+
 def build(config: Config | None = None) -> Model:
     """The model, with fresh weights."""
     c = config or Config()
+    if c.form == "llama":
+        return _released(c)
     order = OpenedGroups(c.groups * c.group_size, c.group_size)
     backbone = Transformer(TransformerConfig(c.width, c.depth, c.heads, dropout=c.dropout, vector=c.width))
     embed = PaddedEmbed(c.vocab, c.width, c.groups, c.group_size)
     condition = {"class": ClassCondition(c.classes, c.width, ("prefix", "vector"), std=0.4)}
     return Model(grid(c.groups, c.group_size), order, embed, backbone, CategoricalHead(c.width, c.vocab), condition)
+
+
+def _released(c: Config) -> Model:
+    """As in the released code: groups and places turn queries and keys, those of the class are zero."""
+    half = c.width // c.heads // 2
+    rope = RoPE(axes=(half, half), raster=(1, c.group_size))
+    layers = TransformerConfig(c.width, c.depth, c.heads, hidden=c.hidden, dropout=c.dropout, rope=rope)
+    order = OpenedGroups(c.groups * c.group_size, c.group_size, line=True)
+    embed = PaddedLine(c.vocab, c.width, c.group_size)
+    condition = {"class": ClassCondition(c.classes, c.width, ("prefix",), std=0.4)}
+    head = CategoricalHead(c.width, c.vocab)
+    return Model(grid(c.groups, c.group_size), order, embed, Transformer(layers), head, condition)
 
 
 class DetailFlow(QuerySystem):

@@ -4,8 +4,10 @@ New in it: ids of a binary autoencoder (image-bae) need no codebook, and their b
 is fed beside the others and predicted by a matrix of its own, all of a place at once, so that 2^20 codes take no more
 room than two vocabularies of 2^10. Guidance grows linearly from the first place to the last.
 
-The masked model that the paper compares with is `maskgit` over the same ids, whole ones as in the released weights; how
-random ids are, and how far attention reaches: `benchmarks/token_statistics.py`.
+Here the class also drives adaptive norms, and all sub-codes share a table; in the form "llama" it stands in front alone
+and each has a table of its own, as released. The masked model that the paper compares with is `maskgit` over the same
+ids, whole ones as in the released weights; how random ids are, and how far attention reaches:
+`benchmarks/token_statistics.py`.
 """
 
 from __future__ import annotations
@@ -13,16 +15,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from seriatim.backbones.rope import RoPE
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.canvas import Canvas
 from seriatim.conditions.condition import ClassCondition
 from seriatim.data.base import Data
+from seriatim.decoding.guidance import Guidance
+from seriatim.decoding.target import Branch
+from seriatim.embed import TokenEmbed
 from seriatim.factorization.windows import NextGroup
 from seriatim.heads.categorical import CategoricalHead
 from seriatim.heads.fused import FusedEmbed
@@ -32,6 +38,7 @@ from seriatim.model import Model
 from seriatim.random import Generator
 from seriatim.systems.claim import Arm, Claim
 from seriatim.systems.image import raster_ar
+from seriatim.systems.image.raster_ar import Form
 from seriatim.systems.meta import Meta
 from seriatim.systems.raster_system import RasterSystem
 from seriatim.systems.system import Sampling
@@ -70,7 +77,7 @@ CLAIM = Claim(
 @dataclass(frozen=True)
 class Config:
     """Sizes; the defaults suit 8x8 digits at 16 grey levels. side: ids in a row; bits: of an id; parts: sub-codes that
-    it is cut into, equally long."""
+    it is cut into, equally long; form, hidden: as of raster-ar."""
 
     side: int = 8
     bits: int = 4
@@ -80,8 +87,12 @@ class Config:
     depth: int = 4
     heads: int = 4
     dropout: float = 0.1
+    form: Form = "driven"
+    hidden: int | None = None
 
     def __post_init__(self) -> None:
+        if self.form not in get_args(Form):
+            raise ValueError(f"form is one of {', '.join(get_args(Form))}, got {self.form!r}")
         if self.parts < 1 or self.bits % self.parts:
             raise ValueError(f"{self.bits} bits cannot be cut into {self.parts} equal parts")
 
@@ -91,16 +102,33 @@ class Config:
         return 2 ** (self.bits // self.parts)
 
 
+class TablesEmbed(TokenEmbed):
+    """A slot carries the sub-codes of a place: the sum of their vectors, from a table each, one below the other."""
+
+    def __init__(self, vocab: int, width: int, parts: int):
+        super().__init__(vocab * parts, width, start=False, std=0.4)
+        self.each = vocab
+
+    def vectors(self, value: Int[Tensor, "b s parts"]) -> Float[Tensor, "b s parts d"]:
+        return super().vectors(value + self.each * torch.arange(value.shape[-1], device=value.device))
+
+
 def build(config: Config | None = None, places: int | None = None) -> Model:
     """The model, with fresh weights; its elements are the sub-codes of one place behind those of another."""
     c = config or Config()
-    places = places or c.side**2
-    backbone = Transformer(TransformerConfig(c.width, c.depth, c.heads, dropout=c.dropout, vector=c.width))
-    embed = FusedEmbed(c.vocab, c.width, c.parts, positions=(places,))
-    condition = {"class": ClassCondition(c.classes, c.width, ("prefix", "vector"), std=0.4)}
+    places, half = places or c.side**2, c.width // c.heads // 2
+    if c.form == "llama":
+        rope = RoPE(axes=(half, half), raster=(1, c.side))
+        layers = TransformerConfig(c.width, c.depth, c.heads, hidden=c.hidden, dropout=c.dropout, rope=rope)
+        embed: TokenEmbed = TablesEmbed(c.vocab, c.width, c.parts)
+        condition = {"class": ClassCondition(c.classes, c.width, ("prefix",), std=0.4)}
+    else:
+        layers = TransformerConfig(c.width, c.depth, c.heads, hidden=c.hidden, dropout=c.dropout, vector=c.width)
+        embed = FusedEmbed(c.vocab, c.width, c.parts, positions=(places,))
+        condition = {"class": ClassCondition(c.classes, c.width, ("prefix", "vector"), std=0.4)}
     order = NextGroup(torch.arange(places).repeat_interleave(c.parts))
     head = CategoricalHead(c.width, c.vocab, roles=c.parts)
-    return Model(line(places * c.parts), order, embed, backbone, head, condition)
+    return Model(line(places * c.parts), order, embed, Transformer(layers), head, condition)
 
 
 class ELM(RasterSystem):
@@ -127,6 +155,12 @@ class ELM(RasterSystem):
         if vocab & (vocab - 1):
             raise ValueError(f"{META.key} cuts ids into bits, so it needs a power of two of them, not {vocab}")
         return {**known, "bits": vocab.bit_length() - 1}
+
+    def guidance(self, sampling: Sampling) -> Guidance | Sequence[Branch] | None:
+        w = sampling.guidance
+        if self.config.form == "driven" or not w:
+            return super().guidance(sampling)
+        return Guidance(w, "linear", w / self.config.side**2)  # counts the place that is drawn, as released
 
     def elements(self, images: Float[Tensor, "n c h w"], layout: Layout) -> Int[Tensor, "n E"]:
         return to_parts(super().elements(images, layout), self.config.parts, self.config.vocab).flatten(1)

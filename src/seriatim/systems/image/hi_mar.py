@@ -7,14 +7,15 @@ left for the fine tokens, all of them are denoised together in each step, by a d
 Departures from the released code: one stack instead of a masked autoencoder and 64 class tokens, as in `mar`; the phase
 is added to the class in the adaptive norms, at first nothing, in place of a modulation of its own (which begins as the
 identity, too); masks of fine places, which say nothing, are left out while pivots are drawn; the hidden share is drawn
-for each picture; both phases are guided alike, by what is known before a step; the fine map begins as zero.
+for each picture; both phases are guided alike, by what is known before a step; the fine map begins as zero. In the form
+"released" all of this but the drawing of the hidden share is that of the released code, and released weights load.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -29,10 +30,12 @@ from seriatim.canvas import Canvas, Remember, Set
 from seriatim.conditions.condition import ClassCondition
 from seriatim.data.base import Data
 from seriatim.decoding.guess import Guess
+from seriatim.decoding.guidance import Ahead, ByPhase, Guidance
 from seriatim.decoding.loop import Decider, generate
 from seriatim.decoding.nested import Nested
 from seriatim.decoding.remembered import Remembered
-from seriatim.decoding.target import Target
+from seriatim.decoding.sample import schedule
+from seriatim.decoding.target import Branch, Target
 from seriatim.embed import SlotEmbed, TokenEmbed, VectorEmbed, gather_values
 from seriatim.factorization.pivots import PhasePlan, Pivots
 from seriatim.heads.by_level import ByLevel
@@ -40,6 +43,7 @@ from seriatim.heads.categorical import CategoricalHead
 from seriatim.heads.diffusion import DiffusionConfig, DiffusionHead
 from seriatim.heads.diffusion_map import MapDiffusionConfig, MapDiffusionHead
 from seriatim.initial import drawn
+from seriatim.interop.hi_mar import WEIGHTS, model_of
 from seriatim.laws.case import Case, Limit, randomise
 from seriatim.layout import Layout, pyramid
 from seriatim.maps import area_down
@@ -67,7 +71,6 @@ META = Meta(
     summary="A small picture in random order, then the large one in few steps, each denoised as a whole map.",
 )
 
-WEIGHTS = 2.0, 0.75  # of the losses of pivots and of fine vectors, as released
 WARMUP = 8  # the share of rows that are told of pivots has grown after this part of training (100 of 800 epochs)
 
 
@@ -79,7 +82,11 @@ class Config:
 
     told: what the fine phase knows of pivots, their "states" or their "values"; rate: the share of samples in training
     in which it knows anything. head: of the fine phase, "map", or "token" for the one that draws pivots. head_width,
-    head_depth, head_steps, head_clip: of the diffusion of a vector alone, map_...: of that of a map.
+    head_depth, head_steps, head_clip: of the diffusion of a vector alone, map_...: of that of a map (map_heads 0: as
+    many as `heads`).
+
+    form: "single", or "released" for the masked autoencoder that was published, `buffer` class tokens in front of two
+    stacks of `depth` layers each; guidance of pivots is there `pivot_guidance` times that of fine vectors.
     """
 
     side: int = 4
@@ -102,16 +109,27 @@ class Config:
     map_width: int = 96
     map_depth: int = 2
     map_steps: int = 50
+    map_heads: int = 0
     pivot_steps: int = 0
+    form: Literal["single", "released"] = "single"
+    buffer: int = 64
+    pivot_guidance: float = 1.0
 
     def __post_init__(self) -> None:
         pivots = self.pivots or self.side // 2
         object.__setattr__(self, "pivots", pivots)
+        object.__setattr__(self, "map_heads", self.map_heads or self.heads)
         object.__setattr__(self, "pivot_steps", self.pivot_steps or 4 * pivots)
         if not 1 <= pivots < self.side or self.side % pivots:
             raise ValueError(f"pivots are fewer in a row than the {self.side} vectors, and divide them; got {pivots}")
         if self.head not in ("map", "token") or self.told not in ("states", "values"):
             raise ValueError(f"head is map or token, told is states or values; got {self.head!r} and {self.told!r}")
+        if self.form not in ("single", "released") or self.buffer < 1:
+            raise ValueError(
+                f"form is single or released, with 1 class token or more; got {self.form!r}, {self.buffer}"
+            )
+        if self.form == "released" and (self.head, self.told) != ("map", "states"):
+            raise ValueError("the released form draws maps, told of states: leave head and told as they are")
         if not (self.deviation > 0 and 0 <= self.rate <= 1 and self.pivot_steps > 0):
             raise ValueError("the deviation is positive, the rate between 0 and 1, and pivots take at least one step")
 
@@ -157,11 +175,16 @@ class PivotEmbed(nn.Module):
 def build(config: Config | None = None) -> TwoPhases:
     """The model, with fresh weights."""
     c = config or Config()
+    if c.form == "released":
+        return model_of(
+            c.side, c.dim, c.pivots, c.classes, c.width, c.depth, c.heads, c.buffer, c.head_width, c.head_depth,
+            c.map_width, c.map_depth, c.map_heads, c.head_steps, c.map_steps, c.head_clip, c.dropout,
+        )  # fmt: skip
     layout = pyramid((c.pivots, c.side))
     alone = DiffusionConfig(c.head_width, c.head_depth, steps=c.head_steps, clip=c.head_clip)
     fine: nn.Module = DiffusionHead(c.width, c.dim, alone)
     if c.head == "map":
-        together = MapDiffusionConfig(c.map_width, c.map_depth, steps=c.map_steps, heads=c.heads, clip=c.head_clip)
+        together = MapDiffusionConfig(c.map_width, c.map_depth, steps=c.map_steps, heads=c.map_heads, clip=c.head_clip)
         fine = MapDiffusionHead(c.width, c.dim, layout, layout.coord[:, 0].nonzero()[:, 0], together)
     head = ByLevel(layout, DiffusionHead(c.width, c.dim, alone), fine)
     share: Masking = ByShare(NOISES["cosine"])
@@ -233,7 +256,20 @@ class HiMAR(VectorSystem):
         return torch.cat([whole_cells(keep, (n, n)).flatten() for n in (self.config.pivots, self.config.side)])
 
     def decider(self, sampling: Sampling) -> Decider:
-        return Remembered(Nested((self.config.pivot_steps, sampling.steps or self.config.side**2), rule="random"))
+        return Remembered(Nested(self.turns(sampling), rule="random"))
+
+    def turns(self, sampling: Sampling) -> tuple[int, int]:
+        """Steps of both phases."""
+        return self.config.pivot_steps, sampling.steps or self.config.side**2
+
+    def guidance(self, sampling: Sampling) -> Guidance | Sequence[Branch] | None:
+        c, w = self.config, sampling.guidance
+        if c.form == "single" or not w:
+            return super().guidance(sampling)
+        phases = zip((c.pivots**2, c.side**2), (c.pivot_guidance * w, w), self.turns(sampling), strict=True)
+        return ByPhase(w, "linear", phases=tuple(
+            Ahead(scale, "linear", total=n, left=schedule(n, steps, "cosine")) for n, scale, steps in phases
+        ))  # fmt: skip
 
     def picture(self, codes: Tensor) -> Float[Tensor, "n c h w"]:
         return super().picture(codes[:, -(self.config.side**2) :])

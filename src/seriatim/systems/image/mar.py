@@ -222,7 +222,8 @@ class MAR(VectorSystem):
         total = self.model.layout.size
         if not self.config.buffer or not sampling.guidance:
             return super().guidance(sampling)
-        return Ahead(sampling.guidance, "linear", total, schedule(total, sampling.steps or total, "cosine"))
+        left = schedule(total, sampling.steps or total, "cosine")
+        return Ahead(sampling.guidance, "linear", total=total, left=left)
 
 
 # ---- what the laws run -----------------------------------------------------------------------------------------------

@@ -63,12 +63,13 @@ class Config:
             raise ValueError(f"heads of {self.width // self.heads} are not shared by two axes: take a multiple of 4")
 
 
-def build(config: Config | None = None, *shape: int) -> Model:
-    """The model, with fresh weights; shape: rows and columns of a grid that is no square."""
+def build(config: Config | None = None, *shape: int, along: bool = False) -> Model:
+    """The model, with fresh weights; shape: rows and columns of a grid that is no square; along: in form llama rotary
+    positions count along the line, the class first."""
     c = config or Config()
     rows, columns = shape or (c.side, c.side)
     size, driven, head = (c.width, c.depth, c.heads), c.form == "driven", c.width // c.heads
-    rope = None if driven else RoPE(axes=(head // 2, head // 2), raster=(1, columns))
+    rope = None if driven else RoPE() if along else RoPE(axes=(head // 2, head // 2), raster=(1, columns))
     backbone = Transformer(
         TransformerConfig(*size, hidden=c.hidden, dropout=c.dropout, rope=rope, vector=c.width if driven else None)
     )
