@@ -31,6 +31,7 @@ def test_mutants_of_each_kind_of_system_are_caught(key):
     assert found.status == "holds", found.note
 
 
+@pytest.mark.slow
 def test_findings_are_the_same_in_several_processes():
     keys = ["next-token", "dlinear"]
     alone, apart = ([[f.status for f in found] for found in _each(keys, workers)] for workers in (1, 2))
