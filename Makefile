@@ -23,11 +23,11 @@ demo: $(VENV)/.ready ## see it work: installs what is needed, then `seriatim dem
 	$(RUN) -m seriatim demo
 
 test: lint ## format, lint, types, the laws and the tests: under 10 minutes
-	$(RUN) -m seriatim laws
+	OMP_NUM_THREADS=1 $(RUN) -m seriatim laws --workers $(WORKERS)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
 
 test-all: lint docs ## the same with the slow tests, and the documentation
-	$(RUN) -m seriatim laws
+	OMP_NUM_THREADS=1 $(RUN) -m seriatim laws --workers $(WORKERS)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m "" --timeout 1800
 
 lint: $(VENV)/.ready-dev ## format, lint and types, without changing a file

@@ -47,6 +47,8 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
         for i, (kind, points) in enumerate(kinds.items()):
             ax.plot(*zip(*sorted(points), strict=True), marker="os^Dv<>P"[i % 8], label=kind, linewidth=1)
         ax.set(xlabel="slots computed, share of all", ylabel="divergence from no cache, nats a token", title=model)
+        ax.set(xlim=(0, 1.05), ylim=(0, 0.1))
+        ax.set_yscale("symlog", linthresh=1e-4)
         ax.grid(alpha=0.25)
         ax.legend(fontsize=7, labelcolor=INK, frameon=False)
         for spine in ("top", "right"):

@@ -53,6 +53,10 @@ WEIGHTS = {  # what holds published weights to the official code
     "hmar": "tests/interop/test_hmar.py",
     "raster-ar": "tests/interop/test_llamagen.py",
     "mar": "tests/interop/test_mar.py",
+    "hi-mar": "tests/interop/test_hi_mar.py",
+    "detailflow": "tests/interop/test_detailflow.py",
+    "d-ar": "tests/interop/test_d_ar_generator.py",
+    "elm": "tests/interop/test_elm_generator.py",
     "nar": "tests/interop/test_nar.py",
     "xar": "tests/interop/test_xar.py",
     "acdit": "tests/interop/test_acdit.py",
@@ -80,6 +84,8 @@ def runs_from_end_to_end(key: str, family: str) -> bool:
         short = ["--steps", "20", "--tokenizer-steps", "20"] if family == "image" else ["--steps", "20"]
         if command(["train", key, "--out", run, *short]):
             return False
+        if family == "series":
+            return command(["forecast", run, "--data", "co2"]) == 0
         return family == "tokenizer" or command(["generate", run, "--count", "1"]) == 0
 
 

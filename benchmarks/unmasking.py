@@ -1,14 +1,14 @@
 """Decoders of tokens in any order, side by side: quality against forwards on held-out code.
 
     python benchmarks/unmasking.py [--models zoo:text-block zoo:text-mdlm] [--lines 500] [--prompts 24]
-        [--arms A,B] [--out results/unmasking.json]
+        [--arms A,B] [--judge zoo:text-base] [--out results/unmasking.json]
 
 Each arm writes the same held-out lines greedily (those written as they stand in the file count, paired with one token
-at a time) and the same continuations at temperature 1, which zoo:text-base judges; distinct trigrams and entropy stand
-beside. Forwards do not depend on the machine. Beside the figures a picture: the quality of each arm over its tokens a
-forward. Said of each model: the arm with the fewest forwards that loses at most 2% of the lines and of the nats, with
-trigrams and entropy within 5%, against one token at a time. Arms that the file has already, of the same lines and
-prompts, are not run again.
+at a time) and the same continuations at temperature 1, which a next-token model of the same ids judges; distinct
+trigrams and entropy stand beside. Forwards do not depend on the machine. Beside the figures a picture: the quality of
+each arm over its tokens a forward. Said of each model: the arm with the fewest forwards that loses at most 2% of the
+lines and of the nats, with trigrams and entropy within 5%, against one token at a time. Arms that the file has already,
+of the same lines and prompts, are not run again.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ ARMS = (
     *(f"unmask+rule=entropy+budget={b}" for b in (0.1, 0.35, 1.0)),
     "unmask+schedule=powers", "fast-dllm+cache=prefix", "fast-dllm+cache=dual", "fast-dllm+cache=dual+threshold=none",
 )  # fmt: skip
-JUDGE = "zoo:text-base"
 
 
 def measure(
-    model: str, arms: tuple[str, ...], lines: int, prompts: int, out: dict[str, Any], keep: Callable[[], None]
-) -> None:
+    model: str, arms: tuple[str, ...], lines: int, prompts: int, judge: Any, out: dict[str, Any],
+    keep: Callable[[], None],
+) -> None:  # fmt: skip
     """Figures of each arm that the model takes, into `out`, but for those that it has; `keep` is called after each."""
-    system, judge = load(model), load(JUDGE)
+    system = load(model)
     asked = lines_of(system, lines)
     for spec in arms:
         if spec in out or (spec.startswith("fast-dllm") and getattr(system.model.factorization, "size", None)):
@@ -64,6 +64,11 @@ def measure(
             f"{seconds:.0f} s",
             flush=True,
         )
+
+
+def named(model: str) -> str:
+    """A folder by its own name, which says nothing of where it stands."""
+    return Path(model).name if Path(model).is_dir() else model
 
 
 def as_good(row: dict[str, Any], plain: dict[str, Any]) -> bool:
@@ -89,7 +94,7 @@ def best(rows: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(found: dict[str, Any], judge: str, path: Path) -> None:
     """Lines that are right, and nats of continuations, over tokens a forward; a row a model."""
     figure = Figure(figsize=(9.5, 3.4 * len(found)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -97,7 +102,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for row, (model, arms) in zip(axes, found.items(), strict=True):
         for ax, part, metric, label in (
             (row[0], "lines", "leading", "letters of held-out lines, from the front"),
-            (row[1], "text", "nats_per_token", f"nats a token under {JUDGE}"),
+            (row[1], "text", "nats_per_token", f"nats a token under {judge}"),
         ):
             kinds: dict[str, list[tuple[float, float]]] = {}
             for spec, figures in arms.items():
@@ -107,6 +112,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 points.sort()
                 ax.plot(*zip(*points, strict=True), marker="os^Dv<>P*X"[i % 10], label=kind, linewidth=1, markersize=5)
             ax.set(xscale="log", xlabel="tokens a forward", ylabel=label, title=model)
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter("{x:g}")
             ax.grid(alpha=0.25)
             for spine in ("top", "right"):
                 ax.spines[spine].set_visible(False)
@@ -120,9 +127,10 @@ def main() -> int:
     parser.add_argument("--lines", type=int, default=500)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--judge", default="zoo:text-base")
     parser.add_argument("--out", type=Path, default=Path("results/unmasking.json"))
     options = parser.parse_args()
-    same = {"lines": options.lines, "prompts": options.prompts, "judge": JUDGE, "temperature": 1.0}
+    same = {"lines": options.lines, "prompts": options.prompts, "judge": named(options.judge), "temperature": 1.0}
     before = json.loads(options.out.read_text()) if options.out.exists() else {}
     found: dict[str, Any] = before["models"] if all(before.get(k) == v for k, v in same.items()) else {}
 
@@ -134,10 +142,11 @@ def main() -> int:
         }  # fmt: skip
         save_json(said, options.out)
 
+    judge = load(options.judge)
     for model in options.models:
-        rows = found.setdefault(model, {})
-        measure(model, tuple(options.arms.split(",")), options.lines, options.prompts, rows, keep)
-    draw(found, options.out.with_suffix(".png"))
+        rows = found.setdefault(named(model), {})
+        measure(model, tuple(options.arms.split(",")), options.lines, options.prompts, judge, rows, keep)
+    draw(found, named(options.judge), options.out.with_suffix(".png"))
     return 0
 
 

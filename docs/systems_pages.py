@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 SHOWN = {
     "L": "the laws hold", "E": "runs from end to end", "C": "its claim was measured", "W": "published weights load",
 }  # fmt: skip
-ORDERLESS = ("tokenizer", "study", *FAMILIES)  # families that have no order of their own
+ORDERLESS = ("tokenizer", "study", "series", *FAMILIES)  # families that have no order of their own
 
 
 # ---- one page --------------------------------------------------------------------------------------------------------
@@ -101,7 +101,11 @@ def _commands(meta: Meta) -> str:
     if meta.family == "study":
         return f"```\nseriatim show {meta.key}\nseriatim claim {meta.key}\n```"
     lines = [f"seriatim show {meta.key}", f"seriatim train {meta.key}"]
-    if meta.family != "tokenizer":
+    if meta.family == "series":
+        lines = [f"seriatim forecast {meta.key} --data my.csv --horizon 96", f"seriatim train {meta.key} --data my.csv"]
+        lines += [f"seriatim evaluate runs/{meta.key}", f"seriatim compare {meta.key} dlinear --data my.csv"]
+        lines += [f"seriatim laws {meta.key} --verbose"]
+    elif meta.family != "tokenizer":
         lines += [f"seriatim generate runs/{meta.key}", f"seriatim evaluate runs/{meta.key}"]
         lines += [f"seriatim laws {meta.key} --verbose"]
     return "```\n" + "\n".join(lines) + "\n```"
@@ -131,7 +135,8 @@ def _settings(key: str, module: ModuleType) -> Iterator[str]:
         for name, recipe in recipes.items():
             changes = ", ".join(f"{k} {v}" for k, v in sizes.get(name, {}).items()) or "the defaults"
             rate = f"{recipe.learning_rate:g}"
-            lines.append((f"`{name}`", changes, f"{recipe.steps:,}", str(recipe.batch), rate))
+            steps = f"{cls.passes} passes" if recipe.epoch == recipe.steps else f"{recipe.steps:,}"
+            lines.append((f"`{name}`", changes, steps, str(recipe.batch), rate))
         yield table(("size", "settings", "steps", "batch", "learning rate"), lines)
 
 
@@ -294,6 +299,25 @@ def image_orders(keys: Sequence[str] | None = None) -> str:
     return table(("key", *COLUMNS), cells)
 
 
+def series() -> str:
+    """Published and measured errors of forecasts, from the last run of benchmarks/series_table.py."""
+    found = json.loads((RESULTS / "series_table.json").read_text(encoding="utf-8"))
+    methods = {"itransformer": 96, "dlinear": 96, "ridge": 96, "last day": 24}
+    rows = []
+    for row in found["rows"]:
+        cells = [f"{row['data']}, {row['horizon']}", "{:.3f} / {:.3f}".format(*row["published"])]
+        for method in methods:
+            one = row.get(method)
+            runs = one.get("runs", []) if one else []
+            spread = f" ± {one['mse_spread']:.3f}" if len(runs) > 1 else " (one seed)" if runs else ""
+            cells.append(f"{one['mse']:.3f} / {one['mae']:.3f}{spread}" if one else "–")
+        rows.append(cells)
+    named = {"itransformer": "iTransformer, here", "dlinear": "DLinear", "ridge": "ridge", "last day": "the last day"}
+    return table(
+        ("set, horizon", "iTransformer, published (96)", *(f"{named[m]} ({n})" for m, n in methods.items())), rows
+    )
+
+
 TABLES = {  # what a page writes where it wants one
     "<!-- table of systems -->": overview,
     "<!-- table of studies -->": questions,
@@ -302,6 +326,7 @@ TABLES = {  # what a page writes where it wants one
     "<!-- table of decoding speed -->": speeds,
     "<!-- table of drafting -->": drafting,
     "<!-- table of assisted generation -->": assisted,
+    "<!-- table of series -->": series,
 }
 WATCHED = {"<!-- table of image orders -->": image_orders}  # the same, where it takes half a minute
 

@@ -68,6 +68,7 @@ _WHERE = {
     "verbs.train": ("train",),
     "verbs.compare": ("compare",),
     "verbs.evaluate": ("evaluate",),
+    "verbs.forecast": ("forecast",),
     "verbs.export": ("export",),
     "verbs.bench": ("bench",),
 }

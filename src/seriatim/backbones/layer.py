@@ -45,14 +45,14 @@ class TransformerConfig:
     keys of all layers, or of each kind (a mapping; None: not at all). `vector` is the width of the conditioning vector
     for AdaLN, `memory` that of the memory for cross-attention (None: absent). `qk_norm` is "rms" (with weights, within
     a head), "rms_all" (over all heads together), "layer" (within a head, with weights and biases) or "l2" (unit length,
-    learned temperature a head, as in VAR). `place`
-    says where norms stand: "pre" (before each branch), "post" (behind it, before it is added), "both". `parallel`:
-    both branches read what came into the layer. `bias`: of all matrices, none, or those named. `score_scale`: of
-    queries times keys (None: 1 over the root of the head's dimension). `softcap` bounds scores. `relative`: they depend
-    on distance, in all layers alike. `experts` stand in place of one feed-forward network. `first_norm`, `last_norm`:
-    whether a norm stands before the first branch of all, and behind the last layer (a layer that goes on in the states
-    of another model may have neither). `scaled`: norms have weights beside what a conditioning vector says (without one
-    they always have).
+    learned temperature a head, as in VAR). `dropout` is of branches, `inner_dropout` of what an activation gives.
+    `place` says where norms stand: "pre" (before each branch), "post" (behind it, before it is added), "both", or "sum"
+    (behind the addition, as in Vaswani et al. 2017). `parallel`: both branches read what came into the layer. `bias`:
+    of all matrices, none, or those named. `score_scale`: of queries times keys (None: 1 over the root of the head's
+    dimension). `softcap` bounds scores. `relative`: they depend on distance, in all layers alike. `experts` stand in
+    place of one feed-forward network. `first_norm`, `last_norm`: whether a norm stands before the first branch of all,
+    and behind the last layer (a layer that goes on in the states of another model may have neither). `scaled`: norms
+    have weights beside what a conditioning vector says (without one they always have).
     """
 
     width: int
@@ -76,6 +76,7 @@ class TransformerConfig:
     experts: Experts | None = None
     eps: float = 1e-5
     dropout: float = 0.0
+    inner_dropout: float = 0.0
     kinds: tuple[str, ...] = ("all",)
     first_norm: bool = True
     last_norm: bool = True
@@ -86,11 +87,12 @@ class TransformerConfig:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name} is at least 1, got {size}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is a share from 0 to below 1, got {self.dropout}")
+        for rate in (self.dropout, self.inner_dropout):
+            if not 0 <= rate < 1:
+                raise ValueError(f"dropout is a share from 0 to below 1, got {rate}")
         for name, value, allowed in (
             ("norm", self.norm, ("rms", "layer")),
-            ("place", self.place, ("pre", "post", "both")),
+            ("place", self.place, ("pre", "post", "both", "sum")),
             ("activation", self.activation, (*GATED, "gelu", "gelu_tanh", "relu", "silu")),
             ("qk_norm", self.qk_norm, (None, "rms", "rms_all", "layer", "l2")),
         ):
@@ -108,6 +110,8 @@ class TransformerConfig:
             raise ValueError(f"biases are of {', '.join(MATRICES)}, got {', '.join(self.bias)}")
         if self.vector is not None and (self.place != "pre" or self.parallel):
             raise ValueError("a conditioning vector drives norms before each branch, of branches one after the other")
+        if self.place == "sum" and (self.parallel or not self.first_norm):
+            raise ValueError("norms of sums are of all branches, one after the other")
         if self.vector is not None and not self.first_norm:
             raise ValueError("a conditioning vector drives all norms of a stack, the first among them")
         if self.experts is not None and (self.activation not in GATED or self.bias is True):
@@ -133,7 +137,7 @@ class TransformerConfig:
 
     @cached_property
     def pre(self) -> bool:
-        return self.place != "post"
+        return self.place in ("pre", "both")
 
     @property
     def attending(self) -> int:
@@ -180,13 +184,13 @@ class Layer(Quantizable):
         def optional(name: str, there: bool, value: Tensor) -> None:
             self.register_parameter(name, nn.Parameter(value) if there else None)
 
-        affine, layer_norm = (c.vector is None or c.scaled) and c.pre, c.norm == "layer"
+        affine, layer_norm = (c.vector is None or c.scaled) and c.place != "post", c.norm == "layer"
         optional("norm1", affine, torch.ones(d))
         optional("norm1_bias", affine and layer_norm, torch.zeros(d))
         optional("norm2", affine, torch.ones(d))
         optional("norm2_bias", affine and layer_norm, torch.zeros(d))
-        optional("post1", c.place != "pre", torch.ones(d))
-        optional("post2", c.place != "pre", torch.ones(d))
+        optional("post1", c.place in ("post", "both"), torch.ones(d))
+        optional("post2", c.place in ("post", "both"), torch.ones(d))
         qkv, small = (c.heads + 2 * c.groups) * hd, 0.02 / (2 * c.depth) ** 0.5
         self.qkv, self.out = matrix(qkv, d), matrix(d, c.heads * hd, std=small)
         many = () if c.experts is None else (c.experts.count,)

@@ -1,9 +1,9 @@
 """A transformer over slots: whom a slot sees is the plan's business, what it computes is here.
 
-Norms before or behind each branch, rotary embedding from coordinates, grouped-query attention, gated and plain
-feed-forward networks and mixtures of them, normalised queries and keys, adaptive layer norm per sample or per slot
-(AdaLN-zero, Peebles & Xie 2022), cross-attention to a memory. Training and decoding run the same function on tuples of
-weights: in a decoding step a tree of small modules would cost a tenth of the time.
+Norms before or behind each branch or behind its sum, rotary embedding from coordinates, grouped-query attention, gated
+and plain feed-forward networks and mixtures of them, normalised queries and keys, adaptive layer norm per sample or per
+slot (AdaLN-zero, Peebles & Xie 2022), cross-attention to a memory. Training and decoding run the same function on
+tuples of weights: in a decoding step a tree of small modules would cost a tenth of the time.
 """
 
 from __future__ import annotations
@@ -284,6 +284,8 @@ class Transformer(nn.Module):
         if self.training and c.dropout:
             h = F.dropout(h, c.dropout)
         x = x + (h if vector is None else gate1 * h)
+        if c.place == "sum":
+            x = normalise(c.norm, x, w["norm1"], w["norm1_bias"], c.eps)
         if self.between or context.memory is not None:
             x = x + self._between(i, w, x, sight, context)
         if route is not None and not route.enters(i, x):
@@ -302,12 +304,16 @@ class Transformer(nn.Module):
                 h = F.silu(gate) * up
             else:
                 h = activate(c.activation, h)
+            if self.training and c.inner_dropout:
+                h = F.dropout(h, c.inner_dropout)
             h = context.product(h, w["down"], w["down_bias"])
         if w["post2"] is not None:
             h = normalise(c.norm, h, w["post2"], None, c.eps)
         if self.training and c.dropout:
             h = F.dropout(h, c.dropout)
         y = x + (h if vector is None else gate2 * h)
+        if c.place == "sum":
+            y = normalise(c.norm, y, w["norm2"], w["norm2_bias"], c.eps)
         return y if route is None else route.leaves(i, x, y)
 
     def _attend(self, i: int, w: Weights, h: Tensor, sight: Sight, context: Context) -> Float[Tensor, "b s hd"]:

@@ -12,8 +12,9 @@ from seriatim.verbs.evaluate import evaluate
 def run_evaluate(options: argparse.Namespace) -> int:
     """Print the figures."""
     figures = evaluate(
-        options.source, options.data, samples=options.samples, seed=options.seed, **data_options(options)
-    )
+        options.source, options.data, samples=options.samples, seed=options.seed, horizon=options.horizon,
+        **data_options(options),
+    )  # fmt: skip
     if options.json:
         print(json.dumps(figures, ensure_ascii=False))
         return 0

@@ -23,7 +23,7 @@ from seriatim.systems.language_model import Generation, LanguageModel
 from seriatim.systems.published_masked import PublishedMasked
 from seriatim.systems.system import System
 from seriatim.systems.text_system import TextSystem
-from seriatim.verbs.generate import TOKENS, draw, fill, sampling_of, save_pictures, stream, texts_of
+from seriatim.verbs.generate import TOKENS, draw, fill, nothing, sampling_of, save_pictures, stream, texts_of
 from seriatim.verbs.load import load, where
 from seriatim.verbs.repaint import repainted
 
@@ -60,7 +60,7 @@ def run_generate(options: argparse.Namespace) -> int:
         if isinstance(system, TextSystem):
             return _text(system, options, sampling)
         if not isinstance(system, ImageSystem):
-            raise ValueError(f"{system.meta.key} is a tokenizer: it generates nothing by itself")
+            raise ValueError(nothing(system.meta))
         return _pictures(system, options, sampling)
 
 

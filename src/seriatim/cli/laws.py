@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 
 from rich.console import Console
 from rich.table import Table
@@ -27,14 +30,13 @@ def run_laws(options: argparse.Namespace) -> int:
     console = Console()
     subjects = list(keys) or all_keys()
     findings: dict[str, list[Finding]] = {}
+    caught: list[Finding] = []
     with console.status("") as status:
-        for key in subjects:
+        for key, found in zip(subjects, _each(subjects, options.workers), strict=True):
             status.update(f"laws of {key}")
-            findings[key] = list(system_findings(key))
-        caught: list[Finding] = []
-        for key in subjects:
-            status.update(f"mutant of {key}")
-            caught.append(mutant_finding(key))
+            findings[key] = found[:-1]
+            caught.append(found[-1])
+        status.update("mutants of the laws")
         laws = [law_mutant_finding(n) for n in LAWS]
     everything = [f for fs in findings.values() for f in fs] + caught + laws
     if as_json:
@@ -43,6 +45,22 @@ def run_laws(options: argparse.Namespace) -> int:
     else:
         _print(console, findings, caught, laws, verbose)
     return 1 if any(f.status == "broken" for f in everything) else 0
+
+
+def _each(keys: Sequence[str], workers: int) -> Iterator[list[Finding]]:
+    """What is found of each system, and last of its mutant, in so many processes."""
+    if workers == 1 or len(keys) == 1:
+        yield from map(_of, keys)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        yield from pool.map(_of, keys)
+
+
+def _of(key: str) -> list[Finding]:
+    import torch
+
+    torch.set_num_threads(1)  # in a process of its own, too
+    return [*system_findings(key), mutant_finding(key)]
 
 
 def _print(

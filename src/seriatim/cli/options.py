@@ -27,9 +27,11 @@ def add_commands(commands: Any) -> None:
     _data(evaluate)
     evaluate.add_argument("--samples", type=positive, default=1000, help="pictures to generate (default: 1000)")
     evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--horizon", type=positive, help="of series: steps to forecast (default: as it was trained)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=_later("evaluating", "run_evaluate"))
 
+    _forecast(commands)
     _compare(commands)
     _bench(commands)
     _serve(commands)
@@ -54,6 +56,7 @@ def add_commands(commands: Any) -> None:
 
     laws = commands.add_parser("laws", help="hold systems to the laws, and the laws to their mutants")
     laws.add_argument("keys", nargs="*", metavar="KEY", help="systems (default: all)")
+    laws.add_argument("--workers", type=positive, default=1, help="processes (default: 1)")
     laws.add_argument("--json", action="store_true", help="print findings as JSON lines")
     laws.add_argument("--verbose", "-v", action="store_true", help="also print what each law found")
     laws.set_defaults(run=_later("laws", "run_laws"))
@@ -71,11 +74,32 @@ def add_commands(commands: Any) -> None:
     demo.set_defaults(run=_later("demo", "run_demo"))
 
 
+def _forecast(commands: Any) -> None:
+    forecast = commands.add_parser(
+        "forecast",
+        help="what comes behind the end of a series, with intervals: a table and a plot",
+        epilog="A bare KEY is trained first; fields of its config or recipe can be set: --lookback 336 --width 128.",
+    )
+    forecast.add_argument("source", metavar="RUN_OR_KEY", help="folder of a run, or a system: dlinear, ...")
+    _data(forecast)
+    forecast.add_argument("--horizon", type=int, help="steps to forecast (default: what the system was made for)")
+    forecast.add_argument("--level", type=float, default=0.9, help="of the intervals (default: %(default)s)")
+    forecast.add_argument("--out", type=Path, help="folder (default: the run, or runs/forecast-KEY-DATA)")
+    forecast.set_defaults(run=_later("forecasting", "run_forecast"), free=True)
+
+
 def _compare(commands: Any) -> None:
     compare = commands.add_parser("compare", help="train systems on the same data and budget; one HTML report")
     compare.add_argument("keys", nargs="+", metavar="KEY[:TOKENIZER]", help="as in var:zoo:image-msvq mar:runs/kl")
     _data(compare)
-    compare.add_argument("--minutes", type=float, default=5.0, help="training time of each (default: 5)")
+    compare.add_argument(
+        "--minutes", type=float, help="training time of each (default: 5; of series: as its recipe says)"
+    )
+    compare.add_argument("--lookback", type=positive, help="of series: steps that are known (default: their own)")
+    compare.add_argument("--horizon", type=positive, help="of series: steps to forecast (default: their own)")
+    compare.add_argument(
+        "--classical", type=int, default=100, help="of series: windows on which ETS and ARIMA run, too (default: 100)"
+    )
     compare.add_argument("--size", help="size of each system (default: its first)")
     compare.add_argument("--samples", type=positive, default=500, help="pictures to judge (default: 500)")
     compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (default: runs/compare)")
@@ -247,11 +271,16 @@ def _serve(commands: Any) -> None:
 def _data(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", help="a built-in set by name, or the path of your own (default: the system's)")
     command.add_argument("--image-size", type=positive, help="side of pictures from a folder, in pixels")
+    command.add_argument("--time", metavar="COLUMN", help="of a series: its column of times (default: found)")
+    command.add_argument("--target", metavar="A,B", help="of a series: the columns to forecast (default: all numbers)")
+    command.add_argument("--frequency", metavar="1h", help="of a series: its step (default: inferred)")
+    command.add_argument("--duplicates", choices=("mean", "last"), help="of a series: what becomes of equal times")
 
 
 def data_options(options: argparse.Namespace) -> dict[str, Any]:
     """What was said about data, as the loader takes it."""
-    return {} if options.image_size is None else {"image_size": options.image_size}
+    names = ("image_size", "time", "target", "frequency", "duplicates")
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def _later(module: str, function: str) -> Callable[..., int]:

@@ -45,6 +45,8 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
         f"\n[bold]Look at[/] {', '.join(p.name for p in sorted(out.iterdir()) if p.suffix in SHOWN)} in {out}"
     )
     next_to_try = f"seriatim generate {out}" if trained.system.meta.family != "tokenizer" else "--tokenizer " + str(out)
+    if trained.system.meta.modality == "series":
+        next_to_try = f"seriatim forecast {out} --data {(options.data or trained.data.name).partition(',')[0]}"
     if part:
         next_to_try = f"seriatim generate {options.base} --decoder {options.key}:{out}"
     console.print(f"[bold]Try next:[/] {next_to_try}", highlight=False)

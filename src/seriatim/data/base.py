@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from seriatim.home import HOME
+
 
 class Examples(Protocol):
     """One side (train or test) of a data set of pictures."""
@@ -61,11 +63,11 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set. `modality` is "image" or "text"; `notes` are sentences that a user should hear."""
+    """A data set. `modality` is "image", "text" or "series"; `notes` are sentences that a user should hear."""
 
     name: str
     modality: str
-    train: Any  # Examples of pictures, Texts, Pairs, or Conversations
+    train: Any  # Examples of pictures, Texts, Pairs, Conversations, or a Part of a series
     test: Any
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -75,10 +77,11 @@ class Data:
 # is asked for.
 BUILT_IN = {
     "digits": "image", "glyphs": "image", "photos": "image", "lines": "image", "stdlib": "text", "questions": "text",
-    "list-tasks": "text", "stars": "text",
+    "list-tasks": "text", "stars": "text", "co2": "series", "elnino": "series", "sunspots": "series", "nile": "series",
+    "macrodata": "series",
 }  # fmt: skip
 OPTIONAL = {"emoji": "image"}  # the same, but made once from downloads by `seriatim data`
-DEFAULT = {"image": "glyphs", "text": "stdlib"}
+DEFAULT = {"image": "glyphs", "text": "stdlib", "series": "co2"}
 INK = ("digits", "glyphs", "lines")  # pictures of ink on paper: 1 is black
 
 
@@ -86,9 +89,10 @@ def load_data(source: str | Path | None, modality: str, **options: Any) -> Data:
     """A built-in data set by its name, or one's own by its path; None stands for the modality's default.
 
     A path is a folder of pictures for "image"; a text file, a folder of them, tables (CSV, JSONL, Parquet), or
-    conversations (JSONL) for "text". Options go to the loader. Raises FileNotFoundError where there is nothing of that
-    name, ValueError where it is of another modality or holds too little, TypeError for an option that the loader does
-    not have.
+    conversations (JSONL) for "text"; a table of numbers over time for "series", which goes by its bare name where it
+    stands in SERIATIM_HOME/data (`ETTh1` for ETTh1.csv), or several, with commas, to train on together. Options go to
+    the loader. Raises FileNotFoundError where there is nothing of that name, ValueError where it is of another modality
+    or holds too little, TypeError for an option that the loader does not have.
     """
     if modality not in DEFAULT:
         raise ValueError(f"modality is one of {', '.join(DEFAULT)}, got {modality!r}")
@@ -101,12 +105,21 @@ def load_data(source: str | Path | None, modality: str, **options: Any) -> Data:
             raise ValueError(
                 f"{source!r} is {named[source]} data, and {modality} data is needed: a path, or one of {fitting}"
             )
+        if modality == "series":
+            return _call(source, _loader("series", "built_in_series"), {**options, "name": source}, ("name",))
         name = source.replace("-", "_")
         return _call(source, _loader(name, name), options)
     path = Path(source).expanduser()
+    if modality == "series" and "," in str(source) and not path.exists():
+        return importlib.import_module("seriatim.data.series_mixture").mixture(str(source).split(","), **options)
+    if modality == "series" and not path.exists():
+        path = HOME / "data" / f"{source}.csv"
     if not path.exists():
-        raise FileNotFoundError(_unknown(source))
-    if modality == "image":
+        kept = f"; tables of numbers over time go by their names in {HOME / 'data'}" if modality == "series" else ""
+        raise FileNotFoundError(_unknown(source) + kept)
+    if modality == "series":
+        loader = _loader("series", "series_table")
+    elif modality == "image":
         loader = _loader("folders", "image_folder")
     elif _loader("conversations", "holds_conversations")(path):
         loader = _loader("conversations", "conversations")
@@ -121,10 +134,10 @@ def _loader(module: str, function: str) -> Callable[..., Data]:
     return getattr(importlib.import_module(f"seriatim.data.{module}"), function)
 
 
-def _call(source: str, loader: Callable[..., Data], options: dict[str, Any]) -> Data:
-    """Call a loader after a look at the names of its options."""
-    takes = [name for name in inspect.signature(loader).parameters if name != "path"]
-    wrong = [name for name in options if name not in takes and name != "path"]
+def _call(source: str, loader: Callable[..., Data], options: dict[str, Any], ours: tuple[str, ...] = ("path",)) -> Data:
+    """Call a loader after a look at the names of its options; `ours` are not the user's."""
+    takes = [name for name in inspect.signature(loader).parameters if name not in ours]
+    wrong = [name for name in options if name not in takes and name not in ours]
     if wrong:
         raise TypeError(f"data {source!r} takes no {', '.join(wrong)}; it takes {', '.join(takes) or 'no options'}")
     return loader(**options)

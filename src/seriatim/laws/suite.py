@@ -10,13 +10,14 @@ from typing import Any, Literal
 from seriatim.laws.decoders import OF_DECODERS, DecoderCase
 from seriatim.laws.laws import LAWS, Broken, NotApplicable
 from seriatim.laws.mutants import MUTANTS
+from seriatim.laws.series import OF_SERIES, SeriesCase
 from seriatim.laws.unmasking import OF_UNMASKING, UnmaskingCase
 from seriatim.systems.meta import catalogue, load
 
 Status = Literal["holds", "broken", "n/a"]
 
 
-RULES: Mapping[type, Any] = {DecoderCase: OF_DECODERS, UnmaskingCase: OF_UNMASKING}
+RULES: Mapping[type, Any] = {DecoderCase: OF_DECODERS, UnmaskingCase: OF_UNMASKING, SeriesCase: OF_SERIES}
 
 
 @dataclass(frozen=True)

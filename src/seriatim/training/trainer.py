@@ -32,6 +32,7 @@ from seriatim.training.run import RunFolder
 from seriatim.training.state import frozen_names, gather, read_safely, restore, write_safely
 
 SAVE_EVERY = 120.0  # seconds
+LOOKS_APART = 20  # steps, at least, between two looks at held-out data where nothing else is said
 CALIBRATION = 20  # steps that tell how many fit a budget of time
 
 
@@ -138,6 +139,8 @@ class _Training:
         self.optimizer = adamw(self.model, recipe)
         self.base_rates = [g["lr"] for g in self.optimizer.param_groups]
         self.average = self._fresh_average()
+        self.best: dict[str, Tensor] = {}  # weights of the smallest loss on held-out data, where patience has an end
+        self.smallest, self.waited = math.inf, 0
         self.history: list[dict[str, float]] = []
         self.asked_to_stop = False
 
@@ -170,6 +173,7 @@ class _Training:
                 step += 1
                 if self._due(step):
                     figures |= self._validate()
+                    steps = step if self._is_enough(figures) else steps
                 self._note(log, step, figures)
                 if self.asked_to_stop or step == steps or self._agreed(time.monotonic() - saved > SAVE_EVERY):
                     log.flush()  # first: what a state has seen is in the log
@@ -179,7 +183,7 @@ class _Training:
                     saved = time.monotonic()
                 if self.asked_to_stop and step < steps:
                     raise KeyboardInterrupt
-        self._use_average()
+        self._use(self.best or self.average)
         self.learner.eval()
         return self.history
 
@@ -188,8 +192,7 @@ class _Training:
         rate = r.rate(step)
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * rate
-        index = torch.randint(len(self.examples), (r.batch,), generator=seeded(r.seed, step, "samples"))
-        parts = index.chunk(r.accumulate * a.num_processes)
+        parts = self._samples(step).chunk(r.accumulate * a.num_processes)
         mine = range(a.process_index, len(parts), a.num_processes)
         total, count = torch.zeros((), device=a.device), torch.zeros((), device=a.device)
         self.optimizer.zero_grad(set_to_none=True)
@@ -214,6 +217,29 @@ class _Training:
             torch._foreach_lerp_(list(self.average.values()), [ours[k] for k in self.average], 1 - r.decay(step))
         told = {"loss": value, "learning_rate": r.learning_rate * rate, "gradient_norm": float(norm)}
         return told | self.learner.figures
+
+    def _samples(self, step: int) -> Tensor:
+        """The numbers of a step's samples: of a pass where there are passes, else drawn anew."""
+        r, n = self.recipe, len(self.examples)
+        if r.epoch is None:
+            return torch.randint(n, (r.batch,), generator=seeded(r.seed, step, "samples"))
+        turn, place = divmod(step, max(n // r.batch, 1))
+        if self.order is None or self.order[0] != turn:
+            self.order = turn, torch.randperm(n, generator=seeded(r.seed, turn, "pass"))
+        return self.order[1][place * r.batch : (place + 1) * r.batch]
+
+    order: tuple[int, Tensor] | None = None  # of a pass: its number, and its samples
+
+    def _is_enough(self, figures: Mapping[str, float]) -> bool:
+        """Whether the loss on held-out data has stopped falling; the weights of the smallest are remembered."""
+        if self.recipe.patience is None:
+            return False
+        if figures["held_out_loss"] < self.smallest:
+            self.smallest, self.waited = figures["held_out_loss"], 0
+            self.best = {k: v.clone() for k, v in self._trained().items()}
+            return False
+        self.waited += 1
+        return self.waited >= self.recipe.patience
 
     def _loss(self, index: Tensor, step: int, part: int) -> tuple[Tensor, Tensor]:
         r = self.recipe
@@ -241,7 +267,7 @@ class _Training:
                 yield
 
     def _due(self, step: int) -> bool:
-        every = self.recipe.validate_every or max(self.recipe.steps // 10, 1)
+        every = self.recipe.validate_every or max(self.recipe.steps // 10, LOOKS_APART)
         return self.held_out is not None and (step % every == 0 or step == self.recipe.steps)
 
     @torch.no_grad()
@@ -264,15 +290,19 @@ class _Training:
     def _save(self, step: int) -> None:
         tensors = gather(self.model, self.optimizer)
         tensors |= {f"average.{k}": _whole(v) for k, v in self.average.items()}
+        tensors |= {f"best.{k}": _whole(v) for k, v in self.best.items()}
         if self.accelerator.is_main_process:
             frozen = frozen_names(self.model)  # they are what the training was given
             state = {k: v for k, v in tensors.items() if k not in frozen}
-            write_safely(self.folder.state, state, {"step": step, "steps": self.recipe.steps})
+            about: dict[str, Any] = {"step": step, "steps": self.recipe.steps}
+            if self.best:
+                about |= {"smallest": self.smallest, "waited": self.waited}
+            write_safely(self.folder.state, state, about)
             own = self.learner.weights_to_keep()
             prefix = next((f"{n}." for n, m in self.learner.named_modules() if m is own and n), "")
-            kind = "average." if self.average else "model."
+            kind = "best." if self.best else "average." if self.average else "model."
             weights = {k: v for k, v in tensors.items() if k.startswith("model." + prefix)}
-            weights |= {k.replace("average.", "model.", 1): v for k, v in tensors.items() if k.startswith(kind)}
+            weights |= {k.replace(kind, "model.", 1): v for k, v in tensors.items() if k.startswith(kind)}
             cut = len("model." + prefix)
             name, kept = self.learner.stored({k[cut:]: v for k, v in weights.items()})
             write_safely(self.folder.path / name, kept, {"step": step})
@@ -287,6 +317,11 @@ class _Training:
             stored = tensors[f"average.{name}"].to(x.device)
             x.copy_(_like(stored, x))
         self.average = average
+        self.smallest, self.waited = about.get("smallest", math.inf), about.get("waited", 0)
+        if "smallest" in about:
+            self.best = {k: _like(tensors[f"best.{k}"].to(v.device), v) for k, v in self._trained().items()}
+        if self.recipe.patience is not None and self.waited >= self.recipe.patience:
+            self.recipe = replace(self.recipe, steps=about["step"])  # it had ended
         return about["step"]
 
     def _trained(self) -> dict[str, Tensor]:
@@ -295,10 +330,11 @@ class _Training:
     def _fresh_average(self) -> dict[str, Tensor]:
         return {} if self.recipe.ema is None else {k: v.clone() for k, v in self._trained().items()}
 
-    def _use_average(self) -> None:
+    def _use(self, kept: Mapping[str, Tensor]) -> None:
+        """The averaged weights, or the best, in place of the last."""
         for name, x in self._trained().items():
-            if name in self.average:
-                x.copy_(self.average[name])
+            if name in kept:
+                x.copy_(kept[name])
 
     # ---- time and interruption --------------------------------------------------------------------------------------
 

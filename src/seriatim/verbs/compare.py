@@ -13,6 +13,7 @@ from seriatim.evaluation.cost import fresh_process, load_average, parameters
 from seriatim.evaluation.report import Result, write_report
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.text_system import TextSystem
+from seriatim.verbs.compare_series import compare_series
 from seriatim.verbs.evaluate import picture_figures, text_figures
 from seriatim.verbs.load import load, plain, system_class
 from seriatim.verbs.show import show
@@ -23,7 +24,7 @@ def compare(
     keys: Sequence[str],
     data: str | Path | None = None,
     *,
-    minutes: float = 5.0,
+    minutes: float | None = None,
     size: str | None = None,
     out: str | Path = "runs/compare",
     samples: int = 500,
@@ -32,7 +33,8 @@ def compare(
     said: Callable[[str], None] = lambda text: None,
     **data_options: Any,
 ) -> Path:
-    """Train each system for `minutes` on the same data, judge all alike, write OUT/report.html.
+    """Train each system for `minutes` (None: 5, or as the recipes of series say) on the same data, judge all alike,
+    write OUT/report.html.
 
     keys: of systems, with a tokenizer where one is trained already, as in "var:zoo:image-msvq". A run that is there
     already is gone on with, so an interrupted comparison resumes. Raises ValueError where the systems take different
@@ -48,6 +50,13 @@ def compare(
             "only systems of one modality compare: " + ", ".join(f"{k} is of {m}" for k, m in kinds.items())
         )
     first = named[0][0]
+    if kinds[first] == "series":
+        if any(tokenizers.values()):
+            raise ValueError("systems of series read numbers: name them without tokenizers")
+        return compare_series(
+            list(tokenizers), data, minutes=minutes, size=size, out=out, seed=seed, bar=bar, said=said, **data_options
+        )
+    minutes = 5.0 if minutes is None else minutes
     loaded = load_data(data or system_class(first).source, kinds[first], **data_options)
     command = f"seriatim compare {shlex.join(keys)} --data {shlex.quote(loaded.name)} --minutes {minutes:g}"
     results = []

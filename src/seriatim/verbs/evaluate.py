@@ -18,12 +18,14 @@ from seriatim.systems.image_system import ImageSystem, Pictures
 from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.published import Published
 from seriatim.systems.published_masked import PublishedMasked
+from seriatim.systems.series_system import SeriesSystem
 from seriatim.systems.system import Sampling, System, evenly
 from seriatim.systems.text_system import TextSystem
 from seriatim.systems.tokenizer_system import TokenizerSystem
 from seriatim.tokenizers.report import report
 from seriatim.training.run import RunFolder
 from seriatim.verbs.load import ZOO, load, where
+from seriatim.verbs.series import series_figures
 
 
 def evaluate(
@@ -33,6 +35,7 @@ def evaluate(
     samples: int = 1000,
     seed: int = 0,
     sampling: Sampling | None = None,
+    horizon: int | None = None,
     **data_options: Any,
 ) -> dict[str, Any]:
     """Figures of a run, `zoo:NAME` or a loaded system, on the data it was trained on or others.
@@ -40,7 +43,8 @@ def evaluate(
     Text: bits per byte (exact or a bound), and statistics of what it writes. Pictures: bits per dimension of the coded
     picture where the likelihood is tractable, FD-s and its kin on `samples` generated pictures, class accuracy,
     forwards and seconds a sample. A tokenizer: what `samples` held-out pictures lose, and how much of its vocabulary
-    they use. Names of units and cautions: docs/evaluation.md.
+    they use. Series: errors on all windows of the test part at `horizon` (None: what the system was made for), coverage
+    and width of intervals, and the errors of what takes seconds. Names of units and cautions: docs/evaluation.md.
     """
     system = source if isinstance(source, System) else load(source)
     if data is None:
@@ -48,11 +52,16 @@ def evaluate(
             raise ValueError("say on which data to evaluate: a system in memory does not know")
         if isinstance(system, Published | PublishedMasked) and not RunFolder(str(source)).card.is_file():
             raise ValueError("say on which data to evaluate a published model: --data")
-        data = RunFolder(where(source)).read_card()["data"]
-    modality = "text" if isinstance(system, TextSystem) else "image"
+        card = RunFolder(where(source)).read_card()
+        data, data_options = card["data"], card.get("read", {}) | data_options
+    if horizon is not None and not isinstance(system, SeriesSystem):
+        raise ValueError(f"a horizon is of series, and {system.meta.key} forecasts none")
+    modality = "text" if isinstance(system, TextSystem) else "series" if isinstance(system, SeriesSystem) else "image"
     loaded = data if isinstance(data, Data) else load_data(data, modality, **data_options)
     if isinstance(system, TextSystem):
         figures = text_figures(system, loaded, seed)
+    elif isinstance(system, SeriesSystem):
+        figures = series_figures(system, loaded, horizon)  # type: ignore[arg-type]
     elif isinstance(system, TokenizerSystem):
         figures = tokenizer_figures(system, loaded, samples)
     else:

@@ -157,7 +157,7 @@ def _share(examples: Any) -> float:
 
 def found_again(data: str | Path | Data | None, loaded: Data) -> str:
     """The name of built-in data, or the whole path of others: a run is evaluated from anywhere."""
-    if isinstance(data, str | Path) and loaded.name not in BUILT_IN:
+    if isinstance(data, str | Path) and loaded.name not in BUILT_IN and Path(data).expanduser().exists():
         return str(Path(data).expanduser().resolve())
     return loaded.name
 

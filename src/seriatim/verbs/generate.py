@@ -13,6 +13,7 @@ from torch import Tensor
 from seriatim.evaluation.pictures import save_film, save_grid
 from seriatim.systems.decoders import Onlooker, decoder_of
 from seriatim.systems.image_system import ImageSystem, Pictures
+from seriatim.systems.meta import Meta
 from seriatim.systems.system import Sampling, System
 from seriatim.systems.text_system import TextSystem
 from seriatim.systems.tokens import token_ids
@@ -57,8 +58,15 @@ def generate(
     if watch is not None:
         raise ValueError(f"a text is watched, and {system.meta.key} makes none (pictures have a film)")
     if not isinstance(system, ImageSystem):
-        raise ValueError(f"{system.meta.key} generates nothing by itself")
+        raise ValueError(nothing(system.meta))
     return draw(system, labels, count, seed, film, decoder, prompt, **sampling)
+
+
+def nothing(meta: Meta) -> str:
+    """Why a system generates nothing."""
+    if meta.modality == "series":
+        return f"{meta.key} forecasts series: seriatim forecast RUN --data my.csv"
+    return f"{meta.key} is a tokenizer: it generates nothing by itself"
 
 
 def stream(

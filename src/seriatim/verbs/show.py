@@ -11,6 +11,7 @@ from seriatim.data.base import Pairs
 from seriatim.data.conversations import Conversation, Conversations, answers
 from seriatim.evaluation.pictures import save_curve, save_grid
 from seriatim.systems.image_system import ImageSystem
+from seriatim.systems.series_system import SeriesSystem
 from seriatim.systems.system import evenly
 from seriatim.systems.text_system import TextSystem
 from seriatim.systems.tokenizer_system import TokenizerSystem
@@ -18,6 +19,7 @@ from seriatim.tokenizers.report import report
 from seriatim.training.checkpoint import save_json
 from seriatim.verbs.evaluate import picture_figures
 from seriatim.verbs.generate import save_pictures
+from seriatim.verbs.series import show_series
 from seriatim.verbs.train import Trained
 
 PROMPT = "def read(path"
@@ -50,6 +52,8 @@ def show(trained: Trained, samples: int = 0, seed: int = 0) -> dict[str, Any]:
         _before_and_after(trained, folder)
         images = trained.data.test.take(evenly(len(trained.data.test), 256))["image"]  # type: ignore[union-attr]
         figures |= report(system.model, images)
+    elif isinstance(system, SeriesSystem):
+        figures |= show_series(system, trained.data, folder)  # type: ignore[arg-type]
     elif isinstance(system, ImageSystem):
         figures |= _pictures(trained, samples, seed)
     save_json(figures, folder / "summary.json")

@@ -12,9 +12,11 @@ import torch
 import seriatim
 from seriatim.data.base import INK, Data, Pairs, load_data
 from seriatim.data.conversations import Conversations
+from seriatim.data.series import SeriesData
 from seriatim.interop.hub import HUB
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.meta import catalogue
+from seriatim.systems.series_system import SeriesSystem
 from seriatim.systems.system import System, config_from
 from seriatim.systems.text_system import TextSystem
 from seriatim.systems.tokenizer_system import TokenizerSystem
@@ -143,7 +145,7 @@ def _taken_over(
     if lora is not None:
         raise ValueError(f"{key} begins with the weights of {from_} and trains them all: leave out the adapter")
     cls, base = system_class(key), load(from_)
-    pictures, again = issubclass(cls, ImageSystem), base.meta.key == key
+    pictures, again, series = issubclass(cls, ImageSystem), base.meta.key == key, issubclass(cls, SeriesSystem)
     if base.meta.key != cls.begins_as and not (pictures and again):
         raise ValueError(f"{key} begins as a {cls.begins_as or key} model, and {from_} is {base.meta.key}")
     if data is None and pictures:  # what the base was trained on
@@ -156,7 +158,7 @@ def _taken_over(
     if again and FURTHER not in cls.recipes and "learning_rate" not in settings:
         recipe = replace(recipe, learning_rate=recipe.learning_rate / 10)
     own = {k: v for k, v in settings.items() if k not in _recipe_fields()}
-    if not pictures and own.get("length", 0) > base.config.length:
+    if not pictures and not series and own.get("length", 0) > base.config.length:
         raise ValueError(f"{from_} reads {base.config.length} tokens, and a length of {own['length']} is asked for")
     shared = {k: v for k, v in cls.inherited(base, own).items() if k not in CHOSEN or k not in own}
     config = config_from(cls, own, None, **shared)
@@ -165,7 +167,7 @@ def _taken_over(
     system.take_over(base)
     if pictures:
         save_tokenizer(base.tokenizer, folder / "tokenizer")
-    else:
+    elif not series:
         save_json(base.tokenizer.to_json(), folder / "tokenizer.json")
     begun = _begun(system, recipe, data, loaded)
     begun.card["from"] = finetune.origin(from_)
@@ -197,15 +199,21 @@ def _begun(system: System, recipe: Recipe, data: str | Path | Data | None, loade
     system.classes, system.ink = loaded.classes, loaded.name in INK
     system.trained_by(recipe)
     examples, held_out = prepared(system, loaded)
+    if isinstance(system, SeriesSystem):
+        recipe = system.passing(recipe, examples)
     card: dict[str, Any] = {
         "system": system.meta.key, "config": plain(system.config), "recipe": plain(recipe),
         "data": found_again(data, loaded), "classes": list(loaded.classes), "version": seriatim.__version__,
     }  # fmt: skip
+    if isinstance(loaded, SeriesData) and loaded.options:
+        card["read"] = dict(loaded.options)
     return Begun(system, loaded, examples, held_out, recipe, card)
 
 
 def modality_of(cls: type[System]) -> str:
     """What kind of data a system takes."""
+    if issubclass(cls, SeriesSystem):
+        return "series"
     return "text" if issubclass(cls, TextSystem) else "image"
 
 
@@ -213,6 +221,8 @@ def config_of(cls: type[System], settings: Mapping[str, Any], size: str | None, 
     """The config that follows from the user's settings, the size, the data and the tokenizer."""
     if issubclass(cls, TextSystem):
         return config_from(cls, settings, size, vocab=tokenizer.vocab)
+    if issubclass(cls, SeriesSystem):
+        return config_from(cls, {**cls.fitting(data, settings, size), **settings}, size)  # type: ignore[arg-type]
     if issubclass(cls, TokenizerSystem):
         shape = data.train.take(torch.tensor([0]))["image"].shape  # type: ignore[union-attr]
         return cls.Config.for_pictures(shape[2], shape[1], **settings)
@@ -228,6 +238,8 @@ def prepared(system: System, data: Data) -> tuple[Any, Any]:
         return system.examples(data.train.documents), system.examples(data.test.documents)  # type: ignore[union-attr]
     if isinstance(system, ImageSystem):
         return system.drawn_from(data.train), system.drawn_from(data.test)
+    if isinstance(system, SeriesSystem):
+        return system.examples(data.train), system.examples(data.validation)  # type: ignore[attr-defined]
     return data.train, data.test
 
 
@@ -251,7 +263,9 @@ def tokenizer_for(
 ) -> Any:  # fmt: skip
     """The tokenizer of a run: made, trained in its folder, or taken from another run; a copy stands beside the run. A
     resumed run keeps the one it has."""
-    if issubclass(cls, TokenizerSystem):
+    if issubclass(cls, SeriesSystem) and asked is not None:
+        raise ValueError(f"{cls.meta.key} reads numbers: leave out --tokenizer")
+    if issubclass(cls, TokenizerSystem | SeriesSystem):
         return None
     if issubclass(cls, TextSystem):
         return _text_tokenizer(cls, data, asked, folder, resume, settings)

@@ -1,0 +1,312 @@
+"""Series from tables (CSV, TSV, Parquet): a column of times, and columns of numbers. Nothing is dropped unsaid.
+
+Rows are sorted by time; gaps of up to three steps, and as many missing cells, are filled by a straight line and
+counted; what is longer, equal times, and steps of several lengths are errors that name the row.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from seriatim.data.base import suffix
+from seriatim.data.calendar import Frequency, Times, read_times
+from seriatim.data.series import Series
+
+LONGEST_GAP = 3  # steps that are filled
+REGULAR = 0.8  # share of steps that are of one length, where no frequency is given
+MISSING = {"", "nan", "na", "n/a", "null", "none", "-"}
+Cells = dict[str, list[Any]]
+
+
+def read_series(
+    path: str | Path, time: str | None = None, target: str | Sequence[str] | None = None,
+    frequency: str | None = None, duplicates: str | None = None,
+) -> Series:  # fmt: skip
+    """The series of a table. time: its column of times (found, where there is one); target: the columns to keep, a name
+    or several with commas (all that hold numbers); frequency: the step, as in `1h` (inferred); duplicates: of rows with
+    one time, their `mean` or the `last`.
+
+    Raises ValueError that names column and row for times that are none, equal times, gaps of more than three steps,
+    steps of several lengths, text among numbers, and columns that end at different times.
+    """
+    path, notes = Path(path), list[str]()
+    if duplicates not in (None, "mean", "last"):
+        raise ValueError(f"duplicates is mean or last, not {duplicates!r}")
+    cells, row = _cells(path, notes)
+    name, times = _times(path, cells, row, time)
+    values, columns = _numbers(path, cells, row, name, target, notes)
+    times, values, row = _sorted(times, values, row, notes)
+    times, values, row = _once(path, times, values, row, duplicates, notes)
+    times, values, row = _trimmed(path, times, values, row, columns, notes)
+    step = Frequency.named(frequency) if frequency else Frequency.inferred(times)
+    times, values, gaps, filled = _regular(path, times, values, row, step, frequency is not None)
+    values, cells_filled = _filled(path, values, columns, times)
+    if gaps:
+        notes.append(f"{filled} missing rows in {gaps} gaps were filled by straight lines")
+    if cells_filled - filled * len(columns):
+        notes.append(f"{cells_filled - filled * len(columns)} missing cells were filled by straight lines")
+    return Series(path.stem, times, values, columns, step, tuple(notes))
+
+
+# ---- cells -----------------------------------------------------------------------------------------------------------
+def _cells(path: Path, notes: list[str]) -> tuple[Cells, NDArray[np.int64]]:
+    """The columns of a table by name, and the number of each row: its line, as an editor counts them, or of Parquet its
+    place from 1. Raises ValueError for what is no table or holds none."""
+    kind = suffix(path.name)
+    if kind == ".parquet":
+        try:
+            import pyarrow.parquet as parquet
+        except ImportError:
+            raise ValueError(f"reading {path} needs an extra: pip install 'seriatim[datasets]'") from None
+        try:
+            table = parquet.read_table(path)
+        except Exception as error:  # of any kind that the library raises
+            raise ValueError(f"{path} cannot be read as Parquet: {error}") from None
+        if not table.num_rows:
+            raise ValueError(f"{path} holds no rows")
+        columns = {str(name): table.column(i).to_pylist() for i, name in enumerate(table.column_names)}
+        return columns, np.arange(table.num_rows) + 1
+    if kind not in (".csv", ".tsv", ".txt"):
+        raise ValueError(f"a series is read from .csv, .tsv or .parquet, and {path} is none of them")
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        reader = csv.reader(file, delimiter="\t" if kind == ".tsv" else _between(path))
+        rows, lines = [], []
+        for row in reader:
+            if row:  # not an empty line
+                rows.append(row)
+                lines.append(reader.line_num)
+    empty = 0
+    while rows and not any(cell.strip() for cell in rows[-1]):
+        rows.pop()
+        empty += 1
+    if len(rows) < 2:
+        raise ValueError(f"{path} holds no rows below its head")
+    if empty:
+        notes.append(f"{empty} rows at the end are empty, and were dropped")
+    head = [cell.strip() for cell in rows[0]]
+    if len(set(head)) < len(head):
+        twice = sorted({name for name in head if head.count(name) > 1})
+        raise ValueError(f"{path} has columns of one name: {', '.join(map(repr, twice))}; rename them")
+    for line, row in zip(lines, rows, strict=False):
+        if len(row) != len(head):
+            raise ValueError(f"row {line} of {path} has {len(row)} cells, and the head {len(head)}")
+    return {name: [row[i] for row in rows[1:]] for i, name in enumerate(head)}, np.array(lines[1 : len(rows)])
+
+
+def _between(path: Path) -> str:
+    """What stands between cells: a comma, unless the head has semicolons alone."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        head = file.readline()
+    return ";" if ";" in head and "," not in head else ","
+
+
+def _times(path: Path, cells: Cells, row: NDArray[np.int64], asked: str | None) -> tuple[str, Times]:
+    """The column of times. Raises ValueError where there is none, or a cell of it is no time."""
+    if asked is not None and asked not in cells:
+        raise ValueError(f"{path} has no column {asked!r}; it has {', '.join(cells)}")
+    suspect = None
+    for name in [asked] if asked is not None else list(cells):
+        times, wrong = read_times(cells[name])
+        if times is not None and (asked is not None or not _all_whole(cells[name]) or _is_time(name)):
+            return name, times
+        meant = _is_time(name) or (wrong > 0 and not _number(cells[name][0]))
+        if times is None and suspect is None and (asked is not None or meant):
+            suspect = name, wrong
+    if suspect is not None:
+        name, wrong = suspect
+        raise ValueError(
+            f"row {row[wrong]} of {path}: {cells[name][wrong]!r} in column {name!r} is no time; write times as "
+            "2016-07-01 00:00:00"
+        )
+    raise ValueError(
+        f"{path} has no column of times such as 2016-07-01 00:00:00 among {', '.join(cells)}: name it with --time"
+    )
+
+
+def _is_time(name: str) -> bool:
+    return name.strip().lower() in ("date", "time", "datetime", "timestamp", "ds", "year", "month")
+
+
+def _all_whole(column: Sequence[Any]) -> bool:
+    """Cells such as 1984, which may be years or just numbers."""
+    return all(str(cell).strip().isdigit() for cell in column)
+
+
+def _number(cell: Any) -> bool:
+    try:
+        float(cell)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _missing(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, str) and cell.strip().lower() in MISSING) or cell != cell
+
+
+def _numbers(
+    path: Path, cells: Cells, row: NDArray[np.int64], time: str, target: str | Sequence[str] | None, notes: list[str]
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    """The columns of numbers that are wanted, missing cells as NaN. Raises ValueError for text among numbers."""
+    rest = [name for name in cells if name != time]
+    wanted = rest
+    if target is not None:
+        wanted = [t.strip() for t in target.split(",")] if isinstance(target, str) else list(target)
+        unknown = [name for name in wanted if name not in rest]
+        if unknown:
+            raise ValueError(
+                f"{path} has no column {', '.join(map(repr, unknown))} of numbers; it has {', '.join(rest)}"
+            )
+        others = [name for name in rest if name not in wanted]
+        if others:
+            notes.append(f"columns that are not forecast, and not used: {', '.join(others)}")
+    kept, values, text = [], [], []
+    for name in wanted:
+        there = [i for i, cell in enumerate(cells[name]) if not _missing(cell)]
+        numeric = [i for i in there if _number(cells[name][i])]
+        if len(numeric) * 2 < len(there) or not there:
+            text.append(name)
+            continue
+        if len(numeric) < len(there):
+            i = next(i for i in there if not _number(cells[name][i]))
+            raise ValueError(f"row {row[i]} of {path}: {cells[name][i]!r} in column {name!r} is no number")
+        column = np.full(len(cells[name]), np.nan)
+        column[there] = [float(cells[name][i]) for i in there]
+        if np.isinf(column).any():
+            raise ValueError(f"row {row[np.isinf(column).argmax()]} of {path}: column {name!r} is infinite there")
+        kept.append(name)
+        values.append(column)
+    if not wanted:
+        raise ValueError(f"{path} has no column of numbers beside that of times, {time!r}")
+    if text and (target is not None or not kept):
+        raise ValueError(f"columns of {path} that hold no numbers: {', '.join(text)}; name others with --target")
+    if text:
+        notes.append(f"columns that hold no numbers, and are not used: {', '.join(text)}")
+    return np.stack(values, 1), tuple(kept)
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+Rows = tuple[Times, NDArray[np.float64], NDArray[np.int64]]
+
+
+def _sorted(times: Times, values: NDArray[np.float64], row: NDArray[np.int64], notes: list[str]) -> Rows:
+    if (np.diff(times.astype(np.int64)) >= 0).all():
+        return times, values, row
+    order = np.argsort(times, kind="stable")
+    notes.append("rows were not in the order of their times, and were sorted")
+    return times[order], values[order], row[order]
+
+
+def _once(
+    path: Path, times: Times, values: NDArray[np.float64], row: NDArray[np.int64], how: str | None, notes: list[str]
+) -> Rows:
+    """Rows of different times. Raises ValueError for equal ones, unless it is said what becomes of them."""
+    same = np.flatnonzero(np.diff(times.astype(np.int64)) == 0)
+    if not len(same):
+        return times, values, row
+    if how is None:
+        i = int(same[0])
+        raise ValueError(
+            f"rows {row[i]} and {row[i + 1]} of {path} have one time, {times[i]} ({len(same)} such rows): say "
+            "--duplicates mean or --duplicates last"
+        )
+    notes.append(f"{len(same)} rows had the time of another: the {how} was taken")
+    kept, group = np.unique(times, return_inverse=True)
+    if how == "last":
+        last = np.zeros(len(kept), np.int64)
+        last[group] = np.arange(len(times))
+        return kept, values[last], row[last]
+    total, count = np.zeros((len(kept), values.shape[1])), np.zeros((len(kept), values.shape[1]))
+    np.add.at(total, group, np.nan_to_num(values))
+    np.add.at(count, group, ~np.isnan(values))
+    first = np.zeros(len(kept), np.int64)
+    first[group[::-1]] = np.arange(len(times))[::-1]
+    with np.errstate(invalid="ignore"):
+        return kept, total / np.where(count == 0, np.nan, count), row[first]
+
+
+def _trimmed(
+    path: Path, times: Times, values: NDArray[np.float64], row: NDArray[np.int64], columns: Sequence[str],
+    notes: list[str],
+) -> Rows:  # fmt: skip
+    """Without missing rows at both ends. Raises ValueError where columns end far apart: future values of some that
+    others lack are not used."""
+    there = ~np.isnan(values)
+    ends = [int(np.flatnonzero(there[:, i])[-1]) for i in range(len(columns))]
+    if max(ends) - min(ends) > LONGEST_GAP:
+        early, late = columns[int(np.argmin(ends))], columns[int(np.argmax(ends))]
+        raise ValueError(
+            f"{path}: column {early!r} ends in row {row[min(ends)]}, and {late!r} goes on to row {row[max(ends)]}. "
+            "Values that are known ahead (exogenous columns) are not used: leave those rows out, or name the columns "
+            "to forecast with --target"
+        )
+    whole = np.flatnonzero(there.all(1))
+    if not len(whole):
+        raise ValueError(f"{path} has no row without a missing value")
+    first, last = int(whole[0]), int(whole[-1])
+    if last + 1 < len(times):
+        notes.append(f"{len(times) - 1 - last} rows at the end have missing values, and were dropped")
+    if first:
+        notes.append(f"{first} rows at the beginning have missing values, and were dropped")
+    kept = slice(first, last + 1)
+    return times[kept], values[kept], row[kept]
+
+
+def _regular(
+    path: Path, times: Times, values: NDArray[np.float64], row: NDArray[np.int64], step: Frequency, given: bool
+) -> tuple[Times, NDArray[np.float64], int, int]:
+    """Rows at every step, missing ones as NaN; how many gaps there are, and rows in them. Raises ValueError for steps
+    of other lengths, and gaps that are too long."""
+    apart = np.diff(step.ticks(times))
+    wrong = np.flatnonzero(apart % step.step != 0)
+    if len(wrong):
+        i = int(wrong[0])
+        raise ValueError(
+            f"row {row[i + 1]} of {path}: from {times[i]} to {times[i + 1]} is no whole number of steps of {step}: "
+            "frequencies are mixed; resample the series to one" + ("" if given else ", or give --frequency")
+        )
+    steps = apart // step.step
+    long = np.flatnonzero(steps > LONGEST_GAP + 1)
+    regular = float((steps == 1).mean()) if len(steps) else 1.0
+    if regular < REGULAR and not given:
+        raise ValueError(
+            f"{path}: only {100 * regular:.0f}% of the steps are {step}, the commonest: frequencies are mixed; give "
+            "--frequency, or resample the series to one"
+        )
+    if len(long):
+        i = int(long[0])
+        raise ValueError(
+            f"row {row[i + 1]} of {path}: {steps[i] - 1} rows are missing between {times[i]} and {times[i + 1]}, and "
+            f"at most {LONGEST_GAP} are filled; fill them yourself, or use the longest part without such a gap"
+        )
+    place = np.concatenate([[0], np.cumsum(steps)]).astype(np.int64)
+    whole = np.full((int(place[-1]) + 1, values.shape[1]), np.nan)
+    whole[place] = values
+    gaps = steps > 1
+    return step.from_(times[0], len(whole)), whole, int(gaps.sum()), int((steps[gaps] - 1).sum())
+
+
+def _filled(
+    path: Path, values: NDArray[np.float64], columns: Sequence[str], times: Times
+) -> tuple[NDArray[np.float64], int]:
+    """Missing cells on straight lines, and how many there were. Raises ValueError for more than three in a row."""
+    count = 0
+    for i, name in enumerate(columns):
+        gone = np.isnan(values[:, i])
+        there = np.flatnonzero(~gone)
+        longest = np.diff(there).max(initial=1) - 1
+        if longest > LONGEST_GAP:
+            at = int(there[np.diff(there).argmax()]) + 1
+            raise ValueError(
+                f"{path}: column {name!r} misses {longest} values in a row from {times[at]} on, and at most "
+                f"{LONGEST_GAP} are filled; fill them yourself, or leave the column out with --target"
+            )
+        count += int(gone.sum())
+        values[gone, i] = np.interp(np.flatnonzero(gone), there, values[there, i])
+    return values, count

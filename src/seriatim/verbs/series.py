@@ -1,0 +1,126 @@
+"""What a trained system of series is worth: errors and intervals on the test part, plots of forecasts against truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seriatim.data.series import SeriesData, Windows
+from seriatim.data.series_mixture import Mixture
+from seriatim.evaluation.series import (
+    Batch,
+    Drawn,
+    Intervals,
+    Method,
+    behind,
+    conformal,
+    figures_of,
+    over,
+    save_forecast,
+)
+from seriatim.evaluation.series_baselines import simple
+from seriatim.systems.series_system import SeriesSystem
+
+LEVEL = 0.9
+
+
+def method_of(system: SeriesSystem) -> Method:
+    """A system as a function of windows."""
+    device = system.model.device
+
+    def forecast(batch: Batch) -> Tensor:
+        return system.forecast(*(x.to(device) for x in system.given(batch))).cpu()
+
+    return forecast
+
+
+def judged(
+    data: SeriesData, method: Method, lookback: int, horizon: int, level: float = LEVEL, most: int | None = None
+) -> tuple[dict[str, Any], Intervals]:
+    """Figures of a method on all windows of the test part, or about `most`, with intervals by its residuals on the
+    validation part."""
+    before, test = (part.windows(lookback, horizon).strided(most) for part in (data.validation, data.test))
+    intervals = conformal(data, method, before, level)
+    errors, found = over(data, method, test, intervals)
+    return figures_of(errors, found), intervals
+
+
+def series_figures(system: SeriesSystem, data: SeriesData | Mixture, horizon: int | None = None) -> dict[str, Any]:
+    """Errors of a system, and beside them, on the same windows, those of what takes seconds: a ridge regression of the
+    same lookback, the last season, the last value. Of several series, those of each that is long enough. Raises
+    ValueError for a horizon that it cannot forecast, and where the test part is too short."""
+    if isinstance(data, SeriesData):
+        return _figures(system, data, horizon or system.config.horizon)[0]
+    told: dict[str, Any] = {}
+    for one in data.of:
+        try:
+            told |= {f"{one.name}, {k}": v for k, v in series_figures(system, one, horizon).items()}
+        except ValueError as error:
+            told[f"{one.name}, not judged"] = str(error)
+    return told
+
+
+def _figures(system: SeriesSystem, data: SeriesData, horizon: int) -> tuple[dict[str, Any], Intervals]:
+    lookback, most = system.config.lookback, system.few
+    system.check(lookback, horizon)
+    figures, intervals = judged(data, method_of(system), lookback, horizon, most=most)
+    told: dict[str, Any] = {"lookback": lookback, "horizon": horizon, **figures}
+    windows = data.test.windows(lookback, horizon).strided(most)
+    for name, method in simple(data, lookback, horizon).items():
+        errors, _ = over(data, method, windows)
+        told |= {f"{name}, mse": errors.mse, f"{name}, mae": errors.mae}
+    return told, intervals
+
+
+def save_window(
+    data: SeriesData, methods: Mapping[str, Method], windows: Windows, number: int, path: Path, title: str = "",
+    intervals: Intervals | None = None,
+) -> Path:  # fmt: skip
+    """A plot of forecasts of one window against what came, with the interval of the first method."""
+    batch = windows.take(torch.tensor([number]))
+    at = int(batch["at"])
+    times, history, ahead = behind(data, windows.lookback, at, windows.horizon)
+    forecasts = {name: data.unscaled(method(batch)[0]) for name, method in methods.items()}
+    low = high = None
+    if intervals is not None:
+        half = intervals.half.double().numpy() * data.deviation
+        first = next(iter(forecasts.values()))
+        low, high = first - half, first + half
+    truth = data.series.values[at : at + windows.horizon]
+    level = None if intervals is None else intervals.level
+    drawn = Drawn(times, history, ahead, forecasts, truth, low, high, level)
+    return save_forecast(drawn, data.series.columns, path, title)
+
+
+def show_series(system: SeriesSystem, data: SeriesData | Mixture, folder: Path) -> dict[str, Any]:
+    """The figures of a finished training, and a plot of forecasts of a window in the middle of the test part; of
+    several series, of the first."""
+    c, one = system.config, data if isinstance(data, SeriesData) else data.of[0]
+    figures, intervals = _figures(system, one, c.horizon)
+    windows = one.test.windows(c.lookback, c.horizon)
+    methods = {system.meta.key: method_of(system), "ridge": simple(one, c.lookback, c.horizon)["ridge"]}
+    title = f"{system.meta.title} on {one.name}: {c.horizon} steps from {c.lookback}"
+    save_window(one, methods, windows, len(windows) // 2, folder / "forecast.png", title, intervals)
+    return figures if one is data else series_figures(system, data)
+
+
+def write_csv(path: Path, times: Any, columns: tuple[str, ...], values: Mapping[str, np.ndarray[Any, Any]]) -> Path:
+    """A table of forecasts: a column of times, then of each variate its value and whatever else there is of it (`low`,
+    `high`)."""
+    import csv
+    import io
+
+    from seriatim.evaluation.pictures import write_beside
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["time", *(f"{c} {kind}".strip() for c in columns for kind in values)])
+    for i, time in enumerate(times):
+        shown = str(time.astype("datetime64[s]")).replace("T", " ")
+        writer.writerow([shown, *(f"{v[i, j]:.7g}" for j in range(len(columns)) for v in values.values())])
+    return write_beside(path, lambda file: file.write(text.getvalue().encode("utf-8")))
