@@ -23,7 +23,6 @@ from support.llama_checks import (
     greedy,
     larger_eps,
     logits,
-    other_null,
     other_pairs,
     places,
 )
@@ -31,7 +30,8 @@ from support.released_elm import BITS, CLASSES, DEPTH, HIDDEN, PARTS, WIDTH, aut
 
 LOGITS = (3.5757, 2.78239, -3.01569, 2.23723, 2.00549, 2.72953, -0.29061, -3.26556)
 LARGEST = 12.48887
-ALONE, MOST = (), 1.0  # of one sub-code
+ALONE = (-2.12746, -7.11799, 3.63709, -5.78757, -2.70974, -1.77128, 2.54386, 1.19634)  # of one sub-code
+MOST = 12.64254
 DRAWN = [
     105, 159, 97, 202, 72, 190, 181, 166, 171, 175, 193, 198, 202, 11, 144, 81, 133, 161, 193, 194, 212, 52, 193, 194,
     251, 6, 153, 118, 6, 201, 127, 192, 23, 134, 15, 161, 129, 175, 15, 1, 55, 65, 15, 161, 166, 9, 191, 31, 255, 143,
@@ -102,13 +102,8 @@ def test_each_trap_fails_the_same_test(system, wrong):
     assert gap(logits(system.model, given()), LOGITS, LARGEST) > 1e-3
 
 
-def constant(system):
+def test_constant_guidance_draws_something_else(system, monkeypatch):
     system.guidance = lambda sampling: Guidance(sampling.guidance)
-
-
-@pytest.mark.parametrize("wrong", [constant, lambda system: other_null(system.model)], ids=["constant", "null"])
-def test_other_guidance_draws_something_else(system, monkeypatch, wrong):
-    wrong(system)
     assert greedy(system, monkeypatch, 3.0)[0][1, : len(DRAWN)].tolist() != DRAWN
 
 

@@ -326,7 +326,9 @@ def test_the_released_form_learns_and_has_gradients_everywhere():
 def test_guidance_counts_what_is_known_behind_a_step():
     """As in the released code: 1 + (cfg - 1) (n - m) / n, m unknown after the step, at least one."""
     left = schedule(16, 5, "cosine")
-    weights = [Ahead(2.0, "linear", 16, left).weight(done / 15) for done in (0, *(16 - n for n in left[:-1]))]
+    weights = [
+        Ahead(2.0, "linear", total=16, left=left).weight(done / 15) for done in (0, *(16 - n for n in left[:-1]))
+    ]
     assert weights == pytest.approx([2.0 * (16 - max(n, 1)) / 16 for n in left])
 
 
