@@ -3,7 +3,8 @@ would break them.
 
 The golden numbers were computed once by the released code (BinaryAutoEncoder of Pepper-lll/LMforImageGeneration, in
 float32, with the weights that `released` makes from names and shapes alone): logits of the bits of two pictures, the
-ids of the second one, and what random ids decode to (the first four numbers, the largest), pixels from 0 to 1.
+ids of the second one, and what random ids decode to (the first four numbers, the largest), pixels from 0 to 1; the
+last also of a decoder that begins with a norm (`NORMED`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from support.released_var import released
 BITS, INNER = 6, 24
 LOGITS, LARGEST = (1.02320, 1.60227, 1.42404, -0.12944), 1.74299
 IDS = [57, 57, 49, 16, 25, 29, 51, 19, 57, 29, 57, 1, 17, 9, 17, 17]
+NORMED, NORMED_MOST = (0.53323, 0.24597, 0.10035, 0.20859), 2.17151
 DRAWN, MOST = (-0.32704, -0.53055, -0.68807, -0.88695), 2.07341
 
 
@@ -63,12 +65,17 @@ def test_pixels_from_minus_one_would_break_what_is_read(monkeypatch):
 
 
 def test_a_decoder_may_begin_with_a_norm():
-    """Its first weights say so, and it is used."""
-    tokenizer, ids = bae_of(released(autoencoder_shapes(BITS, 32)), 16), torch.arange(32).view(2, 16) % 2**BITS
-    codes = tokenizer.quantizer.decode_ids(ids)
-    drawn = tokenizer.draw(codes)
+    weights = released(autoencoder_shapes(BITS, 32))
+    tokenizer, ids = bae_of(weights, 16), torch.randint(2**BITS, (2, 16), generator=torch.Generator().manual_seed(7))
+
+    def wrong():
+        drawn = (tokenizer.draw(tokenizer.quantizer.decode_ids(ids)) + 1) / 2
+        found = torch.cat([drawn.flatten()[:4], drawn.abs().max()[None]])
+        return float((found - torch.tensor([*NORMED, NORMED_MOST])).abs().max()) / NORMED_MOST
+
+    assert wrong() < 1e-5
     tokenizer.decoder.layers[0] = torch.nn.Identity()
-    assert tokenizer.config.body == "elm-normed" and float((tokenizer.draw(codes) - drawn).abs().max()) > 1e-2
+    assert wrong() > 1e-2
 
 
 @pytest.mark.parametrize("change", ["ae.quantize.embed.weight", "ae.encoder.blocks.3.conv.weight", "ae.more.weight"])

@@ -3,7 +3,7 @@ break them.
 
 The golden numbers were computed once by the released code (Pepper-lll/LMforImageGeneration, in float32) with the
 weights that `released_elm` makes from names and shapes alone: logits of a forward over random sub-codes (the first
-four, the last four, the largest), for two sub-codes of a place, and the first ids of the second picture
+four, the last four, the largest), for two sub-codes of a place and for one, and the first ids of the second picture
 drawn greedily under guidance that grows up to 4 in its scale; all 512 were equal.
 """
 
@@ -23,7 +23,6 @@ from support.llama_checks import (
     greedy,
     larger_eps,
     logits,
-    other_null,
     other_pairs,
     places,
 )
@@ -31,6 +30,8 @@ from support.released_elm import BITS, CLASSES, DEPTH, HIDDEN, PARTS, WIDTH, aut
 
 LOGITS = (3.5757, 2.78239, -3.01569, 2.23723, 2.00549, 2.72953, -0.29061, -3.26556)
 LARGEST = 12.48887
+ALONE = (-2.12746, -7.11799, 3.63709, -5.78757, -2.70974, -1.77128, 2.54386, 1.19634)  # of one sub-code
+MOST = 12.64254
 DRAWN = [
     105, 159, 97, 202, 72, 190, 181, 166, 171, 175, 193, 198, 202, 11, 144, 81, 133, 161, 193, 194, 212, 52, 193, 194,
     251, 6, 153, 118, 6, 201, 127, 192, 23, 134, 15, 161, 129, 175, 15, 1, 55, 65, 15, 161, 166, 9, 191, 31, 255, 143,
@@ -65,7 +66,7 @@ def test_one_sub_code_has_no_matrix_behind_its_table(tmp_path):
     torch.save(generator_weights(1), tmp_path / "L-1-4.pth")
     system = load(tmp_path / "L-1-4.pth")
     assert (system.config.parts, system.config.bits, system.sampling.top_k) == (1, BITS, 2**BITS)
-    assert bool(logits(system.model, given(1)).isfinite().all())
+    assert gap(logits(system.model, given(1)), ALONE, MOST) < 1e-5
 
 
 def test_ids_under_guidance_are_those_of_the_released_code(system, monkeypatch):
@@ -101,13 +102,8 @@ def test_each_trap_fails_the_same_test(system, wrong):
     assert gap(logits(system.model, given()), LOGITS, LARGEST) > 1e-3
 
 
-def constant(system):
+def test_constant_guidance_draws_something_else(system, monkeypatch):
     system.guidance = lambda sampling: Guidance(sampling.guidance)
-
-
-@pytest.mark.parametrize("wrong", [constant, lambda system: other_null(system.model)], ids=["constant", "null"])
-def test_other_guidance_draws_something_else(system, monkeypatch, wrong):
-    wrong(system)
     assert greedy(system, monkeypatch, 3.0)[0][1, : len(DRAWN)].tolist() != DRAWN
 
 

@@ -8,15 +8,12 @@ and the first ids of a picture drawn greedily under guidance, `uncond + 2 (cond 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from seriatim.backbones.rope import RotaryTable
 from seriatim.systems.image.nar import NAR
-from seriatim.systems.system import Sampling
 from seriatim.verbs.load import load
+from support.llama_checks import gap, greedy, larger_eps, logits, other_pairs, places
 from support.released_llamagen import (
     CLASSES,
     DEPTH,
@@ -30,7 +27,6 @@ from support.released_llamagen import (
 )
 from support.released_var import released
 
-LABEL = torch.tensor([1, 4])
 LOGITS = (-0.73145, -1.17853, 3.45704, -5.197, -2.28156, -0.4908, -1.52421, 0.36705)
 LARGEST = 14.45806
 DRAWN = [
@@ -61,37 +57,17 @@ def system(files):
     return load(files / "c2i_B.pt")
 
 
-def gap(system):
-    model = system.model
-    canvas = model.canvas({"token": ids()})
-    plan = model.factorization.packed(canvas)
-    with torch.no_grad():
-        h = model.hidden(plan, canvas, None, model.encode({"class": LABEL}))
-        said = model.dist(h, plan, canvas)[0].logits
-    found = torch.cat([said[0, 0, :4], said[1, -1, -4:], said.abs().max()[None]])
-    return float((found - torch.tensor([*LOGITS, LARGEST])).abs().max()) / LARGEST
-
-
 def test_what_is_said_is_what_the_released_code_says(system):
-    assert gap(system) < 1e-4
+    assert gap(logits(system.model, ids()), LOGITS, LARGEST) < 1e-4
 
 
 def test_ids_under_guidance_are_those_of_the_released_code(system, monkeypatch):
-    seen, decode = [], system.tokenizer.decode
-    monkeypatch.setattr(system.tokenizer, "decode", lambda x: seen.append(x) or decode(x))
-    assert system.draw(LABEL, sampling=Sampling(temperature=0.0, guidance=1.0)).forwards == 31
-    assert seen[-1][1, : len(DRAWN)].tolist() == DRAWN
-
-
-def other_pairs(model):
-    for layer in model.backbone.layers:  # halves as neighbours
-        turned = layer.qkv.data[: 2 * WIDTH].unflatten(0, (-1, 2, 32)).transpose(1, 2).flatten(0, 2)
-        layer.qkv.data = torch.cat([turned, layer.qkv.data[2 * WIDTH :]])
+    drawn, forwards = greedy(system, monkeypatch, 1.0)
+    assert forwards == 31 and drawn[1, : len(DRAWN)].tolist() == DRAWN
 
 
 def class_is_turned(model):
-    turns = model.backbone.rotary["all"].rope
-    model.backbone.rotary = {"all": RotaryTable(replace(turns, still=False), model.backbone.config.dim)}
+    places(model, still=False)
 
 
 def heads_swapped(model):
@@ -112,17 +88,13 @@ def branch_left_out(model):
     layer.down.data.zero_()
 
 
-def larger_eps(model):
-    model.backbone.config = replace(model.backbone.config, eps=1e-2)
-
-
 TRAPS = [other_pairs, class_is_turned, heads_swapped, one_norm, branch_left_out, larger_eps]
 
 
 @pytest.mark.parametrize("wrong", TRAPS)
 def test_each_trap_fails_the_same_test(system, wrong):
     wrong(system.model)
-    assert gap(system) > 1e-3
+    assert gap(logits(system.model, ids()), LOGITS, LARGEST) > 1e-3
 
 
 def test_it_is_sampled_as_published_and_has_its_sizes(system):
