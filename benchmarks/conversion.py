@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from seriatim.cli.progress import Bar
 from seriatim.home import HOME
 from seriatim.training.checkpoint import save_json
+from seriatim.training.run import read_lines
 from seriatim.verbs.claim import commit, machine
 from seriatim.verbs.show import show
 from seriatim.verbs.train import train
@@ -34,7 +36,7 @@ def settings_of(text: str) -> dict[str, int]:
 
 
 def arm(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Bits a byte of one arm, trained where it is not yet."""
+    """Bits a byte of one arm, trained where it is not yet, with its steps and the seconds that they took."""
     summary = folder / name / "summary.json"
     if not summary.is_file():
         same: dict[str, Any] = {"data": "stdlib", "out": folder / name, "resume": (folder / name).exists()}
@@ -51,7 +53,9 @@ def arm(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             same["minutes"] = options.minutes
         show(train("sdar", **same, settings=settings, bar=Bar))
     said = json.loads(summary.read_text())
-    return {k: said[k] for k in ("bits_per_byte", "continuation")}
+    history = read_lines(folder / name / "metrics.jsonl")
+    seconds = sum(h["seconds"] for h in history)
+    return {"bits_per_byte": said["bits_per_byte"], "steps": len(history), "seconds": seconds}
 
 
 def main() -> int:
@@ -69,10 +73,12 @@ def main() -> int:
     for each in ARMS:
         figures[each] = arm(each, HOME / "conversion" / f"{name}-{options.minutes:g}", options)
         print(f"{each:10s} {figures[each]['bits_per_byte']:.3f} bits a byte", flush=True)
-    same = {"minutes": options.minutes, "length": options.length, "batch": options.batch}
+    same = {"minutes": options.minutes, "length": options.length, "batch": options.batch, "fresh": options.fresh}
+    words = [Path(options.model).name, *(("--mask", options.mask) if options.mask else ())]
+    words += [f"--{k}={v:g}" if isinstance(v, float) else f"--{k}={v}" for k, v in same.items()]
     said = {
         "arms": figures, **same, "threads": torch.get_num_threads(), "machine": machine(), "commit": commit(),
-        "command": "python benchmarks/conversion.py MODEL" + (f' --mask "{options.mask}"' if options.mask else ""),
+        "command": f"python benchmarks/conversion.py {shlex.join(words)}",
     }  # fmt: skip
     save_json(said, options.out)
     return 0

@@ -52,9 +52,11 @@ def measure(
             continue  # a prefix cache of blocks is exact and in use already
         start = time.perf_counter()
         row = {"lines": next_lines(system, spec, asked), "text": continuations(system, spec, judge, prompts)}
+        row["lines"]["right"] = [i for i, right in enumerate(row["lines"]["right"]) if right]  # few: by their numbers
         out[spec] = row
         if PLAIN in out:
-            row["lines"]["against_plain"] = paired(row["lines"]["right"], out[PLAIN]["lines"]["right"])
+            ours, plain = ([int(i in out[s]["lines"]["right"]) for i in range(lines)] for s in (spec, PLAIN))
+            row["lines"]["against_plain"] = paired(ours, plain)
         keep()
         line, text, seconds = row["lines"], row["text"], time.perf_counter() - start
         print(
@@ -138,7 +140,8 @@ def main() -> int:
         said = {
             "models": found, **same, "best": {model: best(rows) for model, rows in found.items()},
             "threads": torch.get_num_threads(), "machine": machine(), "commit": commit(),
-            "command": "python benchmarks/unmasking.py",
+            "command": f"python benchmarks/unmasking.py --models {' '.join(found)} --lines {options.lines} "
+            f"--prompts {options.prompts}",
         }  # fmt: skip
         save_json(said, options.out)
 

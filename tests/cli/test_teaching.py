@@ -54,19 +54,8 @@ def pair(texts, tmp_path_factory) -> tuple[Path, Path]:
 def command(pair, texts) -> list[str]:
     large, small = map(str, pair)
     asked = ["train", "next-token", "--from", small, "--teacher", large, "--data", str(texts), "--prompts", "32"]
-    return [
-        *asked,
-        "--length",
-        "48",
-        "--steps",
-        "20",
-        "--validate-every",
-        "2",
-        "--batch",
-        "8",
-        "--learning-rate",
-        "1e-2",
-    ]
+    sizes = ["--length", "48", "--steps", "20", "--batch", "8", "--learning-rate", "1e-2"]
+    return [*asked, *sizes, "--validate-every", "2"]
 
 
 @pytest.fixture(scope="module")

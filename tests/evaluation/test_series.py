@@ -7,7 +7,7 @@ import torch
 from seriatim.data.calendar import Frequency
 from seriatim.data.series import Series, SeriesData, as_data
 from seriatim.evaluation.series import Drawn, Intervals, conformal, drawn_of, over, save_forecast, season_of
-from seriatim.evaluation.series_baselines import classical, last_value, ridge, seasonal_naive
+from seriatim.evaluation.series_baselines import Fitted, classical, last_value, ridge, seasonal_naive
 from seriatim.verbs.series import judged
 
 
@@ -128,3 +128,15 @@ def test_slow_systems_are_judged_on_windows_at_one_distance():
 )
 def test_a_forecast_is_not_lost_beside_its_history(lookback, horizon, drawn):
     assert drawn_of(lookback, horizon) == drawn
+
+
+def test_what_cannot_be_fitted_is_the_last_value_and_counted():
+    def fit(y, horizon, season):
+        if y[-1] > 1:
+            raise ValueError("does not converge")
+        return np.full(horizon, 9.0)
+
+    method = Fitted(fit, 1)
+    past = torch.tensor([[[0.0, 5.0], [1.0, 3.0]]])
+    made = method({"past": past, "future_marks": torch.zeros(1, 2, 0)})
+    assert made.tolist() == [[[9.0, 3.0], [9.0, 3.0]]] and (method.fits, method.failed) == (2, 1)

@@ -226,3 +226,13 @@ def test_tokenizers_alone_and_weights_of_something_else_are_refused(files, tmp_p
         load(tmp_path / "GPT-L.pt")
     named = detail_of(tokenizer_weights() | {"decoder.more.weight": torch.zeros(1)}, GROUP)[1]
     assert "decoder.more.weight" in named
+
+
+def test_of_two_tokenizers_none_is_taken_unsaid(files, tmp_path):
+    for name in ("a.pt", "b.pt"):
+        (tmp_path / name).symlink_to(files / "tokenizer.pt")
+    (tmp_path / "DetailFlow-GPT-L.pt").symlink_to(files / "DetailFlow-GPT-L.pt")
+    with pytest.raises(ValueError, match=r"several tokenizers \(a.pt, b.pt\): call the one that is meant tokenizer.pt"):
+        load(tmp_path / "DetailFlow-GPT-L.pt")
+    (tmp_path / "b.pt").rename(tmp_path / "tokenizer.pt")
+    assert load(tmp_path / "DetailFlow-GPT-L.pt").tokenizer is not None

@@ -43,6 +43,22 @@ def add_commands(commands: Any) -> None:
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format (default: as it is)")
     export.set_defaults(run=_later("generating", "run_export"))
 
+    _claims(commands)
+
+    data = commands.add_parser("data", help="the built-in data, and those that are made once from downloads")
+    data.add_argument("name", nargs="?", metavar="NAME", help="what to make: emoji (default: list what there is)")
+    data.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="where the archives are, without npm")
+    data.add_argument("--again", action="store_true", help="make it anew where it is there already")
+    data.set_defaults(run=_later("having", "run_data"))
+
+    demo = commands.add_parser("demo", help="train VAR on handwritten digits and draw samples, in minutes")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
+    demo.add_argument("--steps", type=positive, help="training steps of the generator (default: the system's own)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    demo.set_defaults(run=_later("demo", "run_demo"))
+
+
+def _claims(commands: Any) -> None:
     claim = commands.add_parser("claim", help="measure the claim of a system here and now")
     claim.add_argument("key", metavar="KEY")
     claim.add_argument("--results", type=Path, default=Path("results"), help="folder of results (default: results)")
@@ -60,18 +76,6 @@ def add_commands(commands: Any) -> None:
     laws.add_argument("--json", action="store_true", help="print findings as JSON lines")
     laws.add_argument("--verbose", "-v", action="store_true", help="also print what each law found")
     laws.set_defaults(run=_later("laws", "run_laws"))
-
-    data = commands.add_parser("data", help="the built-in data, and those that are made once from downloads")
-    data.add_argument("name", nargs="?", metavar="NAME", help="what to make: emoji (default: list what there is)")
-    data.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="where the archives are, without npm")
-    data.add_argument("--again", action="store_true", help="make it anew where it is there already")
-    data.set_defaults(run=_later("having", "run_data"))
-
-    demo = commands.add_parser("demo", help="train VAR on handwritten digits and draw samples, in minutes")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
-    demo.add_argument("--steps", type=positive, help="training steps of the generator (default: the system's own)")
-    demo.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
-    demo.set_defaults(run=_later("demo", "run_demo"))
 
 
 def _forecast(commands: Any) -> None:
@@ -155,18 +159,7 @@ def _generate(commands: Any) -> None:
     generate.add_argument(
         "--decoder", default="own", help="how it is decoded: see `seriatim list`, decoder and unmasking (default: own)"
     )
-    for name, kind, text in (
-        ("temperature", float, "0: greedy"), ("top-k", int, "the k likeliest"), ("top-p", float, "nucleus"),
-        ("min-p", float, "share of the likeliest"), ("typical", float, "typical mass"),
-        ("guidance", float, "weight of the condition, or of the prompt"),
-        ("steps", int, "decoding steps, where there is a choice"),
-    ):  # fmt: skip
-        generate.add_argument(f"--{name}", type=kind, help=f"{text} (default: the system's own)")
-    for name, text in (
-        ("repetition-penalty", "of tokens in the text; 1: none"), ("presence-penalty", "of generated tokens, once"),
-        ("frequency-penalty", "of generated tokens, each time"),
-    ):  # fmt: skip
-        generate.add_argument(f"--{name}", type=float, help=f"{text} (default: the model's own)")
+    _sampling(generate)
     generate.add_argument(
         "--size", type=size_of, metavar="48x32", help="width and height of pictures in pixels, where a system draws any"
     )
@@ -200,6 +193,21 @@ def _generate(commands: Any) -> None:
     generate.add_argument("--out", type=Path, help="folder for pictures (default: RUN/generated)")
     generate.add_argument("--json", action="store_true", help="print one JSON object")
     generate.set_defaults(run=_later("generating", "run_generate"))
+
+
+def _sampling(command: argparse.ArgumentParser) -> None:
+    for name, kind, text in (
+        ("temperature", float, "0: greedy"), ("top-k", int, "the k likeliest"), ("top-p", float, "nucleus"),
+        ("min-p", float, "share of the likeliest"), ("typical", float, "typical mass"),
+        ("guidance", float, "weight of the condition, or of the prompt"),
+        ("steps", int, "decoding steps, where there is a choice"),
+    ):  # fmt: skip
+        command.add_argument(f"--{name}", type=kind, help=f"{text} (default: the system's own)")
+    for name, text in (
+        ("repetition-penalty", "of tokens in the text; 1: none"), ("presence-penalty", "of generated tokens, once"),
+        ("frequency-penalty", "of generated tokens, each time"),
+    ):  # fmt: skip
+        command.add_argument(f"--{name}", type=float, help=f"{text} (default: the model's own)")
 
 
 def _formats(command: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -79,33 +80,44 @@ def simple(data: SeriesData, lookback: int, horizon: int) -> dict[str, Method]:
 Fit = Callable[[np.ndarray[Any, Any], int, int], np.ndarray[Any, Any]]
 
 
-def classical(season: int) -> dict[str, Method]:
+def classical(season: int) -> dict[str, Fitted]:
     """ETS and ARIMA by name. Raises ValueError where statsmodels is not installed."""
     try:
         import statsmodels  # noqa: F401
     except ImportError:
         raise ValueError("ETS and ARIMA need an extra: pip install 'seriatim[series]'") from None
-    return {"ETS": _each(_ets, season), "ARIMA": _each(_arima, season)}
+    return {"ETS": Fitted(_ets, season), "ARIMA": Fitted(_arima, season)}
 
 
-def _each(fit: Fit, season: int) -> Method:
-    """A method that is fitted to each variate of each window; what cannot be fitted is forecast by its last value."""
+@dataclass
+class Fitted:
+    """A method that is fitted to each variate of each window; what cannot be fitted is forecast by its last value, and
+    counted: `failed` of `fits`."""
 
-    def forecast(batch: Batch) -> Tensor:
+    fit: Fit
+    season: int
+    fits: int = 0
+    failed: int = 0
+
+    def __call__(self, batch: Batch) -> Float[Tensor, "b h c"]:
         past, horizon = batch["past"].double().numpy(), batch["future_marks"].shape[1]
         out = np.empty((len(past), horizon, past.shape[2]))
         for i, window in enumerate(past):
             for j in range(past.shape[2]):
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of fits that do not converge
-                    try:
-                        values = fit(window[:, j], horizon, season)
-                    except (ValueError, np.linalg.LinAlgError):
-                        values = np.full(horizon, np.nan)
-                out[i, :, j] = np.where(np.isfinite(values), values, window[-1, j])
+                out[i, :, j] = self._one(window[:, j], horizon)
         return torch.from_numpy(out).float()
 
-    return forecast
+    def _one(self, y: np.ndarray[Any, Any], horizon: int) -> np.ndarray[Any, Any]:
+        self.fits += 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of fits that do not converge
+            try:
+                values = self.fit(y, horizon, self.season)
+            except (ValueError, np.linalg.LinAlgError):
+                values = np.full(horizon, np.nan)
+        good = np.isfinite(values)
+        self.failed += not good.all()
+        return np.where(good, values, y[-1])
 
 
 def _ets(y: np.ndarray[Any, Any], horizon: int, season: int) -> np.ndarray[Any, Any]:

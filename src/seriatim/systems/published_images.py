@@ -298,15 +298,22 @@ READERS: tuple[Reader, ...] = (
 
 
 def _beside(path: Path, known: Callable[[Mapping[str, Tensor]], bool], usual: str) -> dict[str, Tensor]:
-    """The weights of the tokenizer that stands in the folder of a file: under its usual name, or the only other one."""
+    """The weights of the tokenizer that stands in the folder of a file: under its usual name, or the only other one.
+    Raises ValueError where there are several, of which none has that name."""
     kinds = (*SUFFIXES, ".safetensors")
     others = [p for p in sorted(path.parent.iterdir()) if p.suffix in kinds and p.name != path.name]
     named = [p for p in others if p.name == usual] or others
+    found: dict[Path, dict[str, Tensor]] = {}
     for other in named if len(named) < 4 else ():
         weights = read_safe(other) if other.suffix == ".safetensors" else read_pickled(other)
         if known(weights):
-            return weights
-    raise FileNotFoundError(f"{path} needs its tokenizer beside it: put {usual} into {path.parent}")
+            found[other] = weights
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found)
+        raise ValueError(f"beside {path} stand several tokenizers ({names}): call the one that is meant {usual}")
+    if not found:
+        raise FileNotFoundError(f"{path} needs its tokenizer beside it: put {usual} into {path.parent}")
+    return next(iter(found.values()))
 
 
 def _fill(module: nn.Module, named: Mapping[str, Tensor], path: Path, without: tuple[str, ...] = ()) -> None:

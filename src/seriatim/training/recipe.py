@@ -21,9 +21,8 @@ class Recipe:
 
     epoch: samples are drawn in passes, in none of which a sample comes twice, and so many steps are a turn (None: they
     are drawn anew at every step); halving: the learning rate is halved after every turn but the first, with neither
-    warm-up nor cosine; patience:
-    training ends after so many looks at held-out data without a smaller loss, and the weights of the smallest are kept
-    (None: it goes on to the end, and the last are).
+    warm-up nor cosine; patience: training ends after so many looks at held-out data without a smaller loss, and the
+    weights of the smallest are kept (None: it goes on to the end, and the last are).
     """
 
     steps: int

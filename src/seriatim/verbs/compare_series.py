@@ -137,8 +137,9 @@ def _classical(
     except ValueError as error:
         return f"<p>{error}</p>"
     longest = max(look for _, look in methods.values())
+    everybody: dict[str, tuple[Method, int]] = {**methods, **{k: (v, longest) for k, v in found.items()}}
     rows = []
-    for name, (method, look) in {**methods, **{k: (v, longest) for k, v in found.items()}}.items():
+    for name, (method, look) in everybody.items():
         said(f"judging {name} on {most} windows")
         windows: Windows = data.test.windows(look, horizon).strided(most)
         errors, _ = over(data, method, windows)
@@ -148,4 +149,7 @@ def _classical(
         f"{count} windows at a distance of {windows.stride} steps. ETS (additive season, damped trend) and ARIMA (of "
         "seasonal differences) are fitted anew to the lookback of each."
     )
+    lost = [f"{method.failed} of {method.fits} by {name}" for name, method in found.items() if method.failed]
+    if lost:
+        caption += f" What could not be fitted ({', '.join(lost)}) is forecast by its last value."
     return grid(("method", "lookback", "MSE", "MAE", "MASE", "sMAPE"), rows, caption)
