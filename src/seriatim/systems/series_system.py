@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.data.series import Part, SeriesData, Windows
 from seriatim.plan import Plan, plan_of
 from seriatim.random import Generator
@@ -234,13 +235,19 @@ def in_line(size: int) -> Plan:
     return plan_of(inclusive(list(range(size))), [0], [-1] * size, [], coord=torch.arange(size)[:, None])
 
 
-def as_linear(module: nn.Module) -> nn.Module:
-    """Matrices and biases drawn as torch draws those of `nn.Linear`: evenly, within one over the root of the inputs."""
-    named = dict(module.named_parameters())
+def layers(c: Any) -> Transformer:
+    """A transformer of a config's `width`, `hidden`, `depth`, `heads` and `dropout` as the field's code has it: norms
+    behind sums (Vaswani et al. 2017), biases, and weights drawn as torch draws those of `nn.Linear`."""
+    config = TransformerConfig(
+        c.width, c.depth, c.heads, hidden=c.hidden, norm="layer", place="sum", activation="gelu", bias=True,
+        dropout=c.dropout, inner_dropout=c.dropout,
+    )  # fmt: skip
+    made = Transformer(config)
+    named = dict(made.named_parameters())
     for name, p in named.items():
         if p.dim() == 2:
             bound = p.shape[1] ** -0.5
             nn.init.uniform_(p, -bound, bound)
             if f"{name}_bias" in named:
                 nn.init.uniform_(named[f"{name}_bias"], -bound, bound)
-    return module
+    return made

@@ -23,14 +23,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.data.base import load_data
 from seriatim.home import HOME
 from seriatim.laws.case import Limit
 from seriatim.laws.series import SeriesCase
 from seriatim.systems.claim import Arm, Claim, Trial
 from seriatim.systems.meta import Meta
-from seriatim.systems.series_system import PUBLISHED, Forecaster, RollingSystem, as_linear, in_line, together
+from seriatim.systems.series_system import PUBLISHED, Forecaster, RollingSystem, in_line, layers, together
 from seriatim.systems.series_trials import errors_at, ridge_at
 from seriatim.tokenizers.series import patches
 
@@ -79,11 +78,7 @@ class Stage(nn.Module):
         self.rate, self.segment, self.dropout = rate, c.segment, c.dropout
         self.embed = nn.Linear(c.segment // rate, c.width, bias=False)
         self.register_buffer("place", places(c.lookback // c.segment, c.width), persistent=False)
-        config = TransformerConfig(
-            c.width, c.depth, c.heads, hidden=c.hidden, norm="layer", place="sum", activation="gelu", bias=True,
-            dropout=c.dropout, inner_dropout=c.dropout,
-        )  # fmt: skip
-        self.backbone = as_linear(Transformer(config))
+        self.backbone = layers(c)
         self.head = nn.Linear(c.width, c.segment)
 
     def forward(self, x: Float[Tensor, "n t"]) -> Float[Tensor, "n t"]:

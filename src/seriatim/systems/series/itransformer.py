@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.laws.case import Limit
 from seriatim.laws.series import SeriesCase, shifted
 from seriatim.systems.claim import Arm, Claim, Trial
 from seriatim.systems.meta import Meta
-from seriatim.systems.series_system import Forecaster, SeriesSystem, as_linear, together
+from seriatim.systems.series_system import Forecaster, SeriesSystem, layers, together
 from seriatim.systems.series_trials import judged_at, ridge_errors
 from seriatim.tokenizers.series import Scale
 
@@ -60,11 +59,7 @@ class Inverted(Forecaster):
     def __init__(self, c: Config):
         super().__init__()
         self.embed = nn.Linear(c.lookback, c.width)
-        config = TransformerConfig(
-            c.width, c.depth, c.heads, hidden=c.hidden, norm="layer", place="sum", activation="gelu", bias=True,
-            dropout=c.dropout, inner_dropout=c.dropout,
-        )  # fmt: skip
-        self.backbone = as_linear(Transformer(config))
+        self.backbone = layers(c)
         self.head = nn.Linear(c.width, c.horizon)
         self.dropout = c.dropout
 
