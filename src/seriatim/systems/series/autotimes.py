@@ -157,7 +157,7 @@ CLAIM = Claim(
     paper="mean squared error at 96 and 720 steps: .360 and .406 with Llama-7B, .365 and .450 without it",
     metric="mse_720",
     arms={
-        **_arms(("pretrained", "random", "none"), 5.0),
+        **_arms(("pretrained", "random", "none"), 4.0),
         "ridge": Trial(None, partial(ridge_at, lookback=672, horizons=HORIZONS)),
     },
     ours="pretrained",

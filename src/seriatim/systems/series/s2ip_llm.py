@@ -146,7 +146,7 @@ class S2IP(SeriesSystem):
 
 
 CLAIM = of_text(
-    "s2ip-llm", lookback=512, minutes=5.0, paper="mean squared error on ETTh1 .366 at 96 and .440 at 720 steps"
+    "s2ip-llm", lookback=512, minutes=3.0, paper="mean squared error on ETTh1 .366 at 96 and .440 at 720 steps"
 )
 
 # ---- what the laws run -----------------------------------------------------------------------------------------------
