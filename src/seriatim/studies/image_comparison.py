@@ -39,6 +39,7 @@ from seriatim.training.checkpoint import save_json
 NEAR = 0.05  # of the common number of parameters: a size that is as near needs no other width
 WIDTHS = (0.3, 4.0)  # times that of its size: how narrow and wide a system may be made
 ELEMENTS = 8_320  # of a step of training, at most (64 small pyramids): one of pixels would take half a minute else
+EMA = 0.98  # decay of the averaged weights that draw
 NEVER = 1_000_000  # steps between two looks at held-out pictures: they are judged at the end
 SHOWN = 20  # pictures of a system in the report
 Said = Callable[[str], None]
@@ -52,8 +53,8 @@ class Budget:
 
     data: str = "glyphs"
     minutes: float = 5.0
-    size: str = "small"
-    parameters: int = 4_200_000
+    size: str = "tiny"
+    parameters: int = 745_000
     samples: int = 500
     seed: int = 0
     tokenizer_steps: int | None = None
@@ -158,7 +159,7 @@ def figures_of(key: str, data: Data, budget: Budget, said: Said = print) -> dict
     said(f"{key}: {count:,} parameters, batch {batch}" + "".join(f", {k} {v}" for k, v in change.items()))
     trained = train(
         key, data, out=budget.folder / key / "run", size=size, tokenizer=told, minutes=budget.minutes, resume=True,
-        settings={**change, "seed": budget.seed, "batch": batch, "validate_every": NEVER},
+        settings={**change, "seed": budget.seed, "batch": batch, "ema": EMA, "validate_every": NEVER},
     )  # fmt: skip
     system: Any = trained.system
     found, pictures = picture_figures(system, data, budget.samples, budget.seed)

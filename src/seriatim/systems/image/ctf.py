@@ -29,7 +29,7 @@ from seriatim.laws.case import Case, Limit, randomise
 from seriatim.layout import Layout, grid
 from seriatim.model import Model
 from seriatim.random import Generator
-from seriatim.systems.claim import Arm, Claim
+from seriatim.systems.claim import Claim, brief
 from seriatim.systems.image import raster_ar
 from seriatim.systems.meta import Meta
 from seriatim.systems.raster_system import RasterSystem
@@ -52,8 +52,8 @@ CLAIM = Claim(
     paper="ImageNet 256x256 (L): FID 2.97 and IS 291.5, LlamaGen-L 3.80 and 248; 8.71 pictures a second against 7.50",
     metric="fd_s",
     arms={
-        "ctf": Arm("ctf", size="small", tokenizer="zoo:image-vq", minutes=4),
-        "raster-ar": Arm("raster-ar", size="small", tokenizer="zoo:image-vq", minutes=4),
+        "ctf": brief("ctf", "zoo:image-vq"),
+        "raster-ar": brief("raster-ar", "zoo:image-vq"),
     },
     ours="ctf",
     baseline="raster-ar",

@@ -25,7 +25,7 @@ from seriatim.laws.case import Case, Limit, randomise
 from seriatim.layout import Layout
 from seriatim.model import Model
 from seriatim.random import Generator
-from seriatim.systems.claim import Arm, Claim, Trial
+from seriatim.systems.claim import Claim, Trial, brief
 from seriatim.systems.image import raster_ar
 from seriatim.systems.meta import Meta
 from seriatim.systems.query_system import QueryConfig, QuerySystem
@@ -43,17 +43,15 @@ META = Meta(
     summary="A line of ids, whose groups are the steps of a diffusion over pixels: previews on the way.",
 )
 
-_SMALL = {"size": "small", "tokenizer": "zoo:image-sequential", "minutes": 4}
-
 CLAIM = Claim(
     text="The ids of a sequential diffusion tokenizer have an order: a causal transformer is surer of them, in nats an "
     "id, group by group from high noise to low than with the groups shuffled (one order for all pictures).",
     paper="ImageNet 256x256: FID 2.09 and IS 298.4 (XL, 775M), 2.44 and 262.9 (L, 343M), by 256 ids; rFID 1.52",
     metric="nats_an_id",
     arms={
-        "d-ar": Arm("d-ar", measure=nats_an_id, **_SMALL),  # type: ignore[arg-type]
-        "shuffled": Arm("d-ar", {"shuffled": True}, measure=nats_an_id, **_SMALL),  # type: ignore[arg-type]
-        "raster-ar": Arm("raster-ar", size="small", tokenizer="zoo:image-vq", minutes=4, measure=nats_an_id),
+        "d-ar": brief("d-ar", "zoo:image-sequential", measure=nats_an_id),
+        "shuffled": brief("d-ar", "zoo:image-sequential", measure=nats_an_id, shuffled=True),
+        "raster-ar": brief("raster-ar", "zoo:image-vq", measure=nats_an_id),
         "previews": Trial("zoo:image-sequential", previews_settle),
     },
     ours="d-ar",

@@ -34,7 +34,7 @@ from seriatim.layout import grid
 from seriatim.model import Model
 from seriatim.plan import LEARNED, Plan
 from seriatim.random import Generator
-from seriatim.systems.claim import Arm, Claim, Trial
+from seriatim.systems.claim import Claim, Trial, brief
 from seriatim.systems.image import raster_ar
 from seriatim.systems.meta import Meta
 from seriatim.systems.query_system import QueryConfig, QuerySystem
@@ -52,18 +52,16 @@ META = Meta(
     summary="A line of ids of growing resolution, group by group, which learns to repair its own mistakes.",
 )
 
-_SMALL = {"size": "small", "tokenizer": "zoo:image-detail", "minutes": 4}
-
 CLAIM = Claim(
     text="Trained on lines with wrong ids and their repair in three of ten pictures, a generator that draws four ids "
     "at once makes better pictures than one that met true ids alone, after equal minutes: FD-s.",
     paper="ImageNet 256x256: FID 2.96 by 128 ids in 23 forwards; VAR 3.3 and FlexVAR 3.05 by 680",
     metric="fd_s",
     arms={
-        "detailflow": Arm("detailflow", **_SMALL),  # type: ignore[arg-type]
-        "uncorrected": Arm("detailflow", {"correction": 0.0}, **_SMALL),  # type: ignore[arg-type]
-        "raster-ar": Arm("raster-ar", size="small", tokenizer="zoo:image-vq", minutes=4),
-        "var": Arm("var", size="small", tokenizer="zoo:image-msvq", minutes=4),
+        "detailflow": brief("detailflow", "zoo:image-detail"),
+        "uncorrected": brief("detailflow", "zoo:image-detail", correction=0.0),
+        "raster-ar": brief("raster-ar", "zoo:image-vq"),
+        "var": brief("var", "zoo:image-msvq"),
         "prefixes": Trial("zoo:image-detail", prefixes_and_repairs),
     },
     ours="detailflow",

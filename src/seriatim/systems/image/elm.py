@@ -36,7 +36,7 @@ from seriatim.laws.case import Case, Limit, randomise
 from seriatim.layout import Layout, line
 from seriatim.model import Model
 from seriatim.random import Generator
-from seriatim.systems.claim import Arm, Claim
+from seriatim.systems.claim import Claim, brief
 from seriatim.systems.image import raster_ar
 from seriatim.systems.image.raster_ar import Form
 from seriatim.systems.meta import Meta
@@ -54,17 +54,15 @@ META = Meta(
     summary="Places row by row, each by a few sub-codes at once; linear guidance.",
 )
 
-_SMALL = {"size": "small", "tokenizer": "zoo:image-bae", "minutes": 4}
-
 CLAIM = Claim(
     text="Two sub-codes of five bits make better pictures than one id of ten, after equal minutes of training: FD-s. "
     "Beside it: whole ids filled in by a masked model.",
     paper="ImageNet 256x256: two sub-codes (2-10) are best at L and XL, 2-12 at XXL and 2B (FID 1.54)",
     metric="fd_s",
     arms={
-        "two": Arm("elm", **_SMALL),  # type: ignore[arg-type]
-        "one": Arm("elm", {"parts": 1}, **_SMALL),  # type: ignore[arg-type]
-        "masked": Arm("maskgit", **_SMALL),  # type: ignore[arg-type]
+        "two": brief("elm", "zoo:image-bae"),
+        "one": brief("elm", "zoo:image-bae", parts=1),
+        "masked": brief("maskgit", "zoo:image-bae"),
     },
     ours="two",
     baseline="one",

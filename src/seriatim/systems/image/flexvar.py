@@ -33,7 +33,7 @@ from seriatim.layout import Layout, pyramid, shapes_of
 from seriatim.model import Model, Rows
 from seriatim.objectives.scales import drawn_scales, scales_to
 from seriatim.random import Generator, Random
-from seriatim.systems.claim import Arm, Claim
+from seriatim.systems.claim import Claim, brief
 from seriatim.systems.meta import Meta
 from seriatim.systems.pyramid_system import (
     PeekingEmbed,
@@ -193,8 +193,8 @@ CLAIM = Claim(
     paper="ImageNet 256x256: 6 to 13 steps by one model, FID 2.21 in ten and 2.08 in 13 (d24); VAR has its ten only",
     metric="skip_ratio",
     arms={
-        "flexvar": Arm("flexvar", size="small", tokenizer="zoo:image-flexvq", minutes=4, measure=skipping),
-        "var": Arm("var", size="small", tokenizer="zoo:image-msvq", minutes=4, measure=skipping),
+        "flexvar": brief("flexvar", "zoo:image-flexvq", measure=skipping),
+        "var": brief("var", "zoo:image-msvq", measure=skipping),
     },
     ours="flexvar",
     baseline="var",

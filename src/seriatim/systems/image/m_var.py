@@ -27,7 +27,7 @@ from seriatim.factorization.static import Scales
 from seriatim.laws.case import Case, Limit, randomise
 from seriatim.layout import pyramid
 from seriatim.model import Model
-from seriatim.systems.claim import Arm, Claim, Trial
+from seriatim.systems.claim import Claim, Trial, brief
 from seriatim.systems.image import hmar
 from seriatim.systems.meta import Meta
 from seriatim.systems.pyramid_system import (
@@ -133,9 +133,9 @@ CLAIM = Claim(
     metric="bits_per_code",
     arms={
         "costs": Trial(None, costs),
-        "m-var": Arm("m-var", size="small", tokenizer="zoo:image-msvq", minutes=4),
-        "sum alone": Arm("hmar", {"weighted": False}, size="small", tokenizer="zoo:image-msvq", minutes=4),
-        "var": Arm("var", size="small", tokenizer="zoo:image-msvq", minutes=4),
+        "m-var": brief("m-var", "zoo:image-msvq"),
+        "sum alone": brief("hmar", "zoo:image-msvq", weighted=False),
+        "var": brief("var", "zoo:image-msvq"),
     },
     ours="m-var",
     baseline="sum alone",

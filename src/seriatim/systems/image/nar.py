@@ -27,7 +27,7 @@ from seriatim.laws.case import Case, randomise
 from seriatim.layout import grid
 from seriatim.model import Model
 from seriatim.plan import Reads
-from seriatim.systems.claim import Arm, Claim
+from seriatim.systems.claim import Claim, brief
 from seriatim.systems.image.raster_ar import Form
 from seriatim.systems.meta import Meta
 from seriatim.systems.raster_system import RasterSystem
@@ -86,10 +86,10 @@ CLAIM = Claim(
     paper="ImageNet 256x256 (L): FID 3.06 in 31 forwards; LlamaGen-L 3.80 in 256, row by row",
     metric="fd_s",
     arms={
-        "nar": Arm("nar", {"depth": 5}, size="small", tokenizer="zoo:image-vq", minutes=4, measure=judged),
-        "raster-ar": Arm("raster-ar", size="small", tokenizer="zoo:image-vq", minutes=4),
-        "random groups": Arm("maskgit", {"groups": "diagonals"}, size="small", tokenizer="zoo:image-vq", minutes=4),
-        "windows": Arm("token-shuffle", size="small", tokenizer="zoo:image-vq", minutes=4),
+        "nar": brief("nar", "zoo:image-vq", measure=judged, depth=3),
+        "raster-ar": brief("raster-ar", "zoo:image-vq"),
+        "random groups": brief("maskgit", "zoo:image-vq", groups="diagonals"),
+        "windows": brief("token-shuffle", "zoo:image-vq"),
     },
     ours="nar",
     baseline="raster-ar",

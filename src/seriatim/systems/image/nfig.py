@@ -15,7 +15,7 @@ import torch
 
 from seriatim.laws.case import Case, Limit, randomise
 from seriatim.model import Model
-from seriatim.systems.claim import Arm, Claim
+from seriatim.systems.claim import Claim, brief
 from seriatim.systems.image import var
 from seriatim.systems.meta import Meta
 from seriatim.systems.pyramid_system import PeekingEmbed, ResidualPyramid, one_scale
@@ -73,8 +73,8 @@ CLAIM = Claim(
     paper="ImageNet 256x256: rFID 0.85; FID 2.81 with 310M parameters, 1.25 times faster than VAR-d20",
     metric="fd_s",
     arms={
-        "nfig": Arm("nfig", size="small", tokenizer="zoo:image-rings", minutes=4),
-        "var": Arm("var", size="small", tokenizer="zoo:image-msvq", minutes=4),
+        "nfig": brief("nfig", "zoo:image-rings"),
+        "var": brief("var", "zoo:image-msvq"),
     },
     ours="nfig",
     baseline="var",

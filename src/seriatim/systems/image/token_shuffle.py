@@ -30,7 +30,7 @@ from seriatim.heads.fused import FusedEmbed, MultiTokenHead
 from seriatim.laws.case import Case, Limit, randomise
 from seriatim.layout import grid
 from seriatim.model import Model
-from seriatim.systems.claim import Arm, Claim
+from seriatim.systems.claim import Claim, brief
 from seriatim.systems.image import raster_ar
 from seriatim.systems.meta import Meta
 from seriatim.systems.prompted_system import PromptedSystem, Told, check_told
@@ -46,8 +46,6 @@ META = Meta(
     likelihood="exact",
     summary="Windows of ids in raster order, each fused into one vector: fewer slots and forwards by its area.",
 )
-
-_SMALL = {"size": "small", "tokenizer": "zoo:image-vq", "minutes": 4}
 
 
 def effective_rank(table: Float[Tensor, "n d"]) -> float:
@@ -75,10 +73,10 @@ CLAIM = Claim(
     paper="GenAI-Bench .77 on hard prompts (LlamaGen .59) with windows of 2x2 at 1024x1024; 4x4 blur",
     metric="fd_s",
     arms={
-        "token-shuffle": Arm("token-shuffle", **_SMALL),  # type: ignore[arg-type]
-        "raster-ar": Arm("raster-ar", **_SMALL),  # type: ignore[arg-type]
-        "windows of 4": Arm("token-shuffle", {"window": 4}, **_SMALL),  # type: ignore[arg-type]
-        "text": Arm("token-shuffle", {"told": "text"}, measure=judged, **_SMALL),  # type: ignore[arg-type]
+        "token-shuffle": brief("token-shuffle", "zoo:image-vq"),
+        "raster-ar": brief("raster-ar", "zoo:image-vq"),
+        "windows of 4": brief("token-shuffle", "zoo:image-vq", window=4),
+        "text": brief("token-shuffle", "zoo:image-vq", measure=judged, told="text"),
     },
     ours="token-shuffle",
     baseline="raster-ar",

@@ -19,7 +19,7 @@ from seriatim.factorization.static import Scales
 from seriatim.laws.case import Case, randomise
 from seriatim.layout import pyramid
 from seriatim.model import Model
-from seriatim.systems.claim import Arm, Claim
+from seriatim.systems.claim import Claim, brief
 from seriatim.systems.meta import Meta
 from seriatim.systems.pyramid_system import (
     PeekingEmbed,
@@ -85,8 +85,8 @@ CLAIM = Claim(
     paper="ImageNet 256x256: FID 18.65 to 1.73 against the raster baseline, with 20 times faster inference",
     metric="fd_s",
     arms={
-        "var": Arm("var", size="small", tokenizer="zoo:image-msvq", minutes=4),
-        "raster-ar": Arm("raster-ar", size="small", tokenizer="zoo:image-vq", minutes=4),
+        "var": brief("var", "zoo:image-msvq"),
+        "raster-ar": brief("raster-ar", "zoo:image-vq"),
     },
     ours="var",
     baseline="raster-ar",

@@ -30,7 +30,7 @@ from seriatim.layout import line
 from seriatim.model import Model
 from seriatim.plan import Plan
 from seriatim.random import Generator
-from seriatim.systems.claim import Arm, Claim
+from seriatim.systems.claim import Claim, brief
 from seriatim.systems.image import raster_ar
 from seriatim.systems.meta import Meta
 from seriatim.systems.raster_system import RasterSystem
@@ -50,18 +50,16 @@ META = Meta(
 Source = Literal["class", "uniform", "registers"]
 SHOWN = 32  # pictures of each class that are kept to be shown
 
-_SMALL = {"size": "small", "tokenizer": "zoo:image-vq", "minutes": 4}
-
 CLAIM = Claim(
     text="With 16 ids of another picture of the class in front, pictures are better than without, after equal minutes "
     "of training: FD-s. Uniform ids and learned vectors in their place tell how much of it is only more computation.",
     paper="ImageNet 256x256: FID about a fifth lower than the same model without the prompt",
     metric="fd_s",
     arms={
-        "vf-prompt": Arm("vf-prompt", **_SMALL),  # type: ignore[arg-type]
-        "raster-ar": Arm("raster-ar", **_SMALL),  # type: ignore[arg-type]
-        "uniform": Arm("vf-prompt", {"source": "uniform"}, **_SMALL),  # type: ignore[arg-type]
-        "registers": Arm("vf-prompt", {"source": "registers"}, **_SMALL),  # type: ignore[arg-type]
+        "vf-prompt": brief("vf-prompt", "zoo:image-vq"),
+        "raster-ar": brief("raster-ar", "zoo:image-vq"),
+        "uniform": brief("vf-prompt", "zoo:image-vq", source="uniform"),
+        "registers": brief("vf-prompt", "zoo:image-vq", source="registers"),
     },
     ours="vf-prompt",
     baseline="raster-ar",
