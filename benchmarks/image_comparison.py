@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=5.0, help="of training each")
     parser.add_argument("--systems", default="all", help="all, representatives, or keys with commas between")
     parser.add_argument("--data", default="glyphs")
-    parser.add_argument("--size", default="small", help="the named size that widths are changed from")
+    parser.add_argument("--size", default="tiny", help="the named size that widths are changed from")
     parser.add_argument("--parameters", type=int, default=Budget.parameters, help="about so many each")
     parser.add_argument("--samples", type=int, default=500, help="pictures that are judged")
     parser.add_argument("--seed", type=int, default=0)

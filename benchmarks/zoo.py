@@ -43,14 +43,17 @@ ROOT = Path(__file__).parents[1] / "zoo"
 TEXT = {"data": "stdlib", "tokenizer": "zoo:text-bpe"}
 DRAFT = {"length": 1024, "width": 128, "depth": 2, "heads": 2, "hidden": 384, "tied": True}
 PICTURES = {"data": "glyphs"}
+BRIEF = {"steps": 2000, "dropout": 0.0, "ema": 0.99}
 
 ENTRIES: dict[str, dict[str, Any]] = {
     "text-base": {"key": "next-token", "size": "small", **TEXT, "settings": {"steps": 3000}},
     "image-msvq": {"key": "image-msvq", **PICTURES, "settings": {"steps": 3000}},
     "image-vq": {"key": "image-vq", **PICTURES, "settings": {"steps": 3000}},
     "image-flexvq": {"key": "image-flexvq", **PICTURES, "settings": {"steps": 3000}},
-    "image-sequential": {"key": "image-sequential", **PICTURES, "settings": {"steps": 3000}},
-    "image-detail": {"key": "image-detail", **PICTURES, "settings": {"steps": 3000}},
+    "image-rings": {"key": "image-rings", **PICTURES, "settings": {"steps": 1500}},
+    "image-bae": {"key": "image-bae", **PICTURES, "settings": {"steps": 1500}},
+    "image-sequential": {"key": "image-sequential", **PICTURES, "settings": {"steps": 1500}},
+    "image-detail": {"key": "image-detail", **PICTURES, "settings": {"steps": 1500}},
     "image-kl": {"key": "image-kl", **PICTURES, "settings": {"steps": 3000}},
     "text-mdlm": {"key": "mdlm", "size": "small", **TEXT, "settings": {"steps": 1200}},
     "text-block": {
@@ -80,7 +83,8 @@ ENTRIES: dict[str, dict[str, Any]] = {
     },
     "text-draft": {"key": "next-token", **TEXT, "settings": {**DRAFT, "steps": 3000, "batch": 8, "compile": True}},
     "var": {"key": "var", "size": "small", **PICTURES, "tokenizer": "zoo:image-msvq", "settings": {"steps": 1500}},
-    "hmar": {"key": "hmar", "size": "small", **PICTURES, "tokenizer": "zoo:image-msvq", "settings": {"steps": 1500}},
+    "hmar": {"key": "hmar", **PICTURES, "tokenizer": "zoo:image-msvq", "settings": BRIEF},
+    "flexvar": {"key": "flexvar", **PICTURES, "tokenizer": "zoo:image-flexvq", "settings": BRIEF},
     "raster-ar": {
         "key": "raster-ar",
         "size": "small",
