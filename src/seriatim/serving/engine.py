@@ -17,6 +17,7 @@ import torch
 
 from seriatim.layout import line
 from seriatim.serving.batch import Batch, Ready
+from seriatim.serving.memory import Trimmer
 from seriatim.serving.prefixes import Prefixes
 from seriatim.serving.request import Finish, Full, Piece, Request
 from seriatim.systems.language_model import LanguageModel
@@ -176,6 +177,7 @@ class Engine:
     # ---- the engine's own thread ---------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        trim = Trimmer()
         while True:
             with self._lock:
                 while not (self.busy or self._closing):
@@ -183,6 +185,7 @@ class Engine:
                 if self._closed or (self._closing and not self.busy):
                     break
             self.turn()
+            trim()
         self._end(self._everybody(), "cancelled", "the engine was shut down")
 
     @property
