@@ -27,6 +27,7 @@ Figure = float | int | str | Bits | None
 Picture = bytes | str | os.PathLike[str]
 LARGE = 150_000  # bytes; larger pictures are stored as WebP where that is smaller
 WIDEST = 1_200  # pixels
+WIDE = 1000  # pixels, above which a picture has a row to itself
 TYPES = {"PNG": "image/png", "GIF": "image/gif", "WEBP": "image/webp", "JPEG": "image/jpeg"}
 
 
@@ -36,7 +37,8 @@ class Result:
 
     figures: name -> value, a row of the table; names in `FIGURES` get their title, unit and direction, others stand as
     they are; None: not measured. losses: name -> (step, loss). tradeoff: (forwards, quality) at several settings.
-    grid, film: a PNG, GIF, WebP or JPEG, as bytes or a path. command: what makes this row again.
+    grid, film: a PNG, GIF, WebP or JPEG, as bytes or a path. shows: what is on the grid. command: what makes this row
+    again.
     """
 
     key: str
@@ -45,6 +47,7 @@ class Result:
     losses: Mapping[str, Points] = field(default_factory=dict)
     tradeoff: Points = ()
     grid: Picture | None = None
+    shows: str = "samples"
     film: Picture | None = None
     texts: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -211,8 +214,8 @@ def _shown(value: Figure, column: Column) -> str:
 
 
 # ---- pictures and texts ----------------------------------------------------------------------------------------------
-def _image(picture: Picture, what: str) -> str:
-    """An <img> with the picture inside."""
+def _image(picture: Picture, what: str) -> tuple[str, int]:
+    """An <img> with the picture inside, and how wide it is."""
     data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
     try:
         with Image.open(io.BytesIO(data)) as opened:
@@ -227,7 +230,7 @@ def _image(picture: Picture, what: str) -> str:
     if kind not in TYPES:
         raise ValueError(f"{what}: {kind or 'unknown'} is not shown by browsers; want one of {', '.join(TYPES)}")
     source = f"data:{TYPES[kind]};base64,{base64.b64encode(data).decode('ascii')}"
-    return f'<img src="{source}" alt="{_text(what)}" width="{size[0]}" height="{size[1]}">'
+    return f'<img src="{source}" alt="{_text(what)}" width="{size[0]}" height="{size[1]}">', size[0]
 
 
 def _webp(opened: Image.Image) -> tuple[bytes, tuple[int, int]]:
@@ -248,14 +251,15 @@ def _webp(opened: Image.Image) -> tuple[bytes, tuple[int, int]]:
 def _samples(results: Sequence[Result]) -> str:
     shown = []
     for r in results:
-        parts = [f"<h3>{r.heading}</h3>"]
-        for picture, what in ((r.grid, "samples"), (r.film, "film of their making")):
+        parts, widest = [f"<h3>{r.heading}</h3>"], 0
+        for picture, what in ((r.grid, r.shows), (r.film, "film of their making")):
             if picture is not None:
-                image = _image(picture, f"{r.key}: {what}")
+                image, width = _image(picture, f"{r.key}: {what}")
+                widest = max(widest, width)
                 parts.append(f"<figure>{image}<figcaption>{what}</figcaption></figure>")
         parts += [f"<pre>{_text(text)}</pre>" for text in r.texts]
         if len(parts) > 1:
-            shown.append(f'<article class="card">{"".join(parts)}</article>')
+            shown.append(f'<article class="card{" wide" if widest > WIDE else ""}">{"".join(parts)}</article>')
     return f'<h2>Samples</h2><div class="cards">{"".join(shown)}</div>' if shown else ""
 
 

@@ -56,9 +56,9 @@ def compare_series(
     few, results = min((s.few for s in systems.values() if s.few), default=None), []
     for name, (method, look) in methods.items():
         said(f"judging {name}")
-        result = _result(loaded, name, method, (look, steps, few), Path(out), command)
+        result = _result(loaded, name, method, (look, steps, few), Path(out))
         if name in trained:
-            result = _with_training(result, trained[name])
+            result = _with_training(result, trained[name], command)
         results.append(result)
     sections = {}
     if windows:
@@ -100,9 +100,7 @@ def _simple(data: SeriesData, lookbacks: Sequence[int], horizon: int) -> dict[st
 TITLES = {"ridge": "ridge regression", "last": "the last season, repeated", "last value": "the last value, repeated"}
 
 
-def _result(
-    data: SeriesData, name: str, method: Method, sizes: tuple[int, int, int | None], out: Path, command: str
-) -> Result:
+def _result(data: SeriesData, name: str, method: Method, sizes: tuple[int, int, int | None], out: Path) -> Result:
     """A row of the report, with a plot of one window. sizes: lookback, horizon, and windows (None: all)."""
     lookback, horizon, few = sizes
     figures, intervals = judged(data, method, lookback, horizon, most=few)
@@ -112,10 +110,10 @@ def _result(
     plot = save_window(data, {name: method}, test, len(test) // 2, place, name, intervals)
     title = TITLES.get(name, TITLES.get(name.split()[0], ""))
     shown = {"lookback": lookback, **{k: v for k, v in figures.items() if k != "level"}}
-    return Result(name, title, shown, grid=plot, command=command)
+    return Result(name, title, shown, grid=plot, shows=f"{horizon} steps in the middle of the test part")
 
 
-def _with_training(result: Result, trained: Any) -> Result:
+def _with_training(result: Result, trained: Any, command: str) -> Result:
     """The same with what the training took and was."""
     from dataclasses import replace
 
@@ -125,7 +123,9 @@ def _with_training(result: Result, trained: Any) -> Result:
         "training_seconds": sum(h.get("seconds", 0.0) for h in history),
     }  # fmt: skip
     losses = {"training": [(h["step"], h["loss"]) for h in history]}
-    return replace(result, title=system.meta.title, figures=figures, losses=losses, settings=plain(system.config))
+    return replace(
+        result, title=system.meta.title, figures=figures, losses=losses, settings=plain(system.config), command=command
+    )
 
 
 def _classical(
