@@ -62,7 +62,7 @@ def compare_series(
         results.append(result)
     sections = {}
     if windows:
-        sections[f"With ETS and ARIMA, on {windows} windows"] = _classical(loaded, methods, steps, windows, said)
+        sections["With ETS and ARIMA"] = _classical(loaded, methods, steps, windows, said)
     notes = _notes(loaded, steps, few, command)
     title = f"{' · '.join(keys)} on {loaded.name}"
     return write_report(Path(out) / "report.html", title, results, notes, "MSE", sections)
@@ -145,8 +145,9 @@ def _classical(
         errors, _ = over(data, method, windows)
         rows.append((name, look, *(f"{x:.3f}" for x in (errors.mse, errors.mae, errors.mase)), f"{errors.smape:.1f}"))
     count = len(windows)
+    apart = "at every step" if windows.stride == 1 else f"at a distance of {windows.stride} steps"
     caption = (
-        f"{count} windows at a distance of {windows.stride} steps. ETS (additive season, damped trend) and ARIMA (of "
+        f"{count} windows {apart}. ETS (additive season, damped trend) and ARIMA (of "
         "seasonal differences) are fitted anew to the lookback of each."
     )
     lost = [f"{method.failed} of {method.fits} by {name}" for name, method in found.items() if method.failed]
