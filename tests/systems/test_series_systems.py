@@ -14,6 +14,8 @@ from seriatim.systems.series.dlinear import DLinear
 from seriatim.systems.series.gpht import GPHT
 from seriatim.systems.series.gpht import Config as GPHTConfig
 from seriatim.systems.series.itransformer import Config, ITransformer
+from seriatim.systems.series.s2ip_llm import S2IP
+from seriatim.systems.series.time_llm import TimeLLM
 from seriatim.verbs.evaluate import evaluate
 from seriatim.verbs.forecast import forecast
 from seriatim.verbs.load import load
@@ -135,6 +137,17 @@ def test_a_lookback_that_is_not_named_suits_a_short_series(table):
     assert DLinear.fitting(data, {"horizon": 8}, None) == {"lookback": 16, "horizon": 8}
     assert DLinear.fitting(data, {}, None) == {"lookback": 48, "horizon": 24}
     assert DLinear.fitting(data, {"lookback": 96}, None) == {}
+
+
+@pytest.mark.parametrize("cls", [TimeLLM, S2IP])
+@pytest.mark.parametrize("said", [{}, {"horizon": 5}, {"lookback": 31, "horizon": 3}, {"lookback": 336}])
+def test_patches_suit_whatever_lookback_there_is(cls, said, table):
+    """One that is no whole number of the published patches would be refused else."""
+    fitted = cls.fitting(load_data(table, "series"), said, None)
+    inner = {"inner": 4} if cls is TimeLLM else {}
+    c = cls.Config(**{**fitted, **said, **inner}, model="tiny", layers=1)
+    past = torch.randn(2, c.lookback, 1)
+    assert cls(c).forecast(past, past[..., :0], torch.zeros(2, c.horizon, 0)).shape == (2, c.horizon, 1)
 
 
 def test_more_steps_than_it_was_made_for_are_refused():

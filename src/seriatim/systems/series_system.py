@@ -28,6 +28,7 @@ from seriatim.view import full, inclusive
 
 SEGMENTS = (48, 24, 16, 8)
 HORIZONS = (96, 48, 24, 12, 8, 4, 2, 1)  # that are tried on short series, where none is named
+PATCHES = (16, 8, 4, 2, 1)  # the same
 UNSAID = 10**9  # steps of a training and of a pass that follow from the data
 LEAST = 100  # steps between halvings of the learning rate
 PUBLISHED = Recipe(  # the field's protocol
@@ -93,10 +94,10 @@ class SeriesSystem(System):
         are not read one by one."""
         if not hasattr(data, "series"):
             raise ValueError(f"{cls.meta.key} reads the variates of one series together, and {data.name} are several")
-        chosen = {**cls.sizes.get(size or next(iter(cls.sizes)), {}), **settings}
-        default = cls.Config(**{k: v for k, v in chosen.items() if k in ("lookback", "horizon")})
+        default = {"lookback": cls.Config.lookback, "horizon": cls.Config.horizon}
+        said = {**default, **cls.sizes.get(size or next(iter(cls.sizes)), {}), **settings}
         room = min(len(p) // len(data.series.columns) for p in (data.validation, data.test))
-        enough = room >= 2 * default.horizon and data.split.train >= 4 * (default.lookback + default.horizon)
+        enough = room >= 2 * said["horizon"] and data.split.train >= 4 * (said["lookback"] + said["horizon"])
         if "lookback" in settings or enough:
             return {}
         horizon = settings.get("horizon") or next((h for h in HORIZONS if 2 * h <= room), 1)
@@ -221,6 +222,17 @@ class RollingSystem(SeriesSystem):
             begin = made.shape[1] - length
             made = torch.cat([made, self.behind(made[:, begin:], told[:, begin : begin + length])[:, -n:]], 1)
         return made[:, length : length + future_marks.shape[1]]
+
+
+def patching(lookback: int, settings: Mapping[str, Any], default: Any) -> dict[str, int]:
+    """Patches that are not named: those of the default config, or, where a lookback is no whole number of them, the
+    longest of a few that it is, one every half."""
+    if {"patch", "stride"} & set(settings):
+        return {}
+    for patch, stride in ((default.patch, default.stride), *((p, max(p // 2, 1)) for p in PATCHES)):
+        if lookback >= patch and (lookback - patch) % stride == 0:
+            return {"patch": patch, "stride": stride}
+    raise ValueError(f"a lookback is at least 1, got {lookback}")
 
 
 @lru_cache(maxsize=64)

@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from seriatim.data.series import SeriesData
 from seriatim.laws.case import Limit
 from seriatim.laws.series import SeriesCase, shifted
 from seriatim.random import Generator
 from seriatim.systems.frozen_text import TINY, FrozenText
 from seriatim.systems.meta import Meta
-from seriatim.systems.series_system import PUBLISHED, Forecaster, SeriesSystem
+from seriatim.systems.series_system import PUBLISHED, Forecaster, SeriesSystem, patching
 from seriatim.systems.series_trials import of_text
 from seriatim.tokenizers.series import Scale, channels_apart, channels_together, overlapping, parted, patch_count
 
@@ -137,6 +138,21 @@ class S2IP(SeriesSystem):
     @staticmethod
     def build(config: Any, tokenizer: Any = None) -> Any:
         return Informed(config)
+
+    @classmethod
+    def fitting(cls, data: SeriesData, settings: Mapping[str, Any], size: str | None) -> dict[str, int]:
+        """Patches that fit the lookback, a prompt that makes whole stretches with them, and, on a lookback that does
+        not hold two of the published means, a mean and a season that it holds."""
+        found = super().fitting(data, settings, size)
+        lookback = {"lookback": Config.lookback, **found, **settings}["lookback"]
+        found |= patching(lookback, settings, Config)
+        patches = {"patch": Config.patch, "stride": Config.stride, **found, **settings}
+        tokens = patch_count(lookback, patches["patch"], patches["stride"])
+        found |= {"prompt": STRETCHES + -tokens % STRETCHES}
+        if lookback < 2 * Config.mean:
+            half = max(lookback // 2, 1)
+            found |= {"mean": half, "period": min(data.series.frequency.season, half)}
+        return found
 
     def losses(self, batch: Mapping[str, Tensor], random: Generator, drop: float) -> tuple[Tensor, Tensor]:
         """Squared errors, less what the nearness of anchors counts."""

@@ -11,6 +11,7 @@ would name each twice and lag 0 always. Numbers have three digits, which keeps p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -20,11 +21,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from seriatim.data.series import SeriesData
 from seriatim.laws.case import Limit
 from seriatim.laws.series import SeriesCase, shifted
 from seriatim.systems.frozen_text import TINY, FrozenText
 from seriatim.systems.meta import Meta
-from seriatim.systems.series_system import PUBLISHED, Forecaster, SeriesSystem
+from seriatim.systems.series_system import PUBLISHED, Forecaster, SeriesSystem, patching
 from seriatim.systems.series_trials import of_text
 from seriatim.tokenizers.series import Scale, channels_apart, channels_together, overlapping, patch_count
 
@@ -159,6 +161,13 @@ class TimeLLM(SeriesSystem):
     @staticmethod
     def build(config: Any, tokenizer: Any = None) -> Any:
         return Reprogrammed(config)
+
+    @classmethod
+    def fitting(cls, data: SeriesData, settings: Mapping[str, Any], size: str | None) -> dict[str, int]:
+        """Patches too that fit the lookback."""
+        found = super().fitting(data, settings, size)
+        lookback = {"lookback": Config.lookback, **found, **settings}["lookback"]
+        return found | patching(lookback, settings, Config)
 
 
 CLAIM = of_text(
