@@ -52,12 +52,14 @@ CLAIM = Claim(
     paper="ImageNet 256x256 (L): FID 2.97 and IS 291.5, LlamaGen-L 3.80 and 248; 8.71 pictures a second against 7.50",
     metric="fd_s",
     arms={
-        "ctf": brief("ctf", "zoo:image-vq"),
+        "ctf": brief("ctf", "zoo:image-vq", clusters=32),
         "raster-ar": brief("raster-ar", "zoo:image-vq"),
+        "5 clusters": brief("ctf", "zoo:image-vq"),
     },
     ours="ctf",
     baseline="raster-ar",
     spread_seeds=(0, 1, 2),
+    other_seeds=(0, 1),
     data="glyphs",
 )
 
