@@ -9,12 +9,15 @@ import torch
 
 from seriatim.cli.main import main
 from seriatim.data.base import load_data
+from seriatim.evaluation.series_insight import Heat, Lines, Words, save_insight
 from seriatim.systems.series.dlinear import Config as DLinearConfig
 from seriatim.systems.series.dlinear import DLinear
 from seriatim.systems.series.gpht import GPHT
 from seriatim.systems.series.gpht import Config as GPHTConfig
 from seriatim.systems.series.itransformer import Config, ITransformer
 from seriatim.systems.series.s2ip_llm import S2IP
+from seriatim.systems.series.s2ip_llm import Config as S2IPConfig
+from seriatim.systems.series.time_llm import Config as TimeLLMConfig
 from seriatim.systems.series.time_llm import TimeLLM
 from seriatim.verbs.evaluate import evaluate
 from seriatim.verbs.forecast import forecast
@@ -192,3 +195,35 @@ def test_the_figures_are_on_file(table, tmp_path):
     told = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert {"mse", "mae", "mase", "smape", "interval_coverage", "ridge, mse"} <= set(told)
     assert (tmp_path / "r" / "forecast.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("system", "files"),
+    [
+        (ITransformer(Config(**SMALL)), {"attention": Heat}),
+        (GPHT(GPHTConfig(lookback=24, segment=8, rates=(2, 1), width=16, hidden=16, heads=2)), {"stages": Lines}),
+        (TimeLLM(TimeLLMConfig(lookback=24, horizon=8, inner=4, model="tiny", layers=1)), {"prototypes": Words}),
+        (
+            S2IP(S2IPConfig(lookback=24, horizon=8, mean=12, period=4, prompt=3, model="tiny", layers=1)),
+            {"parts": Lines, "anchors": Words},
+        ),
+    ],
+    ids=lambda x: x.meta.key if hasattr(x, "meta") else "",
+)
+def test_a_system_shows_what_it_makes_of_a_window(system, files, table, tmp_path):
+    data = load_data(table, "series")
+    batch = data.test.windows(24, 8).take(torch.tensor([0]))
+    found = system.eval().insights(batch, data.series.columns)
+    assert {name: type(insight) for name, insight in found.items()} == files
+    for name, insight in found.items():
+        assert save_insight(insight, tmp_path / name).stat().st_size > 100
+    if "attention" in found:
+        rows = torch.stack(list(found["attention"].maps.values())).sum(-1)
+        assert torch.allclose(rows, torch.ones_like(rows)), "each variate's attention is shared out"
+        assert len(found["attention"].names) == rows.shape[1]
+    if "stages" in found:
+        *stages, whole = found["stages"].curves.values()
+        assert torch.allclose(sum(stages), whole)
+    if "parts" in found:
+        window, *parts = found["parts"].curves.values()
+        assert torch.allclose(sum(parts), window, atol=1e-5)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -88,6 +89,13 @@ class FrozenText(nn.Module):
     def words(self) -> Float[Tensor, "v d"]:
         """The vectors of all tokens."""
         return Base(self.system).embed(torch.arange(self.system.model.embed.vocab, device=self.system.model.device))
+
+    @torch.no_grad()
+    def near(self, x: Float[Tensor, "n d"], count: int = 8) -> list[list[str]]:
+        """The tokens whose vectors are nearest to each of these, by their cosines."""
+        words = self.words
+        alike = F.normalize(x, dim=-1) @ F.normalize(words - words.mean(0), dim=-1).T
+        return [[self.system.tokenizer.decode([i]) for i in row] for row in alike.topk(count, dim=1).indices.tolist()]
 
     def ids(self, text: str) -> list[int]:
         return self.system.tokenizer.encode(text)
@@ -190,6 +198,9 @@ class _Words:
     def encode(self, text: str) -> list[int]:
         words = text.split()
         return [zlib.crc32(" ".join(words[i : i + 4]).encode()) % 256 for i in range(0, len(words), 4)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(f"<{i}>" for i in ids)
 
 
 def _cut(backbone: Any, layers: int, source: str) -> None:

@@ -7,7 +7,7 @@ the laws hold it to that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from seriatim.backbones.transformer import Transformer, TransformerConfig
 from seriatim.data.series import Part, SeriesData, Windows
+from seriatim.evaluation.series_insight import Insight
 from seriatim.plan import Plan, plan_of
 from seriatim.random import Generator
 from seriatim.systems.system import System, evenly
@@ -161,6 +162,10 @@ class SeriesSystem(System):
     def rolled(self, past: Tensor, past_marks: Tensor, future_marks: Tensor) -> Tensor:
         """A forecast in segments, each from all before it."""
         raise NotImplementedError
+
+    def insights(self, batch: Mapping[str, Tensor], columns: Sequence[str]) -> dict[str, Insight]:
+        """What else there is to see of a batch of one window, by the names of its files. columns: the variates."""
+        return {}
 
     def check(self, lookback: int, horizon: int) -> None:
         """Raises ValueError for what it cannot forecast."""

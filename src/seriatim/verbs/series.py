@@ -24,6 +24,7 @@ from seriatim.evaluation.series import (
     save_forecast,
 )
 from seriatim.evaluation.series_baselines import simple
+from seriatim.evaluation.series_insight import save_insight
 from seriatim.systems.series_system import SeriesSystem
 
 LEVEL = 0.9
@@ -98,14 +99,18 @@ def save_window(
 
 
 def show_series(system: SeriesSystem, data: SeriesData | Mixture, folder: Path) -> dict[str, Any]:
-    """The figures of a finished training, and a plot of forecasts of a window in the middle of the test part; of
-    several series, of the first."""
+    """The figures of a finished training, a plot of forecasts of a window in the middle of the test part, and what else
+    the system shows of that window; of several series, of the first."""
     c, one = system.config, data if isinstance(data, SeriesData) else data.of[0]
     figures, intervals = _figures(system, one, c.horizon)
     windows = one.test.windows(c.lookback, c.horizon)
     methods = {system.meta.key: method_of(system), "ridge": simple(one, c.lookback, c.horizon)["ridge"]}
     title = f"{system.meta.title} on {one.name}: {c.horizon} steps from {c.lookback}"
-    save_window(one, methods, windows, len(windows) // 2, folder / "forecast.png", title, intervals)
+    middle = len(windows) // 2
+    save_window(one, methods, windows, middle, folder / "forecast.png", title, intervals)
+    batch = {k: v.to(system.model.device) for k, v in windows.take(torch.tensor([middle])).items()}
+    for name, insight in system.insights(batch, one.series.columns).items():
+        save_insight(insight, folder / name)
     return figures if one is data else series_figures(system, data)
 
 

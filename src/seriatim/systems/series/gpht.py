@@ -11,7 +11,7 @@ that of its whole lookback, of which early segments should know nothing; the las
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seriatim.data.base import load_data
+from seriatim.evaluation.series_insight import Insight, Lines
 from seriatim.home import HOME
 from seriatim.laws.case import Limit
 from seriatim.laws.series import SeriesCase
@@ -31,7 +32,7 @@ from seriatim.systems.claim import Arm, Claim, Trial
 from seriatim.systems.meta import Meta
 from seriatim.systems.series_system import PUBLISHED, Forecaster, RollingSystem, in_line, layers, together
 from seriatim.systems.series_trials import errors_at, ridge_at
-from seriatim.tokenizers.series import patches
+from seriatim.tokenizers.series import Scale, channels_apart, patches
 
 META = Meta(
     key="gpht",
@@ -130,6 +131,15 @@ class GPHT(RollingSystem):
     @staticmethod
     def build(config: Any, tokenizer: Any = None) -> Any:
         return Hierarchy(config)
+
+    @torch.no_grad()
+    def insights(self, batch: Mapping[str, Tensor], columns: Sequence[str]) -> dict[str, Insight]:
+        """What each stage says of the next segment of the last variate, and their sum."""
+        past, n = batch["past"][:, :, -1:], self.config.segment
+        parts = self.model.contributions(channels_apart(Scale.of(past).on(past)))
+        said = {f"stage at rate {r}": part[0, -n:] for r, part in zip(self.config.rates, parts, strict=True)}
+        title = f"What stages say of the next {n} steps of {columns[-1]}, on the scale of the window"
+        return {"stages": Lines(title, {**said, "their sum": torch.stack(parts).sum(0)[0, -n:]})}
 
     def take_over(self, base: Any) -> None:
         """Begin with the weights of a pretrained one, and train the heads alone."""

@@ -10,6 +10,7 @@ stands in its place on the scale of another gives the same forecast on that scal
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -20,6 +21,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from seriatim.evaluation.attention_distance import watched_attention
+from seriatim.evaluation.series_insight import Heat, Insight
 from seriatim.laws.case import Limit
 from seriatim.laws.series import SeriesCase, shifted
 from seriatim.systems.claim import Arm, Claim, Trial
@@ -87,6 +90,15 @@ class ITransformer(SeriesSystem):
     @staticmethod
     def build(config: Any, tokenizer: Any = None) -> Any:
         return Inverted(config)
+
+    @torch.no_grad()
+    def insights(self, batch: Mapping[str, Tensor], columns: Sequence[str]) -> dict[str, Insight]:
+        """How much each variate attends to each, mean over heads."""
+        with watched_attention(self.model.backbone) as seen:
+            self.model(*self.given(batch))
+        marks = [f"mark {i + 1}" for i in range(batch["past_marks"].shape[2])]
+        maps = {f"layer {i + 1}": weights[0].mean(0) for i, weights in sorted(seen.items())}
+        return {"attention": Heat("Attention between variates, mean over heads", maps, (*columns, *marks))}
 
 
 CLAIM = Claim(

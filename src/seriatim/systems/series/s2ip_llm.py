@@ -10,7 +10,7 @@ are of slots in a line, not of trend, season and rest, though there are three of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from seriatim.data.series import SeriesData
+from seriatim.evaluation.series_insight import Insight, Lines, Words
 from seriatim.laws.case import Limit
 from seriatim.laws.series import SeriesCase, shifted
 from seriatim.random import Generator
@@ -138,6 +139,24 @@ class S2IP(SeriesSystem):
     @staticmethod
     def build(config: Any, tokenizer: Any = None) -> Any:
         return Informed(config)
+
+    @torch.no_grad()
+    def insights(self, batch: Mapping[str, Tensor], columns: Sequence[str]) -> dict[str, Insight]:
+        """Trend, season and rest of the last variate, and words near to the anchors of each."""
+        past, c = batch["past"], self.config
+        x = channels_apart(Scale.of(past).on(past))
+        anchors, chosen, _ = self.model.nearest(self.model.tokens(x))
+        rows: dict[str, list[str]] = {}
+        for name, numbers in zip(columns, chosen, strict=True):
+            near = self.model.text.near(anchors[numbers], 3)
+            rows |= {f"{name}, anchor {i}": words for i, words in zip(numbers.tolist(), near, strict=True)}
+        parts = parted(x[-1:], c.mean, c.period)
+        curves = {name: getattr(parts, name)[0] for name in parts._fields}
+        title = f"{columns[-1]}: a window as trend, season and rest, on its own scale"
+        return {
+            "parts": Lines(title, {"window": x[-1], **curves}),
+            "anchors": Words("Anchors that stand in front, and the words that are nearest to them", rows),
+        }
 
     @classmethod
     def fitting(cls, data: SeriesData, settings: Mapping[str, Any], size: str | None) -> dict[str, int]:

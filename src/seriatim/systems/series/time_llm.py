@@ -11,7 +11,7 @@ would name each twice and lag 0 always. Numbers have three digits, which keeps p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seriatim.data.series import SeriesData
+from seriatim.evaluation.series_insight import Insight, Words
 from seriatim.laws.case import Limit
 from seriatim.laws.series import SeriesCase, shifted
 from seriatim.systems.frozen_text import TINY, FrozenText
@@ -41,6 +42,7 @@ META = Meta(
 )
 
 LAGS = 5
+ASKED = 10  # prototypes that are shown
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,20 @@ class Reprogrammed(Forecaster):
 
     def reprogrammed(self, x: Float[Tensor, "n t"]) -> Float[Tensor, "n p d"]:
         """Patches as sums of what prototypes say."""
+        weights, words = self.asked(x)
+        v = self.value(words).unflatten(-1, (self.c.heads, self.c.inner)).transpose(0, 1)
+        weights = F.dropout(weights, self.c.dropout, self.training)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+    def asked(self, x: Float[Tensor, "n t"]) -> tuple[Float[Tensor, "n h p s"], Float[Tensor, "s d"]]:
+        """How much each patch takes of each prototype, and the prototypes."""
         c = self.c
         tokens = self.embed(overlapping(x, c.patch, c.stride).transpose(1, 2)).transpose(1, 2)
         tokens = F.dropout(tokens, c.dropout, self.training)
         words = self.prototypes()
         q = self.query(tokens).unflatten(-1, (c.heads, c.inner)).transpose(1, 2)
-        k, v = (m(words).unflatten(-1, (c.heads, c.inner)).transpose(0, 1) for m in (self.key, self.value))
-        weights = F.dropout((q @ k.mT * c.inner**-0.5).softmax(-1), c.dropout, self.training)
-        return self.out((weights @ v).transpose(1, 2).flatten(2))
+        k = self.key(words).unflatten(-1, (c.heads, c.inner)).transpose(0, 1)
+        return (q @ k.mT * c.inner**-0.5).softmax(-1), words
 
     def states(self, tokens: Float[Tensor, "n p d"], x: Float[Tensor, "n t"]) -> Float[Tensor, "n p d"]:
         """Of patches, behind the prompt of each window."""
@@ -161,6 +169,18 @@ class TimeLLM(SeriesSystem):
     @staticmethod
     def build(config: Any, tokenizer: Any = None) -> Any:
         return Reprogrammed(config)
+
+    @torch.no_grad()
+    def insights(self, batch: Mapping[str, Tensor], columns: Sequence[str]) -> dict[str, Insight]:
+        """Words near to the prototypes that patches of the window ask most."""
+        past = batch["past"]
+        weights, prototypes = self.model.asked(channels_apart(Scale.of(past).on(past)))
+        share, most = weights.mean((0, 1, 2)).topk(min(ASKED, self.config.prototypes))
+        words = self.model.text.near(prototypes[most])
+        rows = {
+            f"prototype {i} ({100 * p:.1f}%)": w for i, p, w in zip(most.tolist(), share.tolist(), words, strict=True)
+        }
+        return {"prototypes": Words("Prototypes that patches ask most, and the words that are nearest to them", rows)}
 
     @classmethod
     def fitting(cls, data: SeriesData, settings: Mapping[str, Any], size: str | None) -> dict[str, int]:
