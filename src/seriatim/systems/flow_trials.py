@@ -29,18 +29,18 @@ def context_trial(trained: Any, samples: int = 620) -> Mapping[str, Any]:
     return {f"loss_{s:g}": behind_noise(system, data.test, s) for s in NOISES} | quality(trained, samples)
 
 
-STEPS, GUIDANCE = (25, 50, 100), (0.0, 0.5)  # of sampling
+STEPS = ((25, 0.5), (50, 0.5), (50, 0.0))  # of sampling, and how strongly they are guided
 
 
-def remembering(trained: Any, samples: int = 620) -> Mapping[str, Any]:
-    """Quality of pictures that are drawn in so many steps (`fd_s_25`; `fd_s_25_free` without guidance), and, of systems
+def remembering(trained: Any, samples: int = 300) -> Mapping[str, Any]:
+    """Quality of pictures that are drawn in so many steps (`fd_s_25`; `fd_s_50_free` without guidance), and, of systems
     whose steps remember earlier ones, of the same with every step on its own (`fd_s_25_erased`). `fd_s` and what goes
     with it is that of as many steps as is usual."""
     system, seed = trained.system, trained_seed(trained)
     figures: dict[str, Any] = dict(quality(trained, samples))
     order = system.model.factorization
     ways = {"": order} | ({} if type(order) is Moments else {"_erased": Moments(order.size)})
-    for (way, how), steps, guidance in itertools.product(ways.items(), STEPS, GUIDANCE):
+    for (way, how), (steps, guidance) in itertools.product(ways.items(), STEPS):
         system.model.factorization = how
         said = fd_s(system, trained.data, replace(system.sampling, steps=steps, guidance=guidance), seed, samples)
         figures[f"fd_s_{steps}{'' if guidance else '_free'}{way}"] = said["fd_s"]
