@@ -227,5 +227,5 @@ def test_figures_tell_what_is_remembered():
         figures = remembering(Trained, samples=20)
     finally:
         trials.trained_seed = seeds
-    assert {"fd_s", "fd_s_25", "fd_s_100_free", "fd_s_50_erased", "fd_s_25_free_erased"} <= set(figures)
+    assert {"fd_s", "fd_s_25", "fd_s_50_free", "fd_s_50_erased", "fd_s_50_free_erased"} <= set(figures)
     assert type(Trained.system.model.factorization) is Trajectory
