@@ -178,7 +178,7 @@ def _result(result: Mapping[str, Any] | None) -> Iterator[str]:
         return
     yield "## Last result"
     ours, baseline = (_number(result[k]) for k in ("ours", "baseline"))
-    yield f"**{result['verdict']}**: {result['metric']} {ours} against {baseline}."
+    yield f"**{result['verdict']}**: {result['metric']} {ours} against {baseline}{_between(result)}."
     yield f"![Every arm and seed; shaded, the noise of the baseline](images/{result['key']}-claim.png)"
     metric = result["metric"]
     rows = [
@@ -188,6 +188,12 @@ def _result(result: Mapping[str, Any] | None) -> Iterator[str]:
     yield table(("arm", "seed", metric, "seconds of training"), rows)
     made = [(name, f"`{result[name]}`") for name in ("command", "machine", "commit") if name in result]
     yield table(("", ""), made)
+
+
+def _between(result: Mapping[str, Any]) -> str:
+    """Where the difference lies, if that is known."""
+    ends = result.get("difference_95")
+    return "" if ends is None else f"; the difference lies between {_number(ends[0])} and {_number(ends[1])} (95%)"
 
 
 def chart(result: Mapping[str, Any]) -> bytes:
@@ -318,6 +324,18 @@ def series() -> str:
     )
 
 
+def horizons() -> str:
+    """Errors of long forecasts over their first steps, from the last run of benchmarks/horizons.py."""
+    found = json.loads((RESULTS / "horizons.json").read_text(encoding="utf-8"))
+    steps = sorted({int(h) for row in found["rows"].values() for h in row["mse"]})
+    rows = [
+        [f"{name} ({row['lookback']})"]
+        + [f"{row['mse'][h]:.3f} / {row['mae'][h]:.3f}" if h in row["mse"] else "–" for h in map(str, steps)]
+        for name, row in found["rows"].items()
+    ]
+    return table(("forecaster (lookback)", *map(str, steps)), rows)
+
+
 TABLES = {  # what a page writes where it wants one
     "<!-- table of systems -->": overview,
     "<!-- table of studies -->": questions,
@@ -327,6 +345,7 @@ TABLES = {  # what a page writes where it wants one
     "<!-- table of drafting -->": drafting,
     "<!-- table of assisted generation -->": assisted,
     "<!-- table of series -->": series,
+    "<!-- table of horizons -->": horizons,
 }
 WATCHED = {"<!-- table of image orders -->": image_orders}  # the same, where it takes half a minute
 

@@ -34,6 +34,15 @@ def test_a_verdict_needs_a_spread():
         a_claim().verdict([1.0], [1.0])
 
 
+def test_an_interval_of_the_difference_is_welchs():
+    """By hand: variances 1 and 4 of three seeds each, 2.94 degrees of freedom, a quantile of 3.2188."""
+    low, high = a_claim().interval([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
+    assert (low + high) / 2 == pytest.approx(-2.0)
+    assert (high - low) / 2 == pytest.approx(3.21876 * (5 / 3) ** 0.5, rel=1e-4)
+    assert a_claim().interval([1.0], [1.0, 2.0]) is None
+    assert a_claim().interval([1.0, 1.0], [3.0, 3.0]) == (-2.0, -2.0)
+
+
 def test_the_rule_says_metric_direction_and_seeds():
     assert a_claim(margin=2.0).rule == (
         "the mean loss of new is lower than that of old divided by 2, by more than three standard deviations of "

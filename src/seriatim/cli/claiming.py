@@ -20,9 +20,10 @@ def run_claim(options: argparse.Namespace) -> int:
     claim = claim_of(options.key)
     console.print(f"[bold]{options.key}[/]: {claim.text}\nRule: {claim.rule}.", highlight=False)
     result = measure(options.key, options.results, lambda name: Bar(name, console), console.print)
-    verdict = result["verdict"]
+    verdict, ends = result["verdict"], result["difference_95"]
+    between = "" if ends is None else f", the difference between {ends[0]:.4g} and {ends[1]:.4g} (95%)"
     console.print(
-        f"{claim.metric}: {claim.ours} {result['ours']:.4g}, {claim.baseline} {result['baseline']:.4g}: "
+        f"{claim.metric}: {claim.ours} {result['ours']:.4g}, {claim.baseline} {result['baseline']:.4g}{between}: "
         f"[{COLOUR.get(verdict, 'dim')}]{verdict}[/] ({options.results}/{options.key}.json, "
         f"charts/{options.key}.png)",
         highlight=False,

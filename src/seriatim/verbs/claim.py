@@ -62,6 +62,7 @@ def measure(
         "key": key, "claim": claim.text, "paper": claim.paper, "metric": claim.metric,
         "arms": {name: list(runs.values()) for name, runs in measured.items()}, "ours": mine, "baseline": other,
         "ratio": mine / other if other else None, "verdict": claim.verdict(ours, theirs), "rule": claim.rule,
+        "difference_95": claim.interval(ours, theirs),
         "seeds": sorted({seed for _, seed in claim.queue()}),
         "train_seconds": round(sum(f["train_seconds"] for runs in measured.values() for f in runs.values()), 1),
         "machine": machine(), "command": f"seriatim claim {key}", "commit": commit(),
