@@ -59,12 +59,12 @@ def row_of(made: Float[Tensor, "n h c"], truth: Float[Tensor, "n h c"]) -> dict[
     }
 
 
-def measured(data: SeriesData, runs: dict[str, str], most: int) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
-    """Rows by name, the forecasts behind them, and the truth."""
+def measured(
+    data: SeriesData, runs: dict[str, str], truth: Float[Tensor, "n h c"], most: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Rows by name, and the forecasts behind them."""
     rows: dict[str, Any] = {}
     made: dict[str, Tensor] = {}
-    windows = data.test.windows(1, HORIZONS[-1]).strided(most)
-    truth = windows.take(torch.arange(len(windows)))["future"]
     methods: dict[str, tuple[Method, dict[str, Any]]] = {}
     for name, source in runs.items():
         system: Any = load(source)
@@ -82,7 +82,7 @@ def measured(data: SeriesData, runs: dict[str, str], most: int) -> tuple[dict[st
         made[name] = forecasts(data, method, said["lookback"], said.pop("steps"), most)
         rows[name] = {**said, **row_of(made[name], truth)}
         print(f"{name}: " + ", ".join(f"{h} {e:.3f}" for h, e in rows[name]["mse"].items()), flush=True)
-    return rows, made, truth
+    return rows, made
 
 
 def table(rows: dict[str, Any]) -> str:
@@ -95,7 +95,12 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def picture(
-    data: SeriesData, rows: dict[str, Any], made: dict[str, Tensor], truth: Tensor, runs: list[str], path: Path
+    data: SeriesData,
+    rows: dict[str, Any],
+    made: dict[str, Tensor],
+    batch: dict[str, Tensor],
+    runs: list[str],
+    path: Path,
 ) -> None:
     """The error by days ahead, and the last variate of the window in the middle."""
     figure = Figure(figsize=(9.0, 6.4), layout="constrained")
@@ -110,8 +115,9 @@ def picture(
             above.plot(days, row["mse_by_day"], label=name, linewidth=1.0 if plain else 1.6, **style)
     above.set_xlabel("days ahead")
     above.set_ylabel("MSE of the day")
-    window, known = len(truth) // 2, 7 * DAY
-    at = int(data.test.windows(1, HORIZONS[-1]).strided(len(truth)).take(torch.tensor([window]))["at"])
+    truth, known = batch["future"], 7 * DAY
+    window = len(truth) // 2
+    at = int(batch["at"][window])
     below.plot(range(-known, 0), data.scaled[at - known : at, -1], color=INK, linewidth=1.0)
     below.plot(truth[window, :, -1], color="#9a9a9a", linewidth=1.4, label="what came")
     for name, colour in colours.items():
@@ -137,15 +143,17 @@ def main() -> None:
     runs = {name or Path(source).name: source for name, source in pairs}
     try:
         data: Any = load_data(o.data, "series")
-        rows, made, truth = measured(data, runs, o.most)
+        windows = data.test.windows(1, HORIZONS[-1]).strided(o.most)
+        batch = windows.take(torch.arange(len(windows)))
+        rows, made = measured(data, runs, batch["future"], o.most)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     command = f"python benchmarks/horizons.py {o.data.name} RUN..."
     save_json(
-        {"data": data.name, "windows": len(truth), "rows": rows, "machine": machine(), "commit": commit(),
+        {"data": data.name, "windows": len(windows), "rows": rows, "machine": machine(), "commit": commit(),
          "command": command}, o.out,
     )  # fmt: skip
-    picture(data, rows, made, truth, list(runs), o.out.with_suffix(".png"))
+    picture(data, rows, made, batch, list(runs), o.out.with_suffix(".png"))
     print("", table(rows), sep="\n")
 
 

@@ -117,10 +117,19 @@ def test_slow_systems_are_judged_on_windows_at_one_distance():
     data = waves(noise=0.3)
     figures, intervals = judged(data, seasonal_naive(24), 48, 12, 0.8, most=20)
     windows = data.test.windows(48, 12)
-    assert figures["windows"] == len(windows.strided(20)) == 20 and intervals.half.shape == (12, 2)
-    few = windows.strided(20)
-    assert torch.equal(few.take(torch.tensor([3]))["at"], windows.take(torch.tensor([3 * (len(windows) // 20)]))["at"])
+    assert figures["windows"] == len(windows.strided(20)) and intervals.half.shape == (12, 2)
     assert windows.strided(None) is windows and len(windows.strided(10**6)) == len(windows)
+
+
+@pytest.mark.parametrize("most", [1, 2, 19, 20, 100, 101])
+def test_windows_at_one_distance_reach_over_all(most):
+    """Of 199 windows every other is 100: their first 100 would leave out the last half."""
+    windows = waves().test.windows(48, 12)
+    few = windows.strided(most)
+    at = few.take(torch.arange(len(few)))["at"]
+    first, last = windows.take(torch.tensor([0, len(windows) - 1]))["at"].tolist()
+    assert 1 <= len(few) <= most and at[0] == first and at[-1] <= last < at[-1] + few.stride
+    assert len(few) == 1 or len(set(at.diff().tolist())) == 1
 
 
 @pytest.mark.parametrize(

@@ -94,12 +94,13 @@ class Windows:
         }  # fmt: skip
 
     def strided(self, most: int | None) -> Windows:
-        """About so many of them (None: all), at one distance from each other."""
-        if most is None:
+        """At most so many of them (None: all), at one distance from each other that reaches over all: none of the last,
+        which are hard, is out of reach."""
+        if most is None or len(self) <= most:
             return self
-        stride = self.stride * max(len(self) // most, 1)
-        kept = self.first + stride * (min(len(self), most) - 1) + self.horizon
-        return replace(self, end=kept, stride=stride)
+        stride = -(-len(self) // most)
+        kept = self.first + self.stride * stride * ((len(self) - 1) // stride) + self.horizon
+        return replace(self, end=kept, stride=self.stride * stride)
 
 
 @dataclass(frozen=True)
