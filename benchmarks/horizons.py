@@ -77,7 +77,7 @@ def measured(
     for lookback in sorted({said["lookback"] for _, said in methods.values()}):
         fitted = ridge(data.train.windows(lookback, HORIZONS[-1]))
         methods[f"ridge, {lookback}"] = fitted, {"lookback": lookback, "steps": HORIZONS[-1]}
-    methods["last day"] = seasonal_naive(DAY), {"lookback": DAY, "steps": HORIZONS[-1]}
+    methods["last day"] = seasonal_naive(data, DAY), {"lookback": DAY, "steps": HORIZONS[-1]}
     for name, (method, said) in methods.items():
         made[name] = forecasts(data, method, said["lookback"], said.pop("steps"), most)
         rows[name] = {**said, **row_of(made[name], truth)}

@@ -110,7 +110,7 @@ def simple(data: SeriesData, horizon: int) -> dict[str, dict[str, float]]:
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
     windows = data.test.windows(LOOKBACK, horizon)
-    methods = {"ridge": ridge(data.train.windows(LOOKBACK, horizon)), "last day": seasonal_naive(24)}
+    methods = {"ridge": ridge(data.train.windows(LOOKBACK, horizon)), "last day": seasonal_naive(data, 24)}
     found = {name: over(data, method, windows)[0] for name, method in methods.items()}
     figures = {name: {"mse": errors.mse, "mae": errors.mae} for name, errors in found.items()}
     save_json(figures, file)

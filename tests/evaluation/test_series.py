@@ -49,7 +49,7 @@ def test_a_season_repeated_is_exact_on_a_pure_season_and_so_is_a_ridge():
     data = waves()
     windows = data.test.windows(48, 12)
     assert season_of(data) == 24
-    assert over(data, seasonal_naive(24), windows)[0].mse < 1e-9
+    assert over(data, seasonal_naive(data, 24), windows)[0].mse < 1e-9
     assert over(data, ridge(data.train.windows(48, 12), 1e-9), windows)[0].mse < 1e-6
     with pytest.raises(ValueError, match="reads 48 steps"):
         ridge(data.train.windows(48, 12))(data.test.windows(24, 12).take(torch.arange(1)))
@@ -115,7 +115,7 @@ def test_a_plot_is_a_picture(tmp_path):
 
 def test_slow_systems_are_judged_on_windows_at_one_distance():
     data = waves(noise=0.3)
-    figures, intervals = judged(data, seasonal_naive(24), 48, 12, 0.8, most=20)
+    figures, intervals = judged(data, seasonal_naive(data, 24), 48, 12, 0.8, most=20)
     windows = data.test.windows(48, 12)
     assert figures["windows"] == len(windows.strided(20)) and intervals.half.shape == (12, 2)
     assert windows.strided(None) is windows and len(windows.strided(10**6)) == len(windows)

@@ -26,13 +26,14 @@ from seriatim.evaluation.pictures import ACCENT, INK, PALE, write_beside
 Batch = Mapping[str, Tensor]
 Method = Callable[[Batch], Float[Tensor, "b h c"]]  # from windows, whose futures it may not look at
 BATCH = 256
+EXACT = 1e-6  # on the training scale: what changes less from season to season repeats itself
 RESIDUALS = 200_000_000  # that are held at once
 
 
 @dataclass(frozen=True)
 class Errors:
     """Of all windows, steps and variates. mse, mae: on the training scale; smape in percent; mase: 1 is as good as the
-    last season, repeated, was in training."""
+    last season, repeated, was in training; variates of which that is exact are left out of it (none left: NaN)."""
 
     mse: float
     mae: float
@@ -76,10 +77,12 @@ def over(
     """Errors of a method over all of these windows, and what intervals are worth there."""
     method, season = steady(data, method), season_of(data)
     train = data.scaled[: data.split.train].double()
-    naive = (train[season:] - train[:-season]).abs().mean(0).clamp(min=1e-8)
+    naive = (train[season:] - train[:-season]).abs().mean(0)
+    changing = naive > EXACT
     deviation, mean = torch.from_numpy(data.deviation), torch.from_numpy(data.mean)
     sums = torch.zeros(4, dtype=torch.float64)
-    inside, count = 0.0, 0
+    count = torch.zeros(4, dtype=torch.float64)
+    inside = 0.0
     for part in torch.arange(len(windows)).split(BATCH):
         batch = windows.take(part)
         forecast, future = method(batch).double(), batch["future"].double()
@@ -87,8 +90,9 @@ def over(
         mine, theirs = forecast * deviation + mean, future * deviation + mean
         size = (mine.abs() + theirs.abs()).clamp(min=1e-8)
         smape = 200 * (mine - theirs).abs() / size
-        sums += torch.stack([gap.square().sum(), gap.abs().sum(), (gap.abs() / naive).sum(), smape.sum()])
-        count += gap.numel()
+        mase = (gap.abs() / naive)[..., changing]
+        sums += torch.stack([gap.square().sum(), gap.abs().sum(), mase.sum(), smape.sum()])
+        count += torch.tensor([gap.numel(), gap.numel(), mase.numel(), gap.numel()])
         if intervals is not None:
             inside += float((gap.abs() <= intervals.half).sum())
     mse, mae, mase, smape_mean = (sums / count).tolist()
@@ -96,7 +100,7 @@ def over(
     if intervals is None:
         return errors, None
     width = 2 * float(intervals.half.mean())
-    return errors, Intervals(intervals.half, intervals.level, inside / count, width)
+    return errors, Intervals(intervals.half, intervals.level, inside / float(count[0]), width)
 
 
 @torch.no_grad()
@@ -177,7 +181,7 @@ def save_forecast(
             )
         for (name, values), colour in zip(drawn.forecasts.items(), COLOURS * 3, strict=False):
             axes.plot(drawn.future, values[:, i], color=colour, linewidth=1.4, label=name)
-        axes.set_title(columns[i], fontsize=10, loc="left")
+        axes.set_title(columns[i], fontsize=10, loc="left", parse_math=False)
         locator = AutoDateLocator(minticks=2, maxticks=7)
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
@@ -186,7 +190,7 @@ def save_forecast(
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 7), frameon=False, fontsize=9)
     hidden = f" (the first {count} of {len(columns)} variates)" if len(columns) > count else ""
-    figure.suptitle(title + hidden, fontsize=11)
+    figure.suptitle(title + hidden, fontsize=11, parse_math=False)
     return write_beside(path, lambda file: figure.savefig(file, format="png", dpi=130))
 
 

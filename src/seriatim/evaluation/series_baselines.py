@@ -30,13 +30,15 @@ def last_value(batch: Batch) -> Float[Tensor, "b h c"]:
     return batch["past"][:, -1:].expand(-1, batch["future_marks"].shape[1], -1)
 
 
-def seasonal_naive(season: int) -> Method:
-    """The last season, repeated; where a lookback is shorter, all of it."""
+def seasonal_naive(data: SeriesData, season: int) -> Method:
+    """The last season before the future, repeated, also where it reaches further back than a lookback. Raises
+    ValueError for windows before which there is no whole season."""
 
     def forecast(batch: Batch) -> Tensor:
-        past, horizon = batch["past"], batch["future_marks"].shape[1]
-        length = min(season, past.shape[1])
-        return past[:, -length:].repeat(1, -(-horizon // length), 1)[:, :horizon]
+        at, horizon = batch["at"], batch["future_marks"].shape[1]
+        if int(at.min()) < season:
+            raise ValueError(f"there is no whole season of {season} steps before row {int(at.min())} of {data.name}")
+        return data.scaled[at[:, None] - season + torch.arange(horizon) % season]
 
     return forecast
 
@@ -71,7 +73,7 @@ def simple(data: SeriesData, lookback: int, horizon: int) -> dict[str, Method]:
     named = f"last {season} steps" if season > 1 else "seasonal naive"
     methods: dict[str, Method] = {"last value": last_value}
     if season > 1:
-        methods[named] = seasonal_naive(season)
+        methods[named] = seasonal_naive(data, season)
     methods["ridge"] = ridge(data.train.windows(lookback, horizon))
     return methods
 
@@ -113,7 +115,7 @@ class Fitted:
             warnings.simplefilter("ignore")  # of fits that do not converge
             try:
                 values = self.fit(y, horizon, self.season)
-            except (ValueError, np.linalg.LinAlgError):
+            except (ValueError, IndexError, ZeroDivisionError, np.linalg.LinAlgError):  # of very short windows, too
                 values = np.full(horizon, np.nan)
         good = np.isfinite(values)
         self.failed += not good.all()

@@ -60,8 +60,8 @@ def save_insight(insight: Insight, path: Path) -> Path:
         for axes, (name, values) in zip(panels, insight.maps.items(), strict=True):
             shown = axes.imshow(values.float().cpu().numpy(), vmin=0.0, cmap="viridis")
             axes.set_title(name, fontsize=10)
-            axes.set_xticks(places, insight.names, rotation=90, fontsize=7)
-            axes.set_yticks(places, insight.names, fontsize=7)
+            axes.set_xticks(places, insight.names, rotation=90, fontsize=7, parse_math=False)
+            axes.set_yticks(places, insight.names, fontsize=7, parse_math=False)
             figure.colorbar(shown, ax=axes, shrink=0.7)
     else:
         for axes, (name, values), colour in zip(panels, insight.curves.items(), COLOURS * 3, strict=False):
@@ -69,5 +69,5 @@ def save_insight(insight: Insight, path: Path) -> Path:
             axes.set_title(name, fontsize=9, loc="left")
             axes.grid(color=PALE)
             axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(insight.title, fontsize=11)
+    figure.suptitle(insight.title, fontsize=11, parse_math=False)
     return write_beside(path.with_suffix(".png"), lambda file: figure.savefig(file, format="png", dpi=130))

@@ -92,7 +92,7 @@ def _simple(data: SeriesData, lookbacks: Sequence[int], horizon: int) -> dict[st
         out[f"ridge {look}"] = ridge(data.train.windows(look, horizon)), look
     season, longest = season_of(data), max(lookbacks)
     if season > 1:
-        out[f"last {season}"] = seasonal_naive(season), longest
+        out[f"last {season}"] = seasonal_naive(data, season), longest
     out["last value"] = last_value, longest
     return out
 

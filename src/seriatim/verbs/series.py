@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,19 @@ def show_series(system: SeriesSystem, data: SeriesData | Mixture, folder: Path) 
     return figures if one is data else series_figures(system, data)
 
 
+def _names(columns: tuple[str, ...], kinds: tuple[str, ...]) -> list[str]:
+    """Of the columns of a forecast, all different."""
+    for between in (" ", ", ", " / ", " : "):
+        names = [f"{c}{between}{kind}" if kind else c for c in columns for kind in kinds]
+        time = next(name for name in ("time", "date", "when", "timestamp", "time of forecast") if name not in names)
+        if len(set(names)) == len(names):
+            return [time, *names]
+    raise ValueError(f"no names are left for the columns of a forecast of {', '.join(columns)}")
+
+
 def write_csv(path: Path, times: Any, columns: tuple[str, ...], values: Mapping[str, np.ndarray[Any, Any]]) -> Path:
     """A table of forecasts: a column of times, then of each variate its value and whatever else there is of it (`low`,
-    `high`)."""
+    `high`), each number with as many digits as tell a millionth of the values' spread. No two columns have one name."""
     import csv
     import io
 
@@ -124,8 +135,11 @@ def write_csv(path: Path, times: Any, columns: tuple[str, ...], values: Mapping[
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["time", *(f"{c} {kind}".strip() for c in columns for kind in values)])
+    writer.writerow(_names(columns, tuple(values)))
+    whole = bool((np.asarray(times) == np.asarray(times).astype("datetime64[s]")).all())
+    spread = np.stack(list(values.values())).std((0, 1))
+    places = [max(0, 6 - math.floor(math.log10(s))) if s > 0 and math.isfinite(s) else 9 for s in spread.tolist()]
     for i, time in enumerate(times):
-        shown = str(time.astype("datetime64[s]")).replace("T", " ")
-        writer.writerow([shown, *(f"{v[i, j]:.7g}" for j in range(len(columns)) for v in values.values())])
+        shown = str(time.astype("datetime64[s]" if whole else "datetime64[ms]")).replace("T", " ")
+        writer.writerow([shown, *(f"{v[i, j]:.{p}f}" for j, p in enumerate(places) for v in values.values())])
     return write_beside(path, lambda file: file.write(text.getvalue().encode("utf-8")))

@@ -45,7 +45,7 @@ class Decomposed(Forecaster):
 
     def __init__(self, c: Config):
         super().__init__()
-        if c.smooth % 2 == 0:
+        if c.smooth < 1 or c.smooth % 2 == 0:
             raise ValueError(f"a moving mean is of an odd number of steps, got {c.smooth}")
         self.smooth = c.smooth
         self.trend, self.rest = nn.Linear(c.lookback, c.horizon), nn.Linear(c.lookback, c.horizon)

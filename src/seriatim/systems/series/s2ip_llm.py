@@ -167,7 +167,8 @@ class S2IP(SeriesSystem):
         found |= patching(lookback, settings, Config)
         patches = {"patch": Config.patch, "stride": Config.stride, **found, **settings}
         tokens = patch_count(lookback, patches["patch"], patches["stride"])
-        found |= {"prompt": STRETCHES + -tokens % STRETCHES}
+        if "prompt" not in cls.sizes.get(size or "", {}):
+            found |= {"prompt": STRETCHES + -tokens % STRETCHES}
         if lookback < 2 * Config.mean:
             half = max(lookback // 2, 1)
             found |= {"mean": half, "period": min(data.series.frequency.season, half)}
