@@ -1,5 +1,7 @@
 """Errors, intervals and baselines of forecasts, against what can be worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -149,3 +151,24 @@ def test_what_cannot_be_fitted_is_the_last_value_and_counted():
     past = torch.tensor([[[0.0, 5.0], [1.0, 3.0]]])
     made = method({"past": past, "future_marks": torch.zeros(1, 2, 0)})
     assert made.tolist() == [[[9.0, 3.0], [9.0, 3.0]]] and (method.fits, method.failed) == (2, 1)
+
+
+def test_the_last_season_reaches_behind_a_short_lookback():
+    data = waves()
+    assert over(data, seasonal_naive(data, 24), data.test.windows(5, 12))[0].mse < 1e-9
+    with pytest.raises(ValueError, match="no whole season"):
+        seasonal_naive(data, 24)(data.train.windows(5, 12).take(torch.tensor([0])))
+
+
+def test_mase_leaves_out_what_repeats_itself():
+    """Of a variate that is exact from season to season any error would be beyond all measure."""
+    data = waves(noise=0.3)
+    noisy = over(data, seasonal_naive(data, 24), data.test.windows(48, 12))[0]
+    values = data.series.values.copy()
+    hour = np.arange(len(values))
+    both = np.stack([values[:, 0], np.sin(2 * np.pi * hour / 24)], 1)
+    mixed = as_data(replace(data.series, values=both, columns=("a", "exact")))
+    found = over(mixed, last_value, mixed.test.windows(48, 12))[0]
+    alone = as_data(replace(data.series, values=both[:, :1], columns=("a",)))
+    want = over(alone, last_value, alone.test.windows(48, 12))[0]
+    assert found.mase == pytest.approx(want.mase, rel=1e-6) and noisy.mase > 0

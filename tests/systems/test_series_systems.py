@@ -22,6 +22,7 @@ from seriatim.systems.series.time_llm import TimeLLM
 from seriatim.verbs.evaluate import evaluate
 from seriatim.verbs.forecast import forecast
 from seriatim.verbs.load import load
+from seriatim.verbs.series import write_csv
 from seriatim.verbs.train import train
 
 SMALL = {"lookback": 24, "horizon": 8, "width": 16, "hidden": 16, "heads": 2, "depth": 1}
@@ -194,7 +195,7 @@ def test_the_figures_are_on_file(table, tmp_path):
           "--horizon", "8"])  # fmt: skip
     told = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert {"mse", "mae", "mase", "smape", "interval_coverage", "ridge, mse"} <= set(told)
-    assert (tmp_path / "r" / "forecast.png").is_file()
+    assert (tmp_path / "r" / "held-out.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -227,3 +228,54 @@ def test_a_system_shows_what_it_makes_of_a_window(system, files, table, tmp_path
     if "parts" in found:
         window, *parts = found["parts"].curves.values()
         assert torch.allclose(sum(parts), window, atol=1e-5)
+
+
+def test_a_series_that_changed_is_not_taken_for_the_one_that_was_trained_on(table, tmp_path):
+    settings = {"steps": 3, "lookback": 24, "horizon": 8}
+    forecast("dlinear", table, 8, out=tmp_path / "f", settings=settings)
+    forecast("dlinear", table, 8, out=tmp_path / "f", settings=settings)
+    with pytest.raises(ValueError, match=r"other settings \(read.target None, now 'a'\)"):
+        forecast("dlinear", table, 8, out=tmp_path / "f", settings=settings, target="a")
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join(lines[:-3]) + "\n")
+    with pytest.raises(ValueError, match="series.rows 500, now 497"):
+        forecast("dlinear", table, 8, out=tmp_path / "f", settings=settings)
+
+
+def test_several_series_are_found_again_as_they_were_read(table, tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / table.name).write_text(table.read_text())
+    small = {"lookback": 48, "segment": 8, "rates": (1,), "width": 16, "hidden": 16, "heads": 2, "depth": 1, "steps": 3}
+    monkeypatch.chdir(table.parent)
+    both = f"{table.name}, {tmp_path / 'other' / table.name}"
+    trained = train("gpht", both, out=tmp_path / "run", settings=small, target="a")
+    assert trained.system.config.horizon == 50, "no more than the validation part holds"
+    monkeypatch.chdir(tmp_path / "other")
+    told = evaluate(tmp_path / "run")
+    assert len([k for k in told if k.endswith(", windows")]) == 2, "two of one name are told apart"
+    with pytest.raises(ValueError, match="named twice"):
+        train("gpht", f"{table},{table}", out=tmp_path / "twice", settings=small)
+
+
+def test_what_cannot_be_judged_is_not_trained(table, tmp_path):
+    with pytest.raises(ValueError, match="of which 50 are for validation"):
+        train("gpht", table, out=tmp_path / "run", settings={"lookback": 48, "segment": 8, "horizon": 90, "steps": 3})
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_what_is_too_short_is_stretched_and_that_is_said(table, tmp_path):
+    lines = table.read_text().splitlines()
+    (tmp_path / "short.csv").write_text("\n".join(lines[:150]) + "\n")
+    small = {"lookback": 48, "segment": 8, "rates": (1,), "width": 16, "hidden": 16, "heads": 2, "depth": 1, "steps": 2}
+    with pytest.warns(UserWarning, match="stretched by straight lines: short, 2 times"):
+        train("gpht", f"{table},{tmp_path / 'short.csv'}", out=tmp_path / "run", settings=small)
+
+
+def test_a_forecast_is_written_with_its_digits_and_names(tmp_path):
+    times = np.arange(2).astype("datetime64[s]") + np.timedelta64(100, "ms")
+    big = 8_123_456_789.0 + np.arange(4.0).reshape(2, 2)
+    path = write_csv(tmp_path / "f.csv", times, ("time", "a low"), {"": big, "low": big - 1})
+    head, *rows = csv.reader(path.open())
+    assert len(set(head)) == 5 and "time" in head
+    assert [float(x) for x in rows[1][1:]] == [big[1, 0], big[1, 0] - 1, big[1, 1], big[1, 1] - 1]
+    assert rows[0][0] != rows[1][0] and rows[0][0].endswith(".100")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,9 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     )
     next_to_try = f"seriatim generate {out}" if trained.system.meta.family != "tokenizer" else "--tokenizer " + str(out)
     if trained.system.meta.modality == "series":
-        next_to_try = f"seriatim forecast {out} --data {(options.data or trained.data.name).partition(',')[0]}"
+        place = (options.data or trained.data.name).partition(",")[0]
+        read = [word for k, v in data_options(options).items() for word in (f"--{k}", v)]
+        next_to_try = shlex.join(["seriatim", "forecast", str(out), "--data", place, *read])
     if part:
         next_to_try = f"seriatim generate {options.base} --decoder {options.key}:{out}"
     console.print(f"[bold]Try next:[/] {next_to_try}", highlight=False)

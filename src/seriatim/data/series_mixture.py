@@ -6,7 +6,9 @@ wide series count more. What is shorter than a few windows is stretched by strai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -77,6 +79,9 @@ class MixedPart:
     def windows(self, lookback: int, horizon: int) -> Mixed:
         """All windows of all series."""
         stretched = [stretch(data, lookback, horizon) for data in self.of]
+        longer = [new.name for data, new in zip(self.of, stretched, strict=True) if new is not data]
+        if longer and self.side == "train":
+            warnings.warn(f"too short, and stretched by straight lines: {'; '.join(longer)}", stacklevel=2)
         return Mixed(tuple(getattr(data, self.side).windows(lookback, horizon) for data in stretched))
 
 
@@ -87,10 +92,20 @@ class Mixture(Data):
     validation: Any = None
     of: tuple[SeriesData, ...] = ()
 
+    @property
+    def options(self) -> Mapping[str, str]:
+        """How they were read."""
+        return {name: value for data in self.of for name, value in data.options.items()}
+
 
 def mixture(names: Sequence[str], **options: Any) -> Mixture:
     """Series by their names or paths, read with the same options."""
+    names = [name.strip() for name in names]
     of: list[Any] = [load_data(name, "series", **options) for name in names]
+    count = Counter(data.name for data in of)
+    of = [replace(data, name=name) if count[data.name] > 1 else data for name, data in zip(names, of, strict=True)]
+    if len({data.name for data in of}) < len(of):
+        raise ValueError(f"a series is named twice in {','.join(names)}")
     notes = [f"{data.name}: {note}" for data in of for note in data.notes]
     parts = {side: MixedPart(tuple(of), side) for side in ("train", "validation", "test")}
     return Mixture(

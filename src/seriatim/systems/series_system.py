@@ -190,13 +190,16 @@ class RollingSystem(SeriesSystem):
 
     @classmethod
     def fitting(cls, data: SeriesData, settings: Mapping[str, Any], size: str | None) -> dict[str, int]:
-        """On short series, the longest segment of a few that leaves windows in all parts, with seven for a lookback."""
-        if {"lookback", "segment"} & set(settings) or not hasattr(data, "series"):
-            return {}
-        room = min(len(p) // len(data.series.columns) for p in (data.validation, data.test))
+        """On short series, the longest segment of a few that leaves windows in all parts, with seven for a lookback;
+        and a horizon that the held-out parts hold, of several series those of the longest."""
+        of: Sequence[SeriesData] = getattr(data, "of", (data,))
+        room = max(min(len(p) // len(one.series.columns) for p in (one.validation, one.test)) for one in of)
         default = cls.Config()
+        horizon = {} if "horizon" in settings or room >= default.horizon else {"horizon": room}
+        if {"lookback", "segment"} & set(settings) or not hasattr(data, "series"):
+            return horizon
         if data.split.train >= 2 * default.lookback and room >= 2 * default.segment:
-            return {}
+            return horizon
         segment = next((s for s in SEGMENTS if 9 * s <= data.split.train and 2 * s <= room), SEGMENTS[-1])
         horizon = {} if "horizon" in settings else {"horizon": min(2 * segment, room)}
         return {"lookback": 7 * segment, "segment": segment, **horizon}

@@ -57,11 +57,12 @@ class RunFolder:
         if not self.card.exists():
             save_json(card, self.card)
             return
-        there = self.read_card()
+        there = {"read": {}, **self.read_card()}
         for name, known in json.loads(json.dumps(dict(defaults or {}))).items():
             there[name] = {k: v for k, v in known.items() if k in card[name]} | there.get(name, {})
         for name, value in json.loads(json.dumps(card)).items():
-            if name != "version" and there.get(name) != value:
+            told = name in there or name != "series"  # which older runs do not tell
+            if name != "version" and told and there.get(name) != value:
                 differs = _difference(name, there.get(name), value)
                 raise ValueError(
                     f"{self.path} was started with other settings ({differs}); resume with the same, or start another "

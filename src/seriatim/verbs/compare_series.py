@@ -32,6 +32,8 @@ def compare_series(
     ARIMA on `windows` windows at one distance (0: not), with everybody else on the same. A run that is there already is
     gone on with. Raises ValueError where horizons differ.
     """
+    if windows < 0:
+        raise ValueError(f"ETS and ARIMA run on 0 windows or more, got {windows}")
     loaded: Any = load_data(data, "series", **data_options)
     if not isinstance(loaded, SeriesData):
         raise ValueError(f"systems are compared on one series, and {loaded.name} are several")
@@ -49,6 +51,7 @@ def compare_series(
     if set(horizons.values()) - {steps}:
         raise ValueError(f"systems of one horizon compare, these have {horizons}: say --horizon")
     said_too = {"horizon": steps, "lookback": lookback, "minutes": minutes, "size": size, "seed": seed or None}
+    said_too |= data_options | ({} if windows == 100 else {"classical": windows})
     more = [str(word) for k, v in said_too.items() if v is not None for word in (f"--{k}", v)]
     command = shlex.join(["seriatim", "compare", *keys, "--data", str(data or loaded.name), *more])
     methods = {key: (method_of(s), s.config.lookback) for key, s in systems.items()}

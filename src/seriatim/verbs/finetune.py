@@ -157,9 +157,13 @@ def _share(examples: Any) -> float:
 
 def found_again(data: str | Path | Data | None, loaded: Data) -> str:
     """The name of built-in data, or the whole path of others: a run is evaluated from anywhere."""
-    if isinstance(data, str | Path) and loaded.name not in BUILT_IN and Path(data).expanduser().exists():
-        return str(Path(data).expanduser().resolve())
-    return loaded.name
+    if not isinstance(data, str | Path) or loaded.name in BUILT_IN:
+        return loaded.name
+    several = not Path(data).expanduser().exists() and "," in str(data)
+    whole = [Path(one).expanduser() for one in (str(data).split(",") if several else [str(data)])]
+    if not several and not whole[0].exists():
+        return loaded.name
+    return ",".join(str(path.resolve()) if path.exists() else str(path) for path in whole)
 
 
 def origin(base: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,12 +42,40 @@ def method_of(system: SeriesSystem) -> Method:
     return forecast
 
 
+def told_apart(data: SeriesData | Mixture) -> dict[str, Any]:
+    """What tells series from others under the same names: rows, and a checksum of all values."""
+    of = [data] if isinstance(data, SeriesData) else data.of
+    told = hashlib.sha256()
+    for one in of:
+        told.update(np.ascontiguousarray(one.series.values).tobytes())
+    return {"rows": sum(len(one.series) for one in of), "values": told.hexdigest()[:16]}
+
+
+def judgeable(data: SeriesData | Mixture, system: Any) -> SeriesData:
+    """The series, or the first of several, whose held-out parts hold a window of a system. Raises ValueError where
+    there is none: what is trained could not be judged."""
+    c = system.config
+    errors = []
+    for one in [data] if isinstance(data, SeriesData) else data.of:
+        try:
+            one.test.windows(c.lookback, c.horizon)
+            one.validation.windows(c.lookback, c.horizon)
+            return one
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
+
+
 def judged(
     data: SeriesData, method: Method, lookback: int, horizon: int, level: float = LEVEL, most: int | None = None
-) -> tuple[dict[str, Any], Intervals]:
+) -> tuple[dict[str, Any], Intervals | None]:
     """Figures of a method on all windows of the test part, or about `most`, with intervals by its residuals on the
-    validation part."""
-    before, test = (part.windows(lookback, horizon).strided(most) for part in (data.validation, data.test))
+    validation part, where that holds a window."""
+    test = data.test.windows(lookback, horizon).strided(most)
+    try:
+        before = data.validation.windows(lookback, horizon).strided(most)
+    except ValueError:
+        return figures_of(over(data, method, test)[0]), None
     intervals = conformal(data, method, before, level)
     errors, found = over(data, method, test, intervals)
     return figures_of(errors, found), intervals
@@ -67,7 +96,7 @@ def series_figures(system: SeriesSystem, data: SeriesData | Mixture, horizon: in
     return told
 
 
-def _figures(system: SeriesSystem, data: SeriesData, horizon: int) -> tuple[dict[str, Any], Intervals]:
+def _figures(system: SeriesSystem, data: SeriesData, horizon: int) -> tuple[dict[str, Any], Intervals | None]:
     lookback, most = system.config.lookback, system.few
     system.check(lookback, horizon)
     figures, intervals = judged(data, method_of(system), lookback, horizon, most=most)
@@ -101,14 +130,14 @@ def save_window(
 
 def show_series(system: SeriesSystem, data: SeriesData | Mixture, folder: Path) -> dict[str, Any]:
     """The figures of a finished training, a plot of forecasts of a window in the middle of the test part, and what else
-    the system shows of that window; of several series, of the first."""
-    c, one = system.config, data if isinstance(data, SeriesData) else data.of[0]
+    the system shows of that window; of several series, of the first that is long enough."""
+    c, one = system.config, judgeable(data, system)
     figures, intervals = _figures(system, one, c.horizon)
     windows = one.test.windows(c.lookback, c.horizon)
     methods = {system.meta.key: method_of(system), "ridge": simple(one, c.lookback, c.horizon)["ridge"]}
     title = f"{system.meta.title} on {one.name}: {c.horizon} steps from {c.lookback}"
     middle = len(windows) // 2
-    save_window(one, methods, windows, middle, folder / "forecast.png", title, intervals)
+    save_window(one, methods, windows, middle, folder / "held-out.png", title, intervals)
     batch = {k: v.to(system.model.device) for k, v in windows.take(torch.tensor([middle])).items()}
     for name, insight in system.insights(batch, one.series.columns).items():
         save_insight(insight, folder / name)

@@ -13,6 +13,7 @@ import seriatim
 from seriatim.data.base import INK, Data, Pairs, load_data
 from seriatim.data.conversations import Conversations
 from seriatim.data.series import SeriesData
+from seriatim.data.series_mixture import Mixture
 from seriatim.interop.hub import HUB
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.meta import catalogue
@@ -31,6 +32,7 @@ from seriatim.training.trainer import train as fit
 from seriatim.verbs import drafting, finetune
 from seriatim.verbs.finetune import Begun, found_again
 from seriatim.verbs.load import load, plain, system_class, where
+from seriatim.verbs.series import judgeable, told_apart
 
 CHOSEN = "length", "dropout"  # fields that may differ from those of the model whose weights are taken over
 FURTHER = "further"  # the name of the recipe, where there is one, of a system that begins with weights of another
@@ -160,7 +162,8 @@ def _taken_over(
     own = {k: v for k, v in settings.items() if k not in _recipe_fields()}
     if not pictures and not series and own.get("length", 0) > base.config.length:
         raise ValueError(f"{from_} reads {base.config.length} tokens, and a length of {own['length']} is asked for")
-    shared = {k: v for k, v in cls.inherited(base, own).items() if k not in CHOSEN or k not in own}
+    chosen = (*CHOSEN, "horizon") if series and cls.rolls else CHOSEN  # type: ignore[attr-defined]
+    shared = {k: v for k, v in cls.inherited(base, own).items() if k not in chosen or k not in own}
     config = config_from(cls, own, None, **shared)
     torch.manual_seed(recipe.seed)
     system = cls(config, base.tokenizer)
@@ -205,8 +208,9 @@ def _begun(system: System, recipe: Recipe, data: str | Path | Data | None, loade
         "system": system.meta.key, "config": plain(system.config), "recipe": plain(recipe),
         "data": found_again(data, loaded), "classes": list(loaded.classes), "version": seriatim.__version__,
     }  # fmt: skip
-    if isinstance(loaded, SeriesData) and loaded.options:
-        card["read"] = dict(loaded.options)
+    if isinstance(loaded, SeriesData | Mixture):
+        card |= {"read": dict(loaded.options), "series": told_apart(loaded)}
+        judgeable(loaded, system)
     return Begun(system, loaded, examples, held_out, recipe, card)
 
 
