@@ -238,7 +238,7 @@ def test_a_series_that_changed_is_not_taken_for_the_one_that_was_trained_on(tabl
         forecast("dlinear", table, 8, out=tmp_path / "f", settings=settings, target="a")
     lines = table.read_text().splitlines()
     table.write_text("\n".join(lines[:-3]) + "\n")
-    with pytest.raises(ValueError, match="series.rows 500, now 497"):
+    with pytest.raises(ValueError, match=r"series\.rows 500, now 497"):
         forecast("dlinear", table, 8, out=tmp_path / "f", settings=settings)
 
 
