@@ -279,3 +279,22 @@ def test_a_forecast_is_written_with_its_digits_and_names(tmp_path):
     assert len(set(head)) == 5 and "time" in head
     assert [float(x) for x in rows[1][1:]] == [big[1, 0], big[1, 0] - 1, big[1, 1], big[1, 1] - 1]
     assert rows[0][0] != rows[1][0] and rows[0][0].endswith(".100")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "dlinear", "--lookback", "abc"], "lookback is a number, got 'abc'"),
+        (["train", "dlinear", "--steps", "many"], "steps is a number, got 'many'"),
+        (["train", "dlinear", "--smooth", "-3"], "an odd number of steps, got -3"),
+        (["compare", "dlinear", "--classical", "-1"], "0 windows or more, got -1"),
+        (["forecast", "dlinear", "--out", "taken"], "is a file, and a forecast is written into a folder"),
+    ],
+)
+def test_settings_that_are_no_numbers_and_places_that_are_taken_are_refused(
+    words, said, table, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("")
+    assert main([*words, "--data", str(table)]) == 2
+    assert said in capsys.readouterr().err

@@ -222,6 +222,14 @@ def evenly(count: int, most: int) -> Tensor:
     return torch.linspace(0, count - 1, min(count, most)).long()
 
 
+def numbers_are(kind: Any, settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for words where a dataclass has a number."""
+    for f in fields(kind):
+        number = str(f.type).removesuffix(" | None") in ("int", "float")
+        if number and isinstance(settings.get(f.name), str):
+            raise ValueError(f"{f.name} is a number, got {settings[f.name]!r}")
+
+
 def config_from(cls: type[System], settings: Mapping[str, Any], size: str | None = None, **known: Any) -> Any:
     """A config: the defaults, changed by the size, by what follows from data and tokenizer (`known`), and by the
     user's settings. Raises ValueError for unknown sizes and fields, naming near ones."""
@@ -238,5 +246,6 @@ def config_from(cls: type[System], settings: Mapping[str, Any], size: str | None
     for name, value in known.items():
         if name in settings and settings[name] != value:
             raise ValueError(f"{name} is {value} for these data and this tokenizer, and cannot be {settings[name]}")
+    numbers_are(cls.Config, settings)
     chosen = next(iter(cls.sizes)) if size is None else size
     return cls.Config(**{**cls.sizes[chosen], **{k: v for k, v in known.items() if k in names}, **settings})

@@ -83,6 +83,13 @@ class RunFolder:
         except ValueError as error:
             raise ValueError(f"{self.card} cannot be read ({error}); it may have been cut short") from None
 
+    def trained_on(self) -> tuple[str, dict[str, Any]]:
+        """The data of the run, and how they were read. Raises ValueError where it does not tell."""
+        card = self.read_card()
+        if "data" not in card:
+            raise ValueError(f"{self.card} does not tell what the run was trained on: say --data")
+        return card["data"], card.get("read", {})
+
     def forget_after(self, step: int) -> list[dict[str, Any]]:
         """Drop what was noted after a step, and half-written lines; what is left."""
         kept = []

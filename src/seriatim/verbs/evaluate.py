@@ -52,8 +52,8 @@ def evaluate(
             raise ValueError("say on which data to evaluate: a system in memory does not know")
         if isinstance(system, Published | PublishedMasked) and not RunFolder(str(source)).card.is_file():
             raise ValueError("say on which data to evaluate a published model: --data")
-        card = RunFolder(where(source)).read_card()
-        data, data_options = card["data"], card.get("read", {}) | data_options
+        data, read = RunFolder(where(source)).trained_on()
+        data_options = read | data_options
     if horizon is not None and not isinstance(system, SeriesSystem):
         raise ValueError(f"a horizon is of series, and {system.meta.key} forecasts none")
     modality = "text" if isinstance(system, TextSystem) else "series" if isinstance(system, SeriesSystem) else "image"

@@ -62,8 +62,8 @@ def forecast(
         raise ValueError(f"a level of intervals lies between 0 and 1, got {level}")
     card = RunFolder(Path(source)).card
     if data is None and card.is_file():
-        known = RunFolder(Path(source)).read_card()
-        data, data_options = known["data"], known.get("read", {}) | data_options
+        data, read = RunFolder(Path(source)).trained_on()
+        data_options = read | data_options
     loaded: Any = load_data(data, "series", **data_options)
     if not isinstance(loaded, SeriesData):
         raise ValueError(f"one series is forecast at a time, and {loaded.name} are several")
@@ -121,6 +121,13 @@ def _intervals(
     return intervals, figures_of(errors, found), notes
 
 
+def _folder(place: str | Path) -> Path:
+    """Where to write. Raises ValueError for a file."""
+    if Path(place).is_file():
+        raise ValueError(f"{place} is a file, and a forecast is written into a folder: name another --out")
+    return Path(place)
+
+
 def _system(
     source: str | Path, what: tuple[str | Path | None, SeriesData, Mapping[str, Any]], horizon: int | None,
     out: str | Path | None, settings: dict[str, Any], bar: Bar | None, said: Said,
@@ -133,12 +140,12 @@ def _system(
         system: Any = load(source)
         if not isinstance(system, SeriesSystem):
             raise ValueError(f"{source} is {system.meta.key}, which forecasts no series")
-        return system, Path(out or source)
+        return system, _folder(out or source)
     cls: Any = system_class(key)
     if not issubclass(cls, SeriesSystem):
         known = ", ".join(k for k, (meta, _) in catalogue().items() if meta.family == "series")
         raise ValueError(f"{key} forecasts no series; these do: {known}")
-    folder = Path(out or f"runs/forecast-{key}-{data.name}")
+    folder = _folder(out or f"runs/forecast-{key}-{data.name}")
     if horizon is not None and not cls.rolls:
         settings.setdefault("horizon", horizon)
         if settings["horizon"] < horizon:

@@ -18,7 +18,7 @@ from seriatim.interop.hub import HUB
 from seriatim.systems.image_system import ImageSystem
 from seriatim.systems.meta import catalogue
 from seriatim.systems.series_system import SeriesSystem
-from seriatim.systems.system import System, config_from
+from seriatim.systems.system import System, config_from, numbers_are
 from seriatim.systems.text_system import TextSystem
 from seriatim.systems.tokenizer_system import TokenizerSystem
 from seriatim.tokenizers.files import load_tokenizer, make_tokenizer, save_tokenizer
@@ -153,7 +153,7 @@ def _taken_over(
     if data is None and pictures:  # what the base was trained on
         if where(from_).is_file():
             raise ValueError(f"{from_} does not say what it was trained on: say which pictures (--data)")
-        data = RunFolder(where(from_)).read_card()["data"]
+        data = RunFolder(where(from_)).trained_on()[0]
     recipe, loaded = recipe_from(cls, settings, FURTHER), _loaded(cls, data, data_options)
     if pictures:
         _fits(base, loaded, from_)
@@ -226,6 +226,7 @@ def config_of(cls: type[System], settings: Mapping[str, Any], size: str | None, 
     if issubclass(cls, TextSystem):
         return config_from(cls, settings, size, vocab=tokenizer.vocab)
     if issubclass(cls, SeriesSystem):
+        numbers_are(cls.Config, settings)
         return config_from(cls, {**cls.fitting(data, settings, size), **settings}, size)  # type: ignore[arg-type]
     if issubclass(cls, TokenizerSystem):
         shape = data.train.take(torch.tensor([0]))["image"].shape  # type: ignore[union-attr]
@@ -249,6 +250,7 @@ def prepared(system: System, data: Data) -> tuple[Any, Any]:
 
 def recipe_from(cls: type[System], settings: Mapping[str, Any], size: str | None) -> Recipe:
     """The recipe of a size with the user's changes."""
+    numbers_are(Recipe, settings)
     recipes = cls.recipes
     base = recipes.get(size or "") or next(iter(recipes.values()))
     return replace(base, **{k: v for k, v in settings.items() if k in _recipe_fields()})
