@@ -1,6 +1,8 @@
 """Series from tables: what is mended is said, what is not is refused with its row; splits, scaling and windows."""
 
+import datetime
 import sys
+import zoneinfo
 
 import numpy as np
 import pytest
@@ -174,7 +176,135 @@ def test_semicolons_slashes_zones_and_tabs(write):
     series = read_series(write([f"2020/1/{d} 07:00;{d}" for d in range(1, 29)], "when;a"))
     assert str(series.time[0]) == "2020-01-01T07:00:00.000" and str(series.frequency) == "1 day"
     zoned = read_series(write([f"2020-01-0{d}T00:00:00+02:00\t{d}" for d in range(1, 9)], "t\tx", "x.tsv"))
-    assert str(zoned.time[0]) == "2019-12-31T22:00:00.000"
+    assert str(zoned.time[0]) == "2020-01-01T00:00:00.000", "days are those on the wall"
+    hours = read_series(write([f"2020-01-01T0{h}:00:00+02:00\t{h}" for h in range(1, 9)], "t\tx", "x.tsv"))
+    assert str(hours.time[0]) == "2019-12-31T23:00:00.000"
+
+
+@pytest.mark.parametrize(("head", "between"), [('"a,b";t;c', ";"), ("a\tt\tc", "\t")])
+def test_what_stands_between_cells_is_found_outside_of_quotes(write, head, between):
+    lines = [between.join((str(d), f"2020-01-{d:02}", "1")) for d in range(1, 29)]
+    series = read_series(write(lines, head))
+    assert len(series.columns) == 2 and len(series) == 28
+
+
+def test_commas_for_decimals_are_read_with_a_note(write):
+    series = read_series(write([f"2020-01-{d:02};{d},5;{d}" for d in range(1, 29)], "t;a;b"))
+    assert series.values[0].tolist() == [1.5, 1.0] and series.notes == ("commas are taken for decimal points in a",)
+
+
+@pytest.mark.parametrize(
+    ("head", "some", "first"),
+    [
+        ("date,time,a", [f"2020-01-01,{h:02}:00,{h}" for h in range(24)], "2020-01-01T00:00"),
+        ("year,month,a", [f"{2000 + m // 12},{m % 12 + 1},{m}" for m in range(40)], "2000-01-01T00:00"),
+        ("Year,Month,Day,a", [f"2020,2,{d},{d}" for d in range(1, 29)], "2020-02-01T00:00"),
+    ],
+)
+def test_columns_that_tell_times_together_are_joined_with_a_note(write, head, some, first):
+    series = read_series(write(some, head))
+    assert str(series.time[0]).startswith(first) and series.columns == ("a",) and len(series) == len(some)
+    assert "tell the times together" in series.notes[0]
+
+
+def test_a_column_that_counts_the_rows_is_not_used(write):
+    series = read_series(write([f"{i},{r}" for i, r in enumerate(rows(30))], ",date,a,b"))
+    assert series.columns == ("a", "b") and "counts the rows" in series.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("2020-01-01,7.5\n2020-01-02,8\n", "holds values, not names"),
+        ("date,Größe\n2020-01-01,7\n".encode("latin-1"), "is not written in UTF-8"),
+        ("date,a\n2020-01-01,7\n".encode("utf-16"), "is not written in UTF-8"),
+        ('date,a\n2020-01-01,"7' + "x" * 200_000, "cannot be read behind line 1"),
+        ("date,a\n2020-01-01T00:00:00.0005,7\n2020-01-01T00:00:00.0010,8\n", "to the millisecond"),
+        ("date,a\n2020-01-01,1e160\n2020-01-02,2e160\n", "bring them to a usual scale"),
+        ("date,a\n2020-01-01,1e-200\n2020-01-02,2e-200\n", "bring them to a usual scale"),
+    ],
+)
+def test_what_would_be_misread_is_refused(tmp_path, content, said):
+    path = tmp_path / "x.csv"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match=said):
+        read_series(path)
+
+
+def test_a_target_that_is_named_twice_is_kept_once(write):
+    assert read_series(write(rows(30)), target="b,b").columns == ("b",)
+
+
+# ---- working days, months, zones -------------------------------------------------------------------------------------
+def weekdays(begin: str, count: int) -> list[str]:
+    return [str(np.busday_offset(begin, i, roll="forward")) for i in range(count)]
+
+
+@pytest.mark.parametrize("begin", ["2020-01-06", "2020-01-10"])
+def test_days_without_weekends_are_working_days(write, begin):
+    """From a Monday, and from a Friday."""
+    some = [f"{day},{i}" for i, day in enumerate(weekdays(begin, 100))]
+    series = read_series(write(some[:50] + some[51:], "date,a"))
+    assert series.frequency == Frequency(1, working=True) and series.frequency.season == 5
+    assert series.values[:, 0].tolist() == pytest.approx(list(range(100))), "a holiday is filled, a weekend is none"
+    assert [str(t)[:10] for t in series.after(6)] == weekdays(begin, 106)[100:]
+    assert marks(series.time, series.frequency).shape == (100, 3)
+    assert read_series(write(some, "date,a"), frequency="B").frequency == series.frequency
+
+
+def test_weekends_are_no_working_days(write):
+    daily = [f"2020-01-{d:02},{d}" for d in range(1, 29)]
+    assert str(read_series(write(daily, "date,a")).frequency) == "1 day"
+    with pytest.raises(ValueError, match="fall into one step of 1 working day"):
+        read_series(write(daily, "date,a"), frequency="B")
+
+
+@pytest.mark.parametrize(
+    ("times", "after"),
+    [
+        ([f"{2021 + (m + 1) // 12}-{(m + 1) % 12 + 1:02}-28" for m in range(30)], "2023-08-28"),
+        ([f"{2020 + m // 12}-{m % 12 + 1:02}-01T00:00+01:00" for m in range(30)], "2022-07-01"),
+        ([f"{np.datetime64('2020-01') + m}-01" for m in range(30)], "2022-07-01"),
+    ],
+    ids=["the 28th, from February on", "with a zone", "the first"],
+)
+def test_months_stay_on_the_day_that_they_are_told_by(write, times, after):
+    series = read_series(write([f"{t},{i}" for i, t in enumerate(times)], "date,a"))
+    assert series.frequency == Frequency(1, True) and [str(t)[:10] for t in series.time] == [t[:10] for t in times]
+    assert str(series.after(1)[0])[:10] == after
+
+
+def test_months_that_are_told_by_working_days_keep_their_months(write):
+    ends = [str(np.busday_offset(np.datetime64("2020-01") + m + 1, -1, roll="forward")) for m in range(30)]
+    series = read_series(write([f"{t},{i}" for i, t in enumerate(ends)], "date,a"), frequency="MS")
+    assert [str(t)[:7] for t in series.time] == [t[:7] for t in ends]
+    assert "told by the first of each" in series.notes[0]
+
+
+def test_days_of_a_zone_whose_clocks_change_are_days(write):
+    zone = zoneinfo.ZoneInfo("Europe/Berlin")
+    days = [datetime.datetime(2020, 3, 20, tzinfo=zone) + datetime.timedelta(days=d) for d in range(20)]
+    series = read_series(write([f"{day.isoformat()},{i}" for i, day in enumerate(days)], "date,a"))
+    assert str(series.frequency) == "1 day" and str(series.time[-1])[:10] == "2020-04-08" and len(series) == 20
+
+
+def test_marks_of_weeks_are_those_of_iso_8601():
+    times = np.array(["2020-12-31", "2021-01-03", "2021-01-04"], "datetime64[ms]")
+    want = [52 / 52 - 0.5, 52 / 52 - 0.5, 0 / 52 - 0.5]  # weeks 53, 53 and 1
+    assert marks(times, Frequency.named("W"))[:, 1].tolist() == pytest.approx(want)
+
+
+@pytest.mark.parametrize("end", [".tsv", ".parquet"])
+def test_other_tables_kept_at_home_go_by_their_names(write, tmp_path, monkeypatch, end):
+    monkeypatch.setattr("seriatim.data.base.HOME", tmp_path)
+    (tmp_path / "data").mkdir()
+    if end == ".tsv":
+        write([r.replace(",", "\t") for r in rows(40)], "date\ta\tb", "data/mine.tsv")
+    else:
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        table = pa.table({"date": np.array(hours(40), "datetime64[ms]"), "a": np.arange(40.0)})
+        pq.write_table(table, tmp_path / "data" / "mine.parquet")
+    assert load_data("mine", "series").name == "mine"
 
 
 def test_a_table_kept_at_home_goes_by_its_name(write, tmp_path, monkeypatch):
@@ -212,7 +342,7 @@ def test_a_frequency_that_is_none_is_refused():
 def test_months_follow_the_calendar():
     ends, _ = read_times(["2020-01-31", "2020-02-29", "2020-03-31", "2020-04-30"])
     step = Frequency.inferred(ends)
-    assert step == Frequency(1, True)
+    assert step == Frequency(1, True, end=True)
     assert [str(t)[:10] for t in step.from_(ends[0], 2, 4)] == ["2020-05-31", "2020-06-30"]
 
 

@@ -113,7 +113,8 @@ def load_data(source: str | Path | None, modality: str, **options: Any) -> Data:
     if modality == "series" and "," in str(source) and not path.exists():
         return importlib.import_module("seriatim.data.series_mixture").mixture(str(source).split(","), **options)
     if modality == "series" and not path.exists():
-        path = HOME / "data" / f"{source}.csv"
+        files = (HOME / "data" / f"{source}{end}" for end in (".csv", ".tsv", ".parquet"))
+        path = next((p for p in files if p.is_file()), path)
     if not path.exists():
         kept = f"; tables of numbers over time go by their names in {HOME / 'data'}" if modality == "series" else ""
         raise FileNotFoundError(_unknown(source) + kept)

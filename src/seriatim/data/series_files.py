@@ -7,6 +7,7 @@ counted; what is longer, equal times, and steps of several lengths are errors th
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seriatim.data.base import suffix
-from seriatim.data.calendar import Frequency, Times, read_times
+from seriatim.data.calendar import Frequency, Times, by_first_days, read_times
 from seriatim.data.series import Series
 
 LONGEST_GAP = 3  # steps that are filled
 REGULAR = 0.8  # share of steps that are of one length, where no frequency is given
+LARGEST = 1e100  # of numbers, and of the parts of one that their spread is: squares of others overflow
+JOINED = (("date", "time"), ("year", "month", "day"), ("year", "month"))  # columns that tell times together
 MISSING = {"", "nan", "na", "n/a", "null", "none", "-"}
 Cells = dict[str, list[Any]]
 
@@ -39,12 +42,18 @@ def read_series(
     if duplicates not in (None, "mean", "last"):
         raise ValueError(f"duplicates is mean or last, not {duplicates!r}")
     cells, row = _cells(path, notes)
-    name, times = _times(path, cells, row, time)
+    name, times = _times(path, cells, row, time, notes)
     values, columns = _numbers(path, cells, row, name, target, notes)
     times, values, row = _sorted(times, values, row, notes)
     times, values, row = _once(path, times, values, row, duplicates, notes)
     times, values, row = _trimmed(path, times, values, row, columns, notes)
-    step = Frequency.named(frequency) if frequency else Frequency.inferred(times)
+    step = Frequency.named(frequency, times) if frequency else Frequency.inferred(times)
+    if by_first_days(times, step):
+        notes.append("rows stand on several days of their months, and are told by the first of each")
+        times = times.astype("datetime64[M]").astype("datetime64[ms]")
+        times, values, row = _once(path, times, values, row, duplicates, notes)
+    if step.working:
+        notes.append("no row lies on a weekend: steps are working days")
     times, values, gaps, filled = _regular(path, times, values, row, step, frequency is not None)
     values, cells_filled = _filled(path, values, columns, times)
     if gaps:
@@ -74,13 +83,7 @@ def _cells(path: Path, notes: list[str]) -> tuple[Cells, NDArray[np.int64]]:
         return columns, np.arange(table.num_rows) + 1
     if kind not in (".csv", ".tsv", ".txt"):
         raise ValueError(f"a series is read from .csv, .tsv or .parquet, and {path} is none of them")
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        reader = csv.reader(file, delimiter="\t" if kind == ".tsv" else _between(path))
-        rows, lines = [], []
-        for row in reader:
-            if row:  # not an empty line
-                rows.append(row)
-                lines.append(reader.line_num)
+    rows, lines = _rows_of(path, "\t" if kind == ".tsv" else None)
     empty = 0
     while rows and not any(cell.strip() for cell in rows[-1]):
         rows.pop()
@@ -96,20 +99,53 @@ def _cells(path: Path, notes: list[str]) -> tuple[Cells, NDArray[np.int64]]:
     for line, row in zip(lines, rows, strict=False):
         if len(row) != len(head):
             raise ValueError(f"row {line} of {path} has {len(row)} cells, and the head {len(head)}")
-    return {name: [row[i] for row in rows[1:]] for i, name in enumerate(head)}, np.array(lines[1 : len(rows)])
+    if all(_number(cell) or read_times([cell])[0] is not None for cell in head):
+        raise ValueError(f"the first row of {path} holds values, not names of columns: put a row of names above it")
+    columns = {name: [row[i] for row in rows[1:]] for i, name in enumerate(head)}
+    if "" in columns and columns[""] == [str(i) for i in range(len(rows) - 1)]:
+        del columns[""]
+        notes.append("a column without a name that counts the rows is not used")
+    return columns, np.array(lines[1 : len(rows)])
 
 
-def _between(path: Path) -> str:
-    """What stands between cells: a comma, unless the head has semicolons alone."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        head = file.readline()
-    return ";" if ";" in head and "," not in head else ","
+def _rows_of(path: Path, between: str | None) -> tuple[list[list[str]], list[int]]:
+    """Rows that are not empty, and the lines that they end in. between: what stands between cells (None: a comma,
+    semicolon or tab, whichever the head has most of outside of quotes). Raises ValueError for other encodings."""
+    rows, lines = list[list[str]](), list[int]()
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            head = re.sub(r'"[^"]*"', "", file.readline())
+            file.seek(0)
+            reader = csv.reader(file, delimiter=between or max(",;\t", key=head.count))
+            for row in reader:
+                if row:
+                    rows.append(row)
+                    lines.append(reader.line_num)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not written in UTF-8: save it so (other encodings are not guessed)") from None
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read behind line {lines[-1] if lines else 0}: {error}") from None
+    return rows, lines
 
 
-def _times(path: Path, cells: Cells, row: NDArray[np.int64], asked: str | None) -> tuple[str, Times]:
-    """The column of times. Raises ValueError where there is none, or a cell of it is no time."""
+def _times(path: Path, cells: Cells, row: NDArray[np.int64], asked: str | None, notes: list[str]) -> tuple[str, Times]:
+    """The column of times; several that tell them together become one of `cells`. Raises ValueError where there is
+    none, or a cell of it is no time."""
     if asked is not None and asked not in cells:
         raise ValueError(f"{path} has no column {asked!r}; it has {', '.join(cells)}")
+    for names in JOINED if asked is None else ():
+        found = [name for wanted in names for name in cells if name.strip().lower() == wanted]
+        if len(found) == len(names):
+            between = " " if names[0] == "date" else "-"
+            parts = zip(*(cells[name] for name in found), strict=True)
+            joined = [between.join(str(cell).strip() for cell in some) for some in parts]
+            joined = [re.sub(r"-(\d)(?=-|$)", r"-0\1", text) for text in joined]
+            times, _ = read_times(joined)
+            if times is not None:
+                notes.append(f"columns {', '.join(found)} tell the times together")
+                for name in found[1:]:
+                    del cells[name]
+                return found[0], times
     suspect = None
     for name in [asked] if asked is not None else list(cells):
         times, wrong = read_times(cells[name])
@@ -158,6 +194,7 @@ def _numbers(
     wanted = rest
     if target is not None:
         wanted = [t.strip() for t in target.split(",")] if isinstance(target, str) else list(target)
+        wanted = list(dict.fromkeys(wanted))
         unknown = [name for name in wanted if name not in rest]
         if unknown:
             raise ValueError(
@@ -167,7 +204,7 @@ def _numbers(
         if others:
             notes.append(f"columns that are not forecast, and not used: {', '.join(others)}")
     kept, values, text = [], [], []
-    for name in wanted:
+    for name in _with_points(cells, wanted, notes):
         there = [i for i, cell in enumerate(cells[name]) if not _missing(cell)]
         numeric = [i for i in there if _number(cells[name][i])]
         if len(numeric) * 2 < len(there) or not there:
@@ -180,6 +217,7 @@ def _numbers(
         column[there] = [float(cells[name][i]) for i in there]
         if np.isinf(column).any():
             raise ValueError(f"row {row[np.isinf(column).argmax()]} of {path}: column {name!r} is infinite there")
+        _bounded(path, name, column)
         kept.append(name)
         values.append(column)
     if not wanted:
@@ -189,6 +227,30 @@ def _numbers(
     if text:
         notes.append(f"columns that hold no numbers, and are not used: {', '.join(text)}")
     return np.stack(values, 1), tuple(kept)
+
+
+def _with_points(cells: Cells, names: Sequence[str], notes: list[str]) -> Sequence[str]:
+    """The same columns, commas of decimals in them replaced by points."""
+    commas = [
+        name for name in names
+        if any("," in str(cell) for cell in cells[name])
+        and all(_missing(cell) or re.fullmatch(r"\s*[+-]?\d*(,\d+)?\s*", str(cell)) for cell in cells[name])
+    ]  # fmt: skip
+    for name in commas:
+        cells[name] = [cell if _missing(cell) else str(cell).replace(",", ".") for cell in cells[name]]
+    if commas:
+        notes.append(f"commas are taken for decimal points in {', '.join(commas)}")
+    return names
+
+
+def _bounded(path: Path, name: str, column: NDArray[np.float64]) -> None:
+    """Raises ValueError for numbers whose squares are none."""
+    size, spread = float(np.nanmax(np.abs(column))), float(np.nanmax(column) - np.nanmin(column))
+    if size > LARGEST or 0 < spread < 1 / LARGEST:
+        raise ValueError(
+            f"{path}: numbers of column {name!r} reach {size:.3g} and differ by {spread:.3g}: bring them to a usual "
+            "scale"
+        )
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -272,6 +334,11 @@ def _regular(
             "frequencies are mixed; resample the series to one" + ("" if given else ", or give --frequency")
         )
     steps = apart // step.step
+    if len(steps) and not steps.all():
+        i = int(steps.argmin())
+        raise ValueError(
+            f"rows {row[i]} and {row[i + 1]} of {path} fall into one step of {step}: give another --frequency"
+        )
     long = np.flatnonzero(steps > LONGEST_GAP + 1)
     regular = float((steps == 1).mean()) if len(steps) else 1.0
     if regular < REGULAR and not given:
