@@ -106,11 +106,14 @@ def picture(
     figure = Figure(figsize=(9.0, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1)
-    colours = dict(zip(runs, COLOURS * 3, strict=False))
+    colours = {
+        name: {"color": COLOURS[i % len(COLOURS)], "linestyle": "-" if i < len(COLOURS) else "--"}
+        for i, name in enumerate(runs)
+    }
     for name, row in rows.items():
         plain = name not in colours
         days = range(1, len(row["mse_by_day"]) + 1)
-        style = {"color": "#9a9a9a", "linestyle": ":"} if plain else {"color": colours[name]}
+        style = {"color": "#9a9a9a", "linestyle": ":"} if plain else colours[name]
         if name != "last day":
             above.plot(days, row["mse_by_day"], label=name, linewidth=1.0 if plain else 1.6, **style)
     above.set_xlabel("days ahead")
@@ -120,8 +123,8 @@ def picture(
     at = int(batch["at"][window])
     below.plot(range(-known, 0), data.scaled[at - known : at, -1], color=INK, linewidth=1.0)
     below.plot(truth[window, :, -1], color="#9a9a9a", linewidth=1.4, label="what came")
-    for name, colour in colours.items():
-        below.plot(made[name][window, :, -1], color=colour, linewidth=1.3)
+    for name, style in colours.items():
+        below.plot(made[name][window, :, -1], linewidth=1.3, **style)
     below.set_xlabel("hours ahead")
     below.set_ylabel(f"{data.series.columns[-1]}, training scale")
     for axes in (above, below):
