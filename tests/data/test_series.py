@@ -194,31 +194,97 @@ def test_commas_for_decimals_are_read_with_a_note(write):
 
 
 @pytest.mark.parametrize(
-    ("head", "some", "first"),
+    ("cells", "head", "named"),
     [
-        ("date,time,a", [f"2020-01-01,{h:02}:00,{h}" for h in range(24)], "2020-01-01T00:00"),
-        ("year,month,a", [f"{2000 + m // 12},{m % 12 + 1},{m}" for m in range(40)], "2000-01-01T00:00"),
-        ("Year,Month,Day,a", [f"2020,2,{d},{d}" for d in range(1, 29)], "2020-02-01T00:00"),
+        (lambda i: f'2020-01-{i:02},"{i},234"', "t,a", "'1,234'"),
+        (lambda i: f"2020-01-{i:02};1.00{i},5", "t;a", r"'1\.001,5'"),
+        (lambda i: f"2020-01-{i:02};{i},5;{i}.5", "t;a;b", "'1,5'"),
+        (lambda i: f"2020-01-{i:02};{i}{',' if i == 1 else '.'}5", "t;a", "'1,5'"),
     ],
+    ids=["thousands in quotes", "both in a number", "another column has points", "another row has a point"],
 )
-def test_columns_that_tell_times_together_are_joined_with_a_note(write, head, some, first):
+def test_commas_that_may_be_of_thousands_are_refused(write, cells, head, named):
+    with pytest.raises(ValueError, match=f"row 2 .*{named} in column 'a' has a comma"):
+        read_series(write([cells(i) for i in range(1, 29)], head))
+
+
+CLOCKS = [(f"2020-01-{1 + h // 24:02}", h % 24) for h in range(72)]
+
+
+@pytest.mark.parametrize(
+    ("head", "some", "first", "together"),
+    [
+        ("date,time,a", [f"{day},{h:02}:00,{h}" for day, h in CLOCKS], "2020-01-01T00:00", "date, time"),
+        ("date,hour,a", [f"{day},{h},{h}" for day, h in CLOCKS], "2020-01-01T00:00", "date, hour"),
+        ("date,time,a", [f"2020-01-{d:02},16:00,{d}" for d in range(1, 29)], "2020-01-01T16:00", "date, time"),
+        ("year,month,a", [f"{2000 + m // 12},{m % 12 + 1},{m}" for m in range(40)], "2000-01-01T00", "year, month"),
+        ("Year,Month,Day,a", [f"2020,2,{d},{d}" for d in range(1, 29)], "2020-02-01T00", "Year, Month, Day"),
+        (
+            "year,month,day,hour,a", [f"2020,1,{int(day[8:])},{h},{h}" for day, h in CLOCKS], "2020-01-01T00",
+            "year, month, day, hour",
+        ),
+    ],
+)  # fmt: skip
+def test_columns_that_tell_times_together_are_joined_with_a_note(write, head, some, first, together):
     series = read_series(write(some, head))
     assert str(series.time[0]).startswith(first) and series.columns == ("a",) and len(series) == len(some)
-    assert "tell the times together" in series.notes[0]
+    assert series.notes == (f"columns {together} tell the times together",)
 
 
-def test_a_column_that_counts_the_rows_is_not_used(write):
-    series = read_series(write([f"{i},{r}" for i, r in enumerate(rows(30))], ",date,a,b"))
+@pytest.mark.parametrize(
+    ("head", "some"),
+    [
+        ("date,year,month,day,a", [f"{day} {h:02}:00,2020,1,{int(day[8:])},{h}" for day, h in CLOCKS]),
+        ("date,year,month,a", [f"2020-01-{d:02},2020,1,{d}" for d in range(1, 29)]),
+        ("date,time,a", [f"2020-01-{d:02},{d % 20:02},{d}" for d in range(1, 29)]),
+    ],
+)
+def test_a_column_that_tells_all_times_is_not_joined_with_its_parts(write, head, some):
+    series = read_series(write(some, head))
+    assert len(series) == len(some) and series.columns == tuple(head.split(",")[1:])
+
+
+@pytest.mark.parametrize(
+    ("head", "some", "options", "said"),
+    [
+        ("date,time,a", [f"{day},{h % 12} PM,{h}" for day, h in CLOCKS], {}, "columns date, time tell .*, join them"),
+        ("year,quarter,a", [f"{2000 + q // 4},{q % 4 + 1},{q}" for q in range(40)], {}, "columns year, quarter"),
+        ("date,time,a", [f"{day},{h:02}:00,{h}" for day, h in CLOCKS], {"time": "date"}, "or leave --time out"),
+    ],
+)
+def test_parts_of_times_that_are_not_joined_are_named(write, head, some, options, said):
+    with pytest.raises(ValueError, match=said) as raised:
+        read_series(write(some, head), **options)
+    assert "--duplicates" not in str(raised.value)
+
+
+def test_equal_days_are_no_matter_of_the_months_beside_them(write):
+    days = [1, 2, 3, 3, *range(4, 29)]
+    with pytest.raises(ValueError, match="--duplicates mean"):
+        read_series(write([f"2020-01-{d:02},2020,1,{d}" for d in days], "date,year,month,a"))
+
+
+@pytest.mark.parametrize(("name", "first"), [("", 0), ("", 1), ("Unnamed: 0", 0)])
+def test_a_column_that_counts_the_rows_is_not_used(write, name, first):
+    series = read_series(write([f"{i + first},{r}" for i, r in enumerate(rows(30))], f"{name},date,a,b"))
     assert series.columns == ("a", "b") and "counts the rows" in series.notes[0]
+
+
+def test_numbers_are_names_of_columns_beside_a_column_without_a_name(write):
+    assert read_series(write(rows(30), ",0,1")).columns == ("0", "1")
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ("2020-01-01,7.5\n2020-01-02,8\n", "holds values, not names"),
+        ("2020-01-01,1,1\n2020-01-02,8,8\n", "holds values, not names"),
+        ("2020-01-01,1,on\n2020-01-02,8,off\n", "holds values, not names"),
+        ("date,a\n2020-01-01,7\n2020-01-02,8\n".encode("utf-16-le"), "is not written in UTF-8"),
+        ("date,a\n2020-01-01T00:00:00.00000001,7\n2020-01-01T00:00:00.00000002,8\n", "to the millisecond"),
         ("date,Größe\n2020-01-01,7\n".encode("latin-1"), "is not written in UTF-8"),
         ("date,a\n2020-01-01,7\n".encode("utf-16"), "is not written in UTF-8"),
-        ('date,a\n2020-01-01,"7' + "x" * 200_000, "cannot be read behind line 1"),
+        ('date,a\n2020-01-01,"7' + "x" * 200_000, "behind line 1: .*a quote that is not closed"),
         ("date,a\n2020-01-01T00:00:00.0005,7\n2020-01-01T00:00:00.0010,8\n", "to the millisecond"),
         ("date,a\n2020-01-01,1e160\n2020-01-02,2e160\n", "bring them to a usual scale"),
         ("date,a\n2020-01-01,1e-200\n2020-01-02,2e-200\n", "bring them to a usual scale"),
@@ -252,11 +318,37 @@ def test_days_without_weekends_are_working_days(write, begin):
     assert read_series(write(some, "date,a"), frequency="B").frequency == series.frequency
 
 
+def test_two_weeks_of_working_days_are_not_taken_for_days(write):
+    series = read_series(write([f"{day},{i}" for i, day in enumerate(weekdays("2020-01-06", 10))], "date,a"))
+    assert series.frequency.working and len(series) == 10
+
+
 def test_weekends_are_no_working_days(write):
     daily = [f"2020-01-{d:02},{d}" for d in range(1, 29)]
     assert str(read_series(write(daily, "date,a")).frequency) == "1 day"
-    with pytest.raises(ValueError, match="fall into one step of 1 working day"):
+    with pytest.raises(ValueError, match=r"row 5 .*2020-01-04.* lies on a weekend"):
         read_series(write(daily, "date,a"), frequency="B")
+    with pytest.raises(ValueError, match=r"row 5 .*2020-01-04.* lies on a weekend"):  # and none on the Monday behind it
+        read_series(write(daily[:4] + daily[6:10], "date,a"), frequency="B")
+
+
+@pytest.mark.parametrize(("whole", "read"), [(80, True), (79, False)])
+def test_at_least_80_percent_of_steps_are_of_one_length(write, whole, read):
+    apart = np.array([2] * (100 - whole) + [1] * whole)
+    times = np.datetime64("2020-01-01T00:00:00") + np.concatenate([[0], apart.cumsum()]) * np.timedelta64(1, "h")
+    path = write([f"{t},{i}" for i, t in enumerate(times)], "date,a")
+    if read:
+        assert len(read_series(path)) == 121
+    else:
+        with pytest.raises(ValueError, match=r"only 79% of the steps .* at least 80% must be"):
+            read_series(path)
+
+
+def month_days(day: int, start: str = "2020-01", count: int = 30) -> list[str]:
+    """That day of each month, or the last of a shorter one."""
+    months = np.datetime64(start) + np.arange(count)
+    last = (months + 1).astype("datetime64[D]") - 1
+    return [str(t) for t in np.minimum(months.astype("datetime64[D]") + day - 1, last)]
 
 
 @pytest.mark.parametrize(
@@ -264,21 +356,46 @@ def test_weekends_are_no_working_days(write):
     [
         ([f"{2021 + (m + 1) // 12}-{(m + 1) % 12 + 1:02}-28" for m in range(30)], "2023-08-28"),
         ([f"{2020 + m // 12}-{m % 12 + 1:02}-01T00:00+01:00" for m in range(30)], "2022-07-01"),
-        ([f"{np.datetime64('2020-01') + m}-01" for m in range(30)], "2022-07-01"),
+        (month_days(1), "2022-07-01"),
+        (month_days(30), "2022-07-30"),
+        (month_days(29, "2021-02"), "2023-08-29"),
+        ([f"{day} 23:59:59" for day in month_days(31)], "2022-07-31"),
     ],
-    ids=["the 28th, from February on", "with a zone", "the first"],
+    ids=["the 28th, from February on", "with a zone", "the first", "the 30th", "the 29th", "the last, with a clock"],
 )
 def test_months_stay_on_the_day_that_they_are_told_by(write, times, after):
     series = read_series(write([f"{t},{i}" for i, t in enumerate(times)], "date,a"))
-    assert series.frequency == Frequency(1, True) and [str(t)[:10] for t in series.time] == [t[:10] for t in times]
+    assert series.frequency.monthly and series.frequency.step == 1
+    want = [np.datetime64(t.removesuffix("+01:00"), "ms") for t in times]
+    assert series.time.tolist() == np.array(want).tolist(), "times are those of the file"
     assert str(series.after(1)[0])[:10] == after
+    assert (read_series(write([f"{t},0" for t in times], "date,a"), frequency="MS").time == series.time).all()
 
 
-def test_months_that_are_told_by_working_days_keep_their_months(write):
+def test_a_missing_month_does_not_move_the_others(write):
+    times = [t for i, t in enumerate(month_days(31, count=6)) if i in (0, 2, 4)]
+    series = read_series(write([f"{t},1" for t in times], "date,a"), frequency="MS")
+    assert [str(t)[:10] for t in series.time] == month_days(31, count=5)
+
+
+@pytest.mark.parametrize("frequency", ["MS", None])
+def test_months_that_are_told_by_working_days_keep_their_months(write, frequency):
     ends = [str(np.busday_offset(np.datetime64("2020-01") + m + 1, -1, roll="forward")) for m in range(30)]
-    series = read_series(write([f"{t},{i}" for i, t in enumerate(ends)], "date,a"), frequency="MS")
+    series = read_series(write([f"{t},{i}" for i, t in enumerate(ends)], "date,a"), frequency=frequency)
     assert [str(t)[:7] for t in series.time] == [t[:7] for t in ends]
     assert "told by the first of each" in series.notes[0]
+
+
+def test_days_are_no_months(write):
+    daily = [f"2020-01-{d:02},{d}" for d in range(1, 29)]
+    with pytest.raises(ValueError, match=r"rows 2 and 3 .* fall into one step of 1 month"):
+        read_series(write(daily, "date,a"), frequency="MS")
+
+
+def test_rows_that_are_told_by_the_clock_of_the_first_are_counted(write):
+    some = [f"{day} {'13' if i == 7 else '16'}:00,{i}" for i, day in enumerate(weekdays("2020-01-06", 60))]
+    series = read_series(write(some, "date,a"))
+    assert series.frequency.working and any("1 rows stand elsewhere" in note for note in series.notes)
 
 
 def test_days_of_a_zone_whose_clocks_change_are_days(write):
@@ -286,6 +403,15 @@ def test_days_of_a_zone_whose_clocks_change_are_days(write):
     days = [datetime.datetime(2020, 3, 20, tzinfo=zone) + datetime.timedelta(days=d) for d in range(20)]
     series = read_series(write([f"{day.isoformat()},{i}" for i, day in enumerate(days)], "date,a"))
     assert str(series.frequency) == "1 day" and str(series.time[-1])[:10] == "2020-04-08" and len(series) == 20
+    assert series.notes == ("times have a zone: they are those on the wall",)
+
+
+def test_days_of_utc_on_a_wall_whose_clock_changes_are_days(write):
+    begin, zone = datetime.datetime(2020, 3, 20, tzinfo=datetime.UTC), zoneinfo.ZoneInfo("Europe/Berlin")
+    days = [(begin + datetime.timedelta(days=d)).astimezone(zone) for d in range(20)]
+    series = read_series(write([f"{day.isoformat()},{i}" for i, day in enumerate(days)], "date,a"))
+    assert str(series.frequency) == "1 day" and str(series.time[0]) == "2020-03-20T00:00:00.000" and len(series) == 20
+    assert series.notes == ("times have a zone: they are turned to UTC",)
 
 
 def test_marks_of_weeks_are_those_of_iso_8601():
@@ -334,15 +460,16 @@ def test_frequencies_by_name(text, step, monthly):
     assert Frequency.named(text) == Frequency(step, monthly)
 
 
-def test_a_frequency_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="15min"):
-        Frequency.named("often")
+@pytest.mark.parametrize("text", ["often", "0h", "9" * 20 + "h", "9" * 14 + "M", "9" * 14 + "B", "9" * 5000 + "h"])
+def test_a_frequency_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match="as in 15min"):
+        Frequency.named(text)
 
 
 def test_months_follow_the_calendar():
     ends, _ = read_times(["2020-01-31", "2020-02-29", "2020-03-31", "2020-04-30"])
     step = Frequency.inferred(ends)
-    assert step == Frequency(1, True, end=True)
+    assert step == Frequency(1, True, day=31)
     assert [str(t)[:10] for t in step.from_(ends[0], 2, 4)] == ["2020-05-31", "2020-06-30"]
 
 

@@ -14,41 +14,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 Times = NDArray[np.datetime64]  # datetime64[ms]
-LEAST_WEEKENDS = 2  # that are left out, for days to be taken for working days
+REGULAR = 0.8  # share of steps that are of one length, where no frequency is given
 SECOND, MINUTE, HOUR, DAY = 1_000, 60_000, 3_600_000, 86_400_000
 UNITS = {
     "s": SECOND, "sec": SECOND, "second": SECOND, "min": MINUTE, "t": MINUTE, "minute": MINUTE, "h": HOUR,
     "hour": HOUR, "d": DAY, "day": DAY, "w": 7 * DAY, "week": 7 * DAY, "ms": -1, "m": -1, "month": -1, "q": -3,
     "qs": -3, "quarter": -3, "y": -12, "ys": -12, "a": -12, "year": -12,
 }  # fmt: skip
-LONGEST = 10_000 * 366 * DAY  # of a step
+YEARS = 10_000  # the longest step
 
 
 @dataclass(frozen=True)
 class Frequency:
-    """The step of a series: so many milliseconds, or, where `monthly`, months, told by their last days where they
-    `end`; or, where `working`, days from Monday to Friday."""
+    """The step of a series: so many milliseconds; or, where `monthly`, months, told by their `day`, or by the last of
+    those that are shorter (31: by the last days; 0: by the day of the first row); or, where `working`, days from Monday
+    to Friday."""
 
     step: int
     monthly: bool = False
-    end: bool = False
+    day: int = 0
     working: bool = False
 
     @staticmethod
     def named(text: str, times: Times | None = None) -> Frequency:
-        """From `15min`, `1h`, `D`, `B` (working days), `W`, `MS` (months), `Q`, `Y`. times: whose months may be told by
-        their last days. Raises ValueError for anything else."""
-        found = re.fullmatch(r"(\d*)\s*([a-z]+)", text.strip().lower())
-        if found and found[2] == "b":
-            return Frequency(int(found[1] or 1), working=True)
-        unit = UNITS.get(found[2]) or UNITS.get(found[2].rstrip("s")) if found else None
+        """From `15min`, `1h`, `D`, `B` (working days), `W`, `MS` (months), `Q`, `Y`. times: all of the series, which
+        show what day of a month is its own. Raises ValueError for anything else."""
+        found = re.fullmatch(r"(\d{0,15})\s*([a-z]+)", text.strip().lower())
         count = int(found[1] or 1) if found else 0
-        if unit is None or count < 1 or count * abs(unit) > LONGEST:
+        working = found is not None and found[2] == "b"
+        unit = DAY if working else (UNITS.get(found[2]) or UNITS.get(found[2].rstrip("s"))) if found else None
+        most = 0 if unit is None else 12 * YEARS // -unit if unit < 0 else 366 * YEARS * DAY // unit
+        if unit is None or not 1 <= count <= most:
             raise ValueError(
-                "a frequency is a number and s, min, h, D, B (working days), W, MS (months), Q or Y, as in 15min: "
-                f"{text!r}"
+                "a frequency is a number and s, min, h, D, B (working days), W, MS (months), Q or Y, as in 15min, and "
+                f"at most {YEARS:,} years: {text[:40]!r}"
             )
-        return Frequency(count * abs(unit), unit < 0, unit < 0 and times is not None and _month_ends(times))
+        if working:
+            return Frequency(count, working=True)
+        if unit < 0:
+            return Frequency(count * -unit, True, 0 if times is None else _told_by(times) or 0)
+        return Frequency(count * unit)
 
     @staticmethod
     def inferred(times: Times) -> Frequency:
@@ -56,11 +61,17 @@ class Frequency:
         if len(times) < 3:
             raise ValueError(f"a frequency is inferred from at least 3 times, there are {len(times)}: give --frequency")
         apart = _apart(times)
-        if np.median(apart) >= 28 * DAY and _same_day(times):
-            return Frequency(_commonest(_apart(times.astype("datetime64[M]"))), True, _month_ends(times))
         step = _commonest(apart)
-        if step == DAY and (apart == 3 * DAY).sum() >= LEAST_WEEKENDS and bool(np.is_busday(_days(times)).all()):
-            return Frequency(1, working=True)
+        if np.median(apart) >= 28 * DAY:
+            months, day = _apart(times.astype("datetime64[M]")), _told_by(times)
+            of_months = _commonest(months)
+            irregular = _share(apart, step) < REGULAR <= _share(months, of_months)
+            if day is not None or (irregular and of_months > 0):
+                return Frequency(of_months, True, day or 0)
+        if step == DAY and bool(np.is_busday(_days(times)).all()):
+            working = Frequency(1, working=True)
+            if (np.diff(working.ticks(times)) < apart // DAY).any():  # a weekend is left out
+                return working
         return Frequency(step)
 
     def ticks(self, times: Times) -> NDArray[np.int64]:
@@ -77,12 +88,9 @@ class Frequency:
             return np.busday_offset(begin, steps, roll="forward").astype("datetime64[ms]") + (start - begin)
         if not self.monthly:
             return start.astype("datetime64[ms]") + steps.astype("timedelta64[ms]")
-        month = start.astype("datetime64[M]")
-        day = start - month.astype("datetime64[ms]")
-        wanted = month + steps
-        if self.end:
-            return ((wanted + 1).astype("datetime64[D]") - 1).astype("datetime64[ms]")
-        return wanted.astype("datetime64[ms]") + day
+        month, begin = start.astype("datetime64[M]"), start.astype("datetime64[D]")
+        day = self.day or int((begin - month.astype("datetime64[D]")).astype(np.int64)) + 1
+        return _on_day(month + steps, day).astype("datetime64[ms]") + (start - begin)
 
     @property
     def season(self) -> int:
@@ -121,39 +129,46 @@ def _days(times: Times) -> NDArray[np.datetime64]:
     return times.astype("datetime64[D]")
 
 
-def _month_ends(times: Times) -> bool:
-    """Whether all stand on the last day of a month, and not all on one of a number."""
-    days = _days(times)
-    last = (days + 1).astype("datetime64[M]") != days.astype("datetime64[M]")
-    return bool(last.all()) and len(np.unique(_of_month(times))) > 1
+def _share(steps: NDArray[np.int64], of: int) -> float:
+    return int((steps == of).sum()) / len(steps)
 
 
-def _of_month(times: Times) -> NDArray[np.int64]:
-    return (_days(times) - times.astype("datetime64[M]").astype("datetime64[D]")).astype(np.int64)
+def _on_day(months: NDArray[np.datetime64], day: int) -> NDArray[np.datetime64]:
+    """That day of each month, or the last of one that is shorter."""
+    return np.minimum(months.astype("datetime64[D]") + (day - 1), (months + 1).astype("datetime64[D]") - 1)
 
 
-def _same_day(times: Times) -> bool:
-    """Whether all stand on one day of the month, or all on its last."""
-    return len(np.unique(_of_month(times))) == 1 or _month_ends(times)
+def _told_by(times: Times) -> int | None:
+    """The day of the month on which all stand, or on the last of a month that is shorter: 31 where all are last days, 0
+    where all are of one number; None where they stand on several."""
+    days, months = _days(times), times.astype("datetime64[M]")
+    numbers = (days - months.astype("datetime64[D]")).astype(np.int64) + 1
+    if (numbers == numbers[0]).all():
+        return 0
+    return next((day for day in (31, int(numbers.max())) if (days == _on_day(months, day)).all()), None)
 
 
 def by_first_days(times: Times, frequency: Frequency) -> bool:
     """Whether months have to be told by their first days, as rows stand on several days of them."""
-    return frequency.monthly and not _same_day(times)
+    return frequency.monthly and _told_by(times) is None
 
 
-def read_times(cells: Sequence[object]) -> tuple[Times | None, int]:
-    """Times of cells (ISO 8601, with / for -, a year, or what a table holds as a time), as UTC where a zone is given,
-    but days and longer steps as the wall shows them, since they are no whole days in UTC where clocks change; or None
-    and the place of the first cell that is no time. Raises ValueError for parts of milliseconds."""
+def read_times(cells: Sequence[object], notes: list[str] | None = None) -> tuple[Times | None, int]:
+    """Times of cells (ISO 8601, with / for -, a year, or what a table holds as a time), or None and the place of the
+    first cell that is no time. Where a zone is given, they are turned to UTC; but those of one time of day are left as
+    the wall shows them, with a note, since days are no whole days in UTC where clocks change. Raises ValueError for
+    parts of milliseconds."""
     out, wall = np.empty(len(cells), "datetime64[ms]"), np.empty(len(cells), "datetime64[ms]")
     for i, cell in enumerate(cells):
         time = _time(cell)
         if time is None:
             return None, i
         out[i], wall[i] = time
-    if len(cells) > 1 and (out != wall).any() and np.median(np.abs(_apart(np.sort(wall)))) >= DAY:
-        return wall, -1
+    if len(cells) > 1 and (out != wall).any():
+        one_clock = len(np.unique(wall - _days(wall))) == 1
+        if notes is not None:
+            notes.append(f"times have a zone: they are {'those on the wall' if one_clock else 'turned to UTC'}")
+        return (wall if one_clock else out), -1
     return out, -1
 
 
@@ -173,7 +188,7 @@ def _time(cell: object) -> tuple[np.datetime64, np.datetime64] | None:
         read = datetime.datetime.fromisoformat(_padded(text))
     except ValueError:
         return None
-    if read.microsecond % 1000:
+    if re.search(r"[.,]\d{3}\d*[1-9]", text):
         raise ValueError(f"times are read to the millisecond, and {text} has parts of one: round them")
     wall = np.datetime64(read.replace(tzinfo=None), "ms")
     if read.tzinfo is None:
