@@ -95,7 +95,7 @@ def ours(model: str, dtype: str) -> Draw:
 
     system, kind = build(model), getattr(torch, dtype)
     system.model.to(kind)
-    system.tokenizer.decoder.to(kind, memory_format=torch.channels_last)
+    system.tokenizer.to(kind).decoder.to(memory_format=torch.channels_last)
     return lambda seed: system.draw(torch.tensor([seed % 1000]), seed=seed).images
 
 

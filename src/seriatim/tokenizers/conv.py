@@ -210,7 +210,7 @@ class ResidualDecoder(nn.Module):
         return self.layers[-1].get_parameter("weight")
 
     def forward(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b c h2 w2"]:
-        return self.layers(self.from_code(latent.to(self.from_code.weight.dtype)))
+        return self.layers(self.from_code(latent))
 
 
 # ---- either ----------------------------------------------------------------------------------------------------------
