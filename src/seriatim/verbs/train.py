@@ -84,24 +84,7 @@ def train(
     """
     folder = Path(out or f"runs/{key}")
     RunFolder(folder).refuse(resume)
-    own = dict(settings or {})
-    if drafting.is_draft_part(key):
-        if lora is not None or tokenizer is not None:
-            raise ValueError(f"{key} is trained beside a frozen model: there is no adapter and no tokenizer to choose")
-        begun = drafting.begin(key, from_, data, folder, size, own, bar, **data_options)
-    elif from_ is not None:
-        if size is not None or tokenizer is not None:
-            raise ValueError(f"size and tokenizer are those of {from_}, and are not chosen anew")
-        cls = system_class(key)
-        further = cls.begins_as is not None or issubclass(cls, ImageSystem)
-        if further and not (key in finetune.CONVERSIONS and _is_published(from_)):
-            begun = _taken_over(key, from_, data, folder, lora, own, data_options)
-        else:
-            begun = finetune.begin(key, from_, data, folder, lora, own, bar, **data_options)
-    else:
-        if lora is not None:
-            raise ValueError("an adapter is on a model that there is already: say which (--from)")
-        begun = _fresh(key, data, folder, size, tokenizer, resume, own, bar, data_options)
+    begun = _begin(key, data, from_, lora, folder, size, tokenizer, resume, dict(settings or {}), bar, data_options)
     if minutes is not None:
         begun.card["minutes"] = minutes
     with _shown(bar, key, Board(folder) if tensorboard else None) as tick:
@@ -113,6 +96,29 @@ def train(
         drafting.finish(begun, folder, history)
     system = begun.learner if isinstance(begun.learner, System) else begun.learner.finished()
     return Trained(system, begun.data, folder, history)
+
+
+def _begin(
+    key: str, data: str | Path | Data | None, from_: str | Path | None, lora: int | None, folder: Path,
+    size: str | None, tokenizer: str | Path | None, resume: bool, settings: dict[str, Any], bar: Bar | None,
+    data_options: Mapping[str, Any],
+) -> Begun:  # fmt: skip
+    """What is trained: a part beside a frozen model, a model that there is already, or one from the beginning."""
+    if drafting.is_draft_part(key):
+        if lora is not None or tokenizer is not None:
+            raise ValueError(f"{key} is trained beside a frozen model: there is no adapter and no tokenizer to choose")
+        return drafting.begin(key, from_, data, folder, size, settings, bar, **data_options)
+    if from_ is None:
+        if lora is not None:
+            raise ValueError("an adapter is on a model that there is already: say which (--from)")
+        return _fresh(key, data, folder, size, tokenizer, resume, settings, bar, data_options)
+    if size is not None or tokenizer is not None:
+        raise ValueError(f"size and tokenizer are those of {from_}, and are not chosen anew")
+    cls = system_class(key)
+    further = cls.begins_as is not None or issubclass(cls, ImageSystem)
+    if further and not (key in finetune.CONVERSIONS and _is_published(from_)):
+        return _taken_over(key, from_, data, folder, lora, settings, data_options)
+    return finetune.begin(key, from_, data, folder, lora, settings, bar, **data_options)
 
 
 def _is_published(place: str | Path) -> bool:
