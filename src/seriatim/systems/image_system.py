@@ -32,7 +32,8 @@ Watcher = Callable[[Callable[[], Tensor], str], None]
 class Pictures:
     """Generated pictures in [-1, 1] with their film: what was there after some of the steps, and what it cost.
 
-    decided: with a film of elements on the tokenizer's grid, the forward that decided each of them, from 1.
+    images, frames: in float32 at least, whatever the weights are in. decided: with a film of elements on the grid of
+    the tokenizer, the forward that decided each of them, from 1.
     """
 
     images: Float[Tensor, "n c h w"]
@@ -42,6 +43,13 @@ class Pictures:
     forwards: int = 0  # one after another, for each picture
     seconds: float = 0.0  # in all
     decided: Int[Tensor, "n rows columns"] | None = None
+
+    def __post_init__(self) -> None:
+        self.images, self.frames = _full(self.images), [_full(frame) for frame in self.frames]
+
+
+def _full(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+    return images if images.dtype == torch.float64 else images.float()
 
 
 def joined(parts: Sequence[Pictures], labels: Tensor | None, seconds: float) -> Pictures:

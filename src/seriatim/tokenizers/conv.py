@@ -36,7 +36,7 @@ class ConvEncoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim h2 w2"]:
-        return self.layers(images)
+        return self.layers(images.to(self.layers[0].get_parameter("weight").dtype))
 
 
 class ConvDecoder(nn.Module):
@@ -57,7 +57,7 @@ class ConvDecoder(nn.Module):
         return self.layers[-1].get_parameter("weight")
 
     def forward(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b c h2 w2"]:
-        return self.layers(latent)
+        return self.layers(latent.to(self.last.dtype))
 
 
 # ---- the published body ----------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class ResidualEncoder(nn.Module):
         self.to_code = nn.Conv2d(inner, dim, kernel, padding=kernel // 2)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim h2 w2"]:
-        return self.to_code(self.layers(images))
+        return self.to_code(self.layers(images.to(self.to_code.weight.dtype)))
 
 
 class ResidualDecoder(nn.Module):
@@ -210,7 +210,7 @@ class ResidualDecoder(nn.Module):
         return self.layers[-1].get_parameter("weight")
 
     def forward(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b c h2 w2"]:
-        return self.layers(self.from_code(latent))
+        return self.layers(self.from_code(latent.to(self.last.dtype)))
 
 
 # ---- either ----------------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ class QueryEncoder(nn.Module):
     ) -> Float[Tensor, "b n dim"]:
         """The latents of all queries. With a prefix of codes these stand in the places of the first queries, and the
         latents of the others say what a picture needs behind them (those of the first are of no use)."""
-        x = self.from_patch(to_patches(images, self.patch))
+        x = self.from_patch(to_patches(images, self.patch).to(self.from_patch.weight.dtype))
         x = F.layer_norm(x, x.shape[-1:], eps=EPS) if self.places is None else x + self.places
         queries = self.widen(self.queries).expand(len(x), -1, -1)
         if prefix is not None:

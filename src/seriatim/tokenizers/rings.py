@@ -62,11 +62,12 @@ class RingVQ(MultiScaleVQ):
     edges: tuple[float, ...] | None = None
 
     def bands(self, f: Float[Tensor, "b dim h w"]) -> list[Float[Tensor, "b dim h w"]]:
-        """Rings are symmetric, so bands are real, and half of the plane says all."""
+        """Rings are symmetric, so bands are real, and half of the plane says all. There is no spectrum of half
+        formats."""
         edges = self.edges or ring_edges(self.scales, self.rings)
         masks = ring_masks(self.side, edges)[..., : self.side // 2 + 1].to(f.device)
-        spectrum = torch.fft.rfft2(f)
-        return [torch.fft.irfft2(spectrum * mask, s=f.shape[2:]) for mask in masks]
+        spectrum = torch.fft.rfft2(f if f.dtype == torch.float64 else f.float())
+        return [torch.fft.irfft2(spectrum * mask, s=f.shape[2:]).to(f.dtype) for mask in masks]
 
     def quantize(self, f: Float[Tensor, "b dim h w"]) -> Quantized:
         """As `MultiScaleVQ.quantize`, with the loss of the last f_hat alone."""

@@ -53,7 +53,7 @@ def load(
     (config.json and safetensors), its name on the Hugging Face hub (`owner/name`), or an adapter's folder, which names
     its base.
 
-    dtype: the number format of a language model, or its name (None: as stored); adapter: the folder or name of a LoRA
+    dtype: the number format of the weights, or its name (None: as stored); adapter: the folder or name of a LoRA
     adapter in PEFT's format, which is folded into the weights; weights: keep matrices as "int8" or "int4", or "packed"
     for this processor (`quantize`). Raises ValueError, OSError that says what is wrong: nothing there, a checkpoint cut
     short or of another system, an adapter of another model, no network.
@@ -67,8 +67,10 @@ def load(
         adapters.append(place)
         place = _base_of(place)
     system = _load(place, dtype)
-    if dtype is not None and isinstance(system, LanguageModel):
+    if dtype is not None:
         system.model.to(dtype)  # a published one is in it already
+        if isinstance(system.tokenizer, torch.nn.Module):
+            system.tokenizer.to(dtype)
     for folder in reversed(adapters):
         how = conversion_of(folder)
         if how is not None and isinstance(system, Published):  # it was learned on a model that decides masks
