@@ -279,6 +279,21 @@ def test_a_budget_of_time_fixes_the_steps_before_the_first(tmp_path):
     assert about == {"step": len(history), "steps": len(history)}
 
 
+def test_a_machine_that_is_held_up_once_is_not_taken_for_a_slow_one(tmp_path, monkeypatch):
+    """A step that waits for half of the budget leaves the count as it would be without."""
+    system = NextToken(Config(length=16, width=32, depth=1, heads=2))
+    clock, taken = iter(range(10**6)), []
+
+    def now() -> float:  # a second later each time it is asked, and in the third step 30 more
+        taken.append(next(clock))
+        return taken[-1] + (30.0 if len(taken) > 5 else 0.0)
+
+    recipe = Recipe(10**6, batch=4)
+    training = trainer._Training(system, system.examples(TEXT), recipe, RunFolder(tmp_path), None, None)
+    monkeypatch.setattr(trainer.time, "monotonic", now)
+    assert training._steps_in(60.0) == 60
+
+
 # ---- compiling, and what is told -------------------------------------------------------------------------------------
 
 
