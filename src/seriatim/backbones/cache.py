@@ -395,13 +395,15 @@ class KVCache:
     def _fill(self, fresh: Bool[Tensor, "b2"], new: Sequence[KVCache], columns: int) -> None:
         """Write what other caches hold into the rows that are fresh; what is masked is finite wherever it is read: no
         row has written the columns behind its longest mate."""
-        row, start = fresh.nonzero()[:, 0].to(self.device), 0
         self.buffer[..., self.columns : columns, :] = 0
-        if row.numel():
-            self.buffer[:, :, row, :, :columns] = 0
+        rows = iter(fresh.nonzero()[:, 0].tolist())
         for part in new:
-            mine, start = row[start : start + part.batch], start + part.batch
-            self.buffer[:, :, mine, :, : part.columns] = part.buffer[..., : part.columns, :].to(self.buffer)
+            for one, row in zip(part.buffer.unbind(2), rows, strict=False):
+                mine = self.buffer[:, :, row]
+                mine[..., : part.columns, :] = one[..., : part.columns, :]
+                mine[..., part.columns : columns, :] = 0
+        for row in rows:
+            self.buffer[:, :, row, :, :columns] = 0
 
     def _move(self, rows: Int[Tensor, "b2"], columns: int) -> None:
         """Bring old rows where they are to stand (-1: anything may stand there), in the window of the room in which

@@ -7,6 +7,7 @@ earlier ones is not read again. What a request gets is what it would get alone, 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -43,7 +44,7 @@ class Reading:
             {"token": torch.tensor([[*prompt, 0]])}, len(prompt), layout=line(len(prompt) + 1)
         )
         prefix = int(getattr(system.model.factorization, "prefix", 0))
-        room = len(prompt) + 1 + prefix
+        self.last, room = prefix + len(prompt) - 1, prefix + len(prompt) + 1
         self.cache, self.reused = prefixes.find(prompt, room, prefix)
         if self.cache is None:
             self.cache = system.model.new_cache(1, room)
@@ -55,9 +56,11 @@ class Reading:
         return self.system.model.factorization.fill(self.canvas, self.cache.length, 1, 0) is None
 
     def read(self, slots: int) -> int:
-        """Read so many slots more, or what is left; how many were read."""
-        model = self.system.model
-        plan = model.factorization.fill(self.canvas, self.cache.length, slots, 0)
+        """Read at most so many slots more, in parts of one length: each costs something, however short. How many were
+        read."""
+        model, rest = self.system.model, max(self.last - int(self.cache.length), 1)
+        parts = math.ceil(rest / slots)
+        plan = model.factorization.fill(self.canvas, self.cache.length, min(slots, math.ceil(rest / parts)), 0)
         if plan is None:
             return 0
         model.hidden(plan, self.canvas, self.cache, self.condition)
@@ -239,7 +242,8 @@ class Engine:
         left = CHUNK
         if running and self._slot and self._step:
             left = max(LEAST_CHUNK, min(CHUNK, int(PATIENCE * self._step / self._slot)))
-        while self.reading and left > 0:
+        few = left // 2  # no other prompt is begun for less
+        while self.reading and left > few:
             one = self.reading[0]
             start = time.perf_counter()
             whole = self._batch(one.ready).reads_prompt
