@@ -29,6 +29,10 @@ from typing import Any
 from decode import THREADS, Arm, answering, bandwidth
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Arms keep the memory that they give back between pictures: on a virtual machine taking it anew costs up to seconds,
+# by what ran in between. Both sides alike.
+os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
 
 GATES = {  # model -> (ours, official) -> how many times as fast
     "var": {("float32", "float32"): 1.0, ("bfloat16", "bfloat16"): 1.2, ("bfloat16", "float32"): 2.3},
