@@ -157,16 +157,16 @@ def test_what_runs_goes_on_while_a_long_prompt_is_read():
     running = engine.submit(Request((1, 2, 3), 60, Sampling(temperature=1.0)))
     for _ in range(5):
         engine.turn()
-    engine._slot, engine._step = 1.0, 10.0  # a step takes as long as 10 slots: a part is of 20
+    engine._slot, engine._step = 1.0, 100.0  # a step takes as long as 100 slots: a part is of 200
     before = len(heard.ids[running])
-    late = engine.submit(Request(tuple([1] * 200), 2))
+    late = engine.submit(Request(tuple([1] * 2000), 2))
     turns = 0
     while late not in heard.ids:
-        engine._slot, engine._step = 1.0, 10.0
+        engine._slot, engine._step = 1.0, 100.0
         engine.turn()
         turns += 1
-    assert len(heard.ids[running]) - before == turns >= 200 // 20
-    assert turns <= 200 // 20 + 1
+    assert len(heard.ids[running]) - before == turns >= 2000 // 200
+    assert turns <= 2000 // 200 + 1
 
 
 def test_rows_are_limited_and_the_first_comes_first(system):

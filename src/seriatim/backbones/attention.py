@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -50,6 +53,17 @@ def attend(
     # queries that share keys become rows of one head: no copy of the keys
     q = q.reshape(b, groups, heads // groups * n, d)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=c.score_scale).reshape(b, heads, n, d)
+
+
+@cache
+def fast_to_attend(dtype: torch.dtype, kind: str) -> bool:
+    """Whether torch's attention of a few queries takes keys in this format without a loss of time on a kind of device.
+    In bfloat16 on a CPU: where it multiplies that in vectors and not in tiles, up to twice as fast as in float32 from
+    32 rows on; with tiles (AMX), or without such instructions, a third as fast."""
+    if dtype != torch.bfloat16 or kind != "cpu":
+        return True
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(has.get("avx512_bf16")) and not has.get("amx_bf16")
 
 
 BLOCK = 256  # queries that are attended together

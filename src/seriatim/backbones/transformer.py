@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from seriatim.backbones.attention import attend, normalise_heads, partial, placed
+from seriatim.backbones.attention import attend, fast_to_attend, normalise_heads, partial, placed
 from seriatim.backbones.cache import KVCache
 from seriatim.backbones.driven import Vector, active, modulation
 from seriatim.backbones.feedforward import activate, mixture
@@ -86,9 +86,10 @@ class Transformer(nn.Module):
         self.__dict__.update(self._modules)  # at hand: torch's way to a part costs a call (assigning one undoes this)
 
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
-        """A cache for `batch` rows. On a CPU in bf16 it is float32: attention of one row is three times faster so."""
+        """A cache for `batch` rows, in the format in which attention over it is fast (`fast_to_attend`)."""
         c, dtype, device = self.config, self.format, next(self.parameters()).device
-        dtype = torch.float32 if dtype == torch.bfloat16 and device.type == "cpu" else dtype
+        if dtype == torch.bfloat16 and not (c.softcap is None and fast_to_attend(dtype, device.type)):
+            dtype = torch.float32
         return KVCache(c.attending, batch, c.groups, c.dim, dtype, device, capacity, tuple(self.mixers))
 
     @property

@@ -25,7 +25,7 @@ from seriatim.systems.language_model import LanguageModel
 from seriatim.systems.text_system import TextSystem
 
 CHUNK = 512  # slots of a prompt that are read at once where nothing waits for it
-LEAST_CHUNK = 16
+LEAST_CHUNK = 128  # fewer cost nearly as much: weights are read for each part
 PATIENCE = 2.0  # a part of a prompt may take as long as so many steps of those that run
 SHARE = 0.25  # of the memory, for prompts that may come again
 SMOOTH = 0.1  # of the newest, in averages of time
