@@ -35,7 +35,7 @@ META = Meta(
 
 MODEL, COUNT, ROWS = "zoo:text-base", 48, 16
 PROMPTS, TEXTS = (32, 256), (32, 256)  # tokens, least and most
-RATE = 1.5  # requests a second: more than are written one by one, fewer than in flight
+RATE = 1.5  # requests a second: about as many as are written one by one, fewer than in flight
 WAYS: Mapping[str, Gathering] = {
     "in flight": Gathering(ROWS),
     "one by one": Gathering(1, 0.0),
