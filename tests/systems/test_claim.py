@@ -92,6 +92,15 @@ def test_a_queue_is_worked_off_once_and_leaves_a_result(tmp_path, monkeypatch, c
     assert "holds" in capsys.readouterr().out
 
 
+def test_what_an_arm_needs_is_missed_before_anything_is_run(tmp_path, monkeypatch):
+    arms = {"new": Arm("var", tokenizer="zoo:no-such"), "old": Arm("var", tokenizer="zoo:image-msvq")}
+    monkeypatch.setattr(verb, "HOME", tmp_path)
+    monkeypatch.setattr(verb, "claim_of", lambda key: Claim("new is better", "paper", "fd_s", arms, "new", "old"))
+    monkeypatch.setattr(verb, "train", lambda *rest, **more: pytest.fail("an arm was trained"))
+    with pytest.raises(FileNotFoundError, match=r"needs zoo:no-such.*benchmarks/zoo\.py no-such"):
+        verb.measure("var", tmp_path)
+
+
 def test_an_arm_that_claims_have_in_common_is_trained_once(tmp_path, monkeypatch):
     """Where system, settings, size, tokenizer, length, data and seed are the same, and the usual figures judge it."""
     monkeypatch.setattr(verb, "HOME", tmp_path)

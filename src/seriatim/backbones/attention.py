@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -14,6 +11,7 @@ from seriatim.backbones.cache import KVCache
 from seriatim.backbones.layer import TransformerConfig, Weights
 from seriatim.backbones.norm import normalise, rms_norm
 from seriatim.plan import Plan
+from seriatim.processor import capabilities
 
 LOG_100 = 4.605170185988092  # the largest logarithm of a learned temperature, as in VAR
 
@@ -55,14 +53,13 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, mask, scale=c.score_scale).reshape(b, heads, n, d)
 
 
-@cache
 def fast_to_attend(dtype: torch.dtype, kind: str) -> bool:
     """Whether torch's attention of a few queries takes keys in this format without a loss of time on a kind of device.
     In bfloat16 on a CPU: where it multiplies that in vectors and not in tiles, up to twice as fast as in float32 from
     32 rows on; with tiles (AMX), or without such instructions, a third as fast."""
     if dtype != torch.bfloat16 or kind != "cpu":
         return True
-    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    has = capabilities()
     return bool(has.get("avx512_bf16")) and not has.get("amx_bf16")
 
 

@@ -167,9 +167,7 @@ class LanguageModel(Conversing):
         rows, many = self._rows(prompt)
         if stream is not None and (many or n > 1):
             raise ValueError("text is streamed for one prompt, not for a batch")
-        strings = [x for x in stop or () if isinstance(x, str)]
-        ends = tuple(x for x in stop or () if not isinstance(x, str))
-        ends = self.stop if stop is None or (strings and not ends) else ends
+        strings, ends = self._ends(stop)
         s = Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical=typical,
             repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
@@ -183,8 +181,6 @@ class LanguageModel(Conversing):
         target = self.target(None, s, **way.target)
         if grammar is not None:
             target.shapers += (Constraint(grammar.matchers(self.tokenizer, ends, n * len(rows))),)
-        if strings and self.tokenizer is None:
-            raise ValueError("this model came without a tokenizer: strings cannot end what it writes; give ids as stop")
         start = time.perf_counter()
         with torch.inference_mode():
             canvas = self._begun(rows, max_new_tokens)
@@ -199,6 +195,14 @@ class LanguageModel(Conversing):
                     break
         out = run.generations(time.perf_counter() - start, logprobs)
         return out if many or n != 1 else out[0]
+
+    def _ends(self, stop: Sequence[int | str] | None) -> tuple[list[str], tuple[int, ...]]:
+        """Strings and ids that end a row; the model's own ids where none are given."""
+        strings = [x for x in stop or () if isinstance(x, str)]
+        if strings and self.tokenizer is None:
+            raise ValueError("this model came without a tokenizer: strings cannot end what it writes; give ids as stop")
+        ends = tuple(x for x in stop or () if not isinstance(x, str))
+        return strings, self.stop if stop is None or (strings and not ends) else ends
 
     @staticmethod
     def _copied(target: Target, canvas: Canvas, n: int) -> None:

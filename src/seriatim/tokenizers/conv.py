@@ -75,9 +75,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
-        once = (
-            not torch.is_grad_enabled()
-        )  # maps of whole pictures are not made twice where nothing asks for them later
+        once = not torch.is_grad_enabled()  # nobody asks again for a map of a whole picture: it is written over
         h = self.conv1(F.silu(self.norm1(x), inplace=once))
         h = self.conv2(F.silu(self.norm2(h), inplace=once))
         return h.add_(self.shortcut(x)) if once else self.shortcut(x) + h

@@ -6,6 +6,8 @@ import functools
 
 import torch
 
+from seriatim.processor import capabilities
+
 NATIVE = ("avx512_bf16", "amx_bf16")  # by which x86 processors multiply it
 
 
@@ -13,10 +15,9 @@ NATIVE = ("avx512_bf16", "amx_bf16")  # by which x86 processors multiply it
 def why_not_bfloat16(device: str) -> str | None:
     """Why bfloat16 would be no gain on this kind of device; None where it may be one, or nothing is known. A processor
     without instructions for it takes two to three times as long as in float32."""
-    capabilities = getattr(torch.cpu, "get_capabilities", None)
-    if device != "cpu" or capabilities is None:
-        return None
     has = capabilities()
+    if device != "cpu" or not has:
+        return None
     if has.get("architecture") != "x86_64" or any(has.get(name) for name in NATIVE):
         return None
     return f"{has.get('cpu_name', 'this processor')} has no instructions for bfloat16"

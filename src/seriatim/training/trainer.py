@@ -345,10 +345,12 @@ class _Training:
         before = {k: v.clone() for k, v in self.model.state_dict().items()}
         self._step(0)  # warms up
         took: list[float] = []
-        while len(took) < CALIBRATION - 1 and sum(took) < 0.2 * seconds + max(took, default=0.0):
+        while len(took) < CALIBRATION - 1:
             start = time.monotonic()
             self._step(1 + len(took))
             took.append(time.monotonic() - start)
+            if self._agreed(sum(took) - max(took) > 0.2 * seconds):
+                break
         each = self.accelerator.reduce(torch.tensor(statistics.median(took)), "mean")
         self.model.load_state_dict(before)
         self.optimizer.state.clear()

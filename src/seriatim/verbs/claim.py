@@ -21,7 +21,7 @@ from seriatim.systems.meta import load as load_module
 from seriatim.training.checkpoint import save_json
 from seriatim.verbs.evaluate import evaluate
 from seriatim.verbs.generate import sampling_of
-from seriatim.verbs.load import load
+from seriatim.verbs.load import load, where
 from seriatim.verbs.train import Bar, Trained, train
 
 
@@ -45,10 +45,13 @@ def measure(
     """Work off the queue of a claim and write RESULTS/KEY.json, and a chart of its arms; what the first holds.
 
     Runs stand under SERIATIM_HOME/claims and are resumed where they were cut off; an arm that several claims have in
-    common is run once.
+    common is run once. Raises FileNotFoundError before anything is run where a model that an arm needs is missing.
     """
     claim = claim_of(key)
-    for n, (name, seed) in enumerate(left := pending(key)):
+    left = pending(key)
+    for name, _ in left:
+        _has_what_it_needs(key, claim.arms[name])
+    for n, (name, seed) in enumerate(left):
         said(f"{key}: arm {name}, seed {seed} ({n + 1} of {len(left)})")
         _run(key, claim, name, seed, bar)
     measured: dict[str, dict[int, dict[str, Any]]] = {}
@@ -70,6 +73,17 @@ def measure(
     save_json(result, Path(results) / f"{key}.json")
     save_claim(result, Path(results) / "charts" / f"{key}.png")
     return result
+
+
+def _has_what_it_needs(key: str, arm: Arm | Trial) -> None:
+    """Raises FileNotFoundError that says how to make the model that an arm begins with, or its tokenizer."""
+    needed = [arm.model] if isinstance(arm, Trial) else [arm.base, arm.tokenizer]
+    for source in [x for x in needed if x is not None and x.startswith(("zoo:", "home:"))]:
+        try:
+            where(source)
+        except FileNotFoundError as error:
+            how = f"; `python benchmarks/zoo.py {source[4:]}` trains it" if source.startswith("zoo:") else ""
+            raise FileNotFoundError(f"the claim of {key} needs {source}: {error}{how}") from None
 
 
 def _run(key: str, claim: Claim, name: str, seed: int, bar: Bar | None) -> None:
